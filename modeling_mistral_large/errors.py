@@ -1,0 +1,25 @@
+"""The errors users can meet: each gives the thing, the finding, the rule and the way out.
+
+Every class is also the built-in error that callers would expect, so `except ValueError` and `except OSError` work as
+usual; the command line prints the message alone and exits with 2.
+"""
+
+
+class MistralLargeError(Exception):
+    """Base of every error this package raises for a reason the user can act on."""
+
+
+class ConversationError(MistralLargeError, ValueError):
+    """A conversation, tool or tool call that has no place in the v3 instruct format."""
+
+
+class CheckpointError(MistralLargeError, ValueError):
+    """A checkpoint whose files, tensors or geometry do not fit together."""
+
+
+class TokenizerFileError(MistralLargeError, OSError):
+    """A tokenizer file that is missing, unreadable or not the v3 SentencePiece model."""
+
+
+class DestinationError(MistralLargeError, OSError):
+    """A folder that cannot be written as asked: not empty, no space, or in use."""

@@ -1,0 +1,349 @@
+"""The Mistral Large decoder on transformers' primitives.
+
+Shapes are written as [batch, positions, features]; `heads` are the query heads, `kv_heads` the key-value heads, and
+`group = heads / kv_heads` query heads share one key-value head. State-dict keys are those of transformers' Mistral.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.hub_kernels import use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_mistral_large import MistralLargeConfig
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class MistralLargeRMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MistralLargeRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary angles, `position * theta ** (-2 i / head_dim)`."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: MistralLargeConfig) -> None:
+        super().__init__()
+        self.config = config
+        # transformers recomputes non-persistent buffers by these names when it loads from the meta device.
+        self.rope_type = "default"
+        inv_freq, self.attention_scaling = self.compute_default_rope_parameters(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MistralLargeConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies [head_dim / 2] and the attention scaling, which the default rope does not have."""
+        assert config.rope_parameters is not None
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        # Bare multiplication, so that autocast cannot round the angles of far positions.
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)  # [batch, positions, head_dim]
+        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + head_dim / 2}) of [batch, heads, positions, head_dim] by its position's angle."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as written in the paper; the one implementation that returns its weights.
+
+    `query` is [batch, heads, queries, head_dim], `key` and `value` are [batch, kv_heads, keys, head_dim], the mask is
+    added to the scores [batch, heads, queries, keys]. Returns [batch, queries, heads, head_dim] and the weights.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MistralLargeAttention(nn.Module):
+    """Grouped-query attention with rotary positions, without biases."""
+
+    def __init__(self, config: MistralLargeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        # Read by transformers' attention functions.
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch_positions = hidden_states.shape[:-1]
+        # The number of heads is left open: a tensor-parallel rank holds only its share of them.
+        split = (*batch_positions, -1, self.head_dim)
+        cos, sin = (angles.unsqueeze(1) for angles in position_embeddings)  # [batch, 1, positions, head_dim]
+
+        query = rotate(self.q_proj(hidden_states).view(split).transpose(1, 2), cos, sin)
+        key = rotate(self.k_proj(hidden_states).view(split).transpose(1, 2), cos, sin)
+        value = self.v_proj(hidden_states).view(split).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*batch_positions, -1).contiguous()), weights
+
+
+class MistralLargeMLP(nn.Module):
+    """Feed-forward block gated by SiLU."""
+
+    def __init__(self, config: MistralLargeConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gated = nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
+        return self.down_proj(gated)  # type: ignore[no-any-return]  # a module call is Any
+
+
+class MistralLargeDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each on the normed stream and added back to it."""
+
+    def __init__(self, config: MistralLargeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MistralLargeAttention(config, layer_idx)
+        self.mlp = MistralLargeMLP(config)
+        self.input_layernorm = MistralLargeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MistralLargeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class MistralLargePreTrainedModel(PreTrainedModel):
+    """What transformers has to know of every Mistral Large model."""
+
+    config: MistralLargeConfig
+    config_class = MistralLargeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MistralLargeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": MistralLargeDecoderLayer,
+        "attentions": MistralLargeAttention,
+    }
+
+
+class MistralLargeModel(MistralLargePreTrainedModel):
+    """The decoder without a head: token ids or embeddings to the normed last hidden state."""
+
+    def __init__(self, config: MistralLargeConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(MistralLargeDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.norm = MistralLargeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MistralLargeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]  # transformers does not type it
+    @capture_outputs  # type: ignore[untyped-decorator]  # transformers does not type it
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        `input_ids` are [batch, positions] or `inputs_embeds` [batch, positions, hidden_size], exactly one of them;
+        `attention_mask` is [batch, cached + positions], 0 where padded. Raises ValueError for none or both inputs.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("MistralLargeModel.forward: pass exactly one of input_ids and inputs_embeds")
+        hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0) + cached
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class MistralLargeForCausalLM(MistralLargePreTrainedModel, GenerationMixin):
+    """The decoder with the output matrix that turns hidden states into logits over the vocabulary."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # stock plans hold lists, too
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MistralLargeConfig) -> None:
+        super().__init__(config)
+        self.model = MistralLargeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]  # transformers does not type it
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder and the head; with `labels` [batch, positions] (-100 is ignored) also the mean loss in nats.
+
+        `logits_to_keep` is how many of the last positions get logits, 0 for all, or the positions themselves: at
+        131072 positions all of them are 8.6 GB, so `generate` asks for one.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MistralLargeForSequenceClassification(GenericForSequenceClassification, MistralLargePreTrainedModel):
+    """The decoder with one score a label, read at each sequence's last token."""
+
+
+class MistralLargeForTokenClassification(GenericForTokenClassification, MistralLargePreTrainedModel):
+    """The decoder with one score a label at every token."""
+
+
+class MistralLargeForQuestionAnswering(GenericForQuestionAnswering, MistralLargePreTrainedModel):
+    """The decoder with a start and an end score at every token."""
+
+
+__all__ = [
+    "MistralLargeForCausalLM",
+    "MistralLargeForQuestionAnswering",
+    "MistralLargeForSequenceClassification",
+    "MistralLargeForTokenClassification",
+    "MistralLargeModel",
+    "MistralLargePreTrainedModel",
+]

@@ -1,0 +1,69 @@
+"""Packaging of modeling-mistral-large; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+version = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_mistral_large/__init__.py").read_text(), re.MULTILINE)
+assert version is not None
+
+demo = ["mistral-common>=1.8"]
+test = [
+    *demo,
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "optimum-quanto>=0.2.7",
+    "peft>=0.18",
+    "psutil>=6",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+    "setuptools>=77",
+]
+
+setup(
+    name="modeling-mistral-large",
+    version=version[1],
+    description="Mistral-Large-Instruct-2407 for Hugging Face transformers: exact prompts, exact weights",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # `conversion/` and `chat_templates/` stand at the top of the repository and are installed inside the package,
+    # so that no generic name lands in site-packages.
+    packages=[
+        "modeling_mistral_large",
+        "modeling_mistral_large.conversion",
+        "modeling_mistral_large.chat_templates",
+        "mistral_large_cli",
+    ],
+    package_dir={
+        "modeling_mistral_large.conversion": "conversion",
+        "modeling_mistral_large.chat_templates": "chat_templates",
+    },
+    package_data={
+        "modeling_mistral_large": ["py.typed"],
+        "modeling_mistral_large.conversion": ["licence/*"],
+        "modeling_mistral_large.chat_templates": ["*.jinja", "*.json"],
+        "mistral_large_cli": ["py.typed", "demo_checkpoint/*"],
+    },
+    install_requires=[
+        "accelerate>=1.1",
+        "huggingface-hub>=1.0",
+        "jinja2>=3.1",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.22",
+        "torch>=2.5",
+        "transformers>=5.17,<6",
+        "typer",
+        "rich",
+    ],
+    extras_require={"demo": demo, "test": test},
+    entry_points={"console_scripts": ["mistral-large=mistral_large_cli:main"]},
+)

@@ -1,0 +1,75 @@
+"""Consolidated checkpoints with random weights, written without the package's help."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modeling_mistral_large import MistralLargeConfig
+
+
+def tokenizer_model_file() -> Path:
+    """The vendor's own v3 file, as it ships in the wheel of mistral-common."""
+    spec = find_spec("mistral_common")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0], "data", "mistral_instruct_tokenizer_240323.model.v3")
+
+
+def random_consolidated(
+    config: MistralLargeConfig, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`params.json` as a dict and every tensor under its consolidated name."""
+    params = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "head_dim": config.head_dim,
+        "hidden_dim": config.intermediate_size,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "rope_theta": 1e6,
+    }
+    hidden, query, key = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "tok_embeddings.weight": (config.vocab_size, hidden),
+        "norm.weight": (hidden,),
+        "output.weight": (config.vocab_size, hidden),
+    }
+    for layer in range(config.num_hidden_layers):
+        shapes |= {
+            f"layers.{layer}.attention.wq.weight": (query, hidden),
+            f"layers.{layer}.attention.wk.weight": (key, hidden),
+            f"layers.{layer}.attention.wv.weight": (key, hidden),
+            f"layers.{layer}.attention.wo.weight": (hidden, query),
+            f"layers.{layer}.feed_forward.w1.weight": (config.intermediate_size, hidden),
+            f"layers.{layer}.feed_forward.w2.weight": (hidden, config.intermediate_size),
+            f"layers.{layer}.feed_forward.w3.weight": (config.intermediate_size, hidden),
+            f"layers.{layer}.attention_norm.weight": (hidden,),
+            f"layers.{layer}.ffn_norm.weight": (hidden,),
+        }
+    return params, {name: (0.15 * torch.randn(shape)).to(dtype) for name, shape in shapes.items()}
+
+
+def write_consolidated(
+    folder: Path, config: MistralLargeConfig, dtype: torch.dtype = torch.float32, shards: int = 2
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Write such a checkpoint with the real tokenizer file into a new folder and return what it holds."""
+    params, weights = random_consolidated(config, dtype)
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text(json.dumps(params))
+    (folder / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
+    names = list(weights)
+    for shard in range(shards):
+        name = "consolidated.safetensors" if shards == 1 else f"consolidated-{shard + 1:05}-of-{shards:05}.safetensors"
+        save_file({tensor: weights[tensor] for tensor in names[shard::shards]}, folder / name)
+    return params, weights
