@@ -1,0 +1,74 @@
+"""Names and shapes of the tensors in the consolidated and in the HF layout."""
+
+from typing import NamedTuple
+
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
+
+TO_HF = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.{layer}.attention.wq.weight": "model.layers.{layer}.self_attn.q_proj.weight",
+    "layers.{layer}.attention.wk.weight": "model.layers.{layer}.self_attn.k_proj.weight",
+    "layers.{layer}.attention.wv.weight": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layers.{layer}.attention.wo.weight": "model.layers.{layer}.self_attn.o_proj.weight",
+    "layers.{layer}.feed_forward.w1.weight": "model.layers.{layer}.mlp.gate_proj.weight",
+    "layers.{layer}.feed_forward.w3.weight": "model.layers.{layer}.mlp.up_proj.weight",
+    "layers.{layer}.feed_forward.w2.weight": "model.layers.{layer}.mlp.down_proj.weight",
+    "layers.{layer}.attention_norm.weight": "model.layers.{layer}.input_layernorm.weight",
+    "layers.{layer}.ffn_norm.weight": "model.layers.{layer}.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+TO_CONSOLIDATED = {hf: consolidated for consolidated, hf in TO_HF.items()}
+
+# Rows and columns of each weight, as sizes of the config; `query_rows` and `key_rows` are heads * head_dim.
+SHAPES = {
+    "tok_embeddings.weight": ("vocab_size", "hidden_size"),
+    "layers.{layer}.attention.wq.weight": ("query_rows", "hidden_size"),
+    "layers.{layer}.attention.wk.weight": ("key_rows", "hidden_size"),
+    "layers.{layer}.attention.wv.weight": ("key_rows", "hidden_size"),
+    "layers.{layer}.attention.wo.weight": ("hidden_size", "query_rows"),
+    "layers.{layer}.feed_forward.w1.weight": ("intermediate_size", "hidden_size"),
+    "layers.{layer}.feed_forward.w3.weight": ("intermediate_size", "hidden_size"),
+    "layers.{layer}.feed_forward.w2.weight": ("hidden_size", "intermediate_size"),
+    "layers.{layer}.attention_norm.weight": ("hidden_size",),
+    "layers.{layer}.ffn_norm.weight": ("hidden_size",),
+    "norm.weight": ("hidden_size",),
+    "output.weight": ("vocab_size", "hidden_size"),
+}
+
+# The rows of these are the rotary pairs of each head: interleaved in the consolidated layout, split in the HF layout.
+ROPE_PAIRS = ("layers.{layer}.attention.wq.weight", "layers.{layer}.attention.wk.weight")
+
+
+class ExpectedTensor(NamedTuple):
+    """One tensor that a checkpoint of a given geometry must have."""
+
+    consolidated: str
+    hf: str
+    shape: tuple[int, ...]
+    has_rope_pairs: bool
+
+
+def expected_tensors(config: MistralLargeConfig) -> list[ExpectedTensor]:
+    """All tensors of a geometry and no others, in the order in which a forward pass needs them."""
+    sizes = {
+        **{name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")},
+        "query_rows": config.num_attention_heads * config.head_dim,
+        "key_rows": config.num_key_value_heads * config.head_dim,
+    }
+
+    def expand(pattern: str, layer: int | None = None) -> ExpectedTensor:
+        return ExpectedTensor(
+            consolidated=pattern.format(layer=layer),
+            hf=TO_HF[pattern].format(layer=layer),
+            shape=tuple(sizes[size] for size in SHAPES[pattern]),
+            has_rope_pairs=pattern in ROPE_PAIRS,
+        )
+
+    of_layers = [pattern for pattern in TO_HF if "{layer}" in pattern]
+    first, *others = (pattern for pattern in TO_HF if pattern not in of_layers)
+    return [
+        expand(first),
+        *(expand(pattern, layer) for layer in range(config.num_hidden_layers) for pattern in of_layers),
+        *(expand(pattern) for pattern in others),
+    ]

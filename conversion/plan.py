@@ -1,0 +1,279 @@
+"""What a conversion will read and write, decided from file headers before anything is written."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
+from modeling_mistral_large.conversion.names import expected_tensors
+from modeling_mistral_large.conversion.params import (
+    PARAMS_NAME,
+    config_from_params,
+    params_findings,
+    params_from_hf_config,
+)
+from modeling_mistral_large.conversion.safetensors_header import (
+    BYTES_OF,
+    FileTensor,
+    MemoryTensor,
+    StoredTensor,
+    encode_header,
+    read_header,
+)
+from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
+from modeling_mistral_large.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+Layout = Literal["consolidated", "hf"]
+
+WEIGHTS_STEM: dict[Layout, str] = {"consolidated": "consolidated", "hf": "model"}
+CONFIG_NAMES: dict[Layout, str] = {"consolidated": PARAMS_NAME, "hf": "config.json"}
+TOKENIZER_NAME = "tokenizer.model.v3"
+DEFAULT_SHARD_SIZE = "5GB"
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# An error that lists more than this is no longer read.
+MOST_FINDINGS = 1000
+LONGEST_FINDING = 400
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor on its way; `has_rope_pairs` says that its rows are regrouped, all other bytes stay."""
+
+    name: str
+    source: StoredTensor
+    has_rope_pairs: bool
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of weights to be written."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def header(self) -> bytes:
+        return encode_header((tensor.name, tensor.source) for tensor in self.tensors)
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(tensor.source.size for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """All that moving the weights needs to know; `to` is the layout that is written."""
+
+    to: Layout
+    config: MistralLargeConfig
+    dtype: str
+    files: tuple[PlannedFile, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(tensor.source.size for file in self.files for tensor in file.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files of weights."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def index_name(self) -> str:
+        return f"{WEIGHTS_STEM[self.to]}.safetensors.index.json"
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """The content of the index, or None for a single file, which needs none."""
+        if len(self.files) == 1:
+            return None
+        weight_map = {tensor.name: file.name for file in self.files for tensor in file.tensors}
+        return {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def plan_conversion(
+    source: Path | str, *, to: Layout = "hf", max_shard_size: int | str = DEFAULT_SHARD_SIZE
+) -> ConversionPlan:
+    """Plan the way from the other layout to layout `to`, from the headers of the folder `source`.
+
+    Only the files of that other layout are looked at: the second copy of the weights in the vendor's folder is ignored.
+
+    Raises:
+        CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
+            error.
+    """
+    layout: Layout = "consolidated" if to == "hf" else "hf"
+    folder = Path(source)
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: no folder that can be read; give the one that holds {CONFIG_NAMES[layout]}")
+    params, findings = _read_params(folder, layout)
+    tensors, weight_findings = _read_weights(folder, WEIGHTS_STEM[layout])
+    findings += weight_findings
+    if finding := file_finding(folder, TOKENIZER_NAME):
+        findings.append(finding)
+    config = None if params is None else config_from_params(params)
+    if config is not None:
+        # Without a readable file, every tensor of it would be listed as missing too.
+        findings += _tensor_findings(tensors, config, layout, are_complete=not weight_findings)
+    _refuse(findings, f"{folder} is not a complete {layout} checkpoint")
+    assert config is not None
+    return _plan(tensors, config, to, max_shard_size)
+
+
+def plan_export_of_state_dict(
+    state_dict: Mapping[str, "torch.Tensor"], config: MistralLargeConfig, *, max_shard_size: int | str
+) -> ConversionPlan:
+    """Plan the way of a state dict in memory, under HF names, to the consolidated layout.
+
+    Raises:
+        CheckpointError: as for `plan_conversion`.
+    """
+    tensors = [MemoryTensor.of(name, tensor) for name, tensor in state_dict.items()]
+    _refuse(_tensor_findings(tensors, config, "hf", are_complete=True), "the state dict does not fit its config")
+    return _plan(tensors, config, "consolidated", max_shard_size)
+
+
+def _refuse(findings: Sequence[str], what: str) -> None:
+    if not findings:
+        return
+    listed = [f"  {finding[:LONGEST_FINDING]}" for finding in findings[:MOST_FINDINGS]]
+    if len(findings) > MOST_FINDINGS:
+        listed.append(f"  and {len(findings) - MOST_FINDINGS} more")
+    raise CheckpointError("\n".join([f"{what}; nothing was written, mend or download it again:", *listed]))
+
+
+def _read_params(folder: Path, layout: Layout) -> tuple[dict[str, Any] | None, list[str]]:
+    """The geometry under the names of params.json, or None with the reasons."""
+    name = CONFIG_NAMES[layout]
+    if finding := file_finding(folder, name):
+        return None, [finding]
+    try:
+        params = read_json_object(folder / name)
+    except (OSError, ValueError) as error:
+        return None, [f"{name}: {error}"]
+    findings: list[str] = []
+    if layout == "hf":
+        params, findings = params_from_hf_config(params)
+    findings += params_findings(params)
+    return (None if findings else params), [f"{name}: {finding}" for finding in findings]
+
+
+def _read_weights(folder: Path, stem: str) -> tuple[list[FileTensor], list[str]]:
+    """All tensors of the files `stem*.safetensors`, and what is wrong with the files, their number and their index."""
+    names, findings = _weight_files(folder, stem)
+    tensors: list[FileTensor] = []
+    for name in names:
+        if finding := file_finding(folder, name):
+            findings.append(finding)
+        else:
+            of_file, file_findings = read_header(folder / name)
+            tensors += of_file
+            findings += file_findings
+    index_name = f"{stem}.safetensors.index.json"
+    if not findings and os.path.lexists(folder / index_name):
+        findings = _index_findings(folder, index_name, tensors)
+    return tensors, findings
+
+
+def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
+    single = f"{stem}.safetensors"
+    present = sorted(path.name for path in folder.iterdir() if re.fullmatch(rf"{stem}.*\.safetensors", path.name))
+    if present == [single]:
+        return present, []
+    if not present:
+        pickled = sorted(path.name for path in folder.glob(f"{stem}*.pth"))
+        hint = f", only {pickled[0]!r}: pickles are not read" if pickled else ""
+        return [], [f"no {single} and no {stem}-00001-of-….safetensors{hint}"]
+    matches = [re.fullmatch(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.safetensors", name) for name in present]
+    totals = {match[2] for match in matches if match}
+    if None in matches or len(totals) != 1:
+        return [], [f"files of more than one checkpoint: {present}"]
+    (total,) = totals
+    wanted = [f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    return present, [f"{name} is missing" for name in wanted if name not in present] + [
+        f"{name} is not one of {total}" for name in present if name not in wanted
+    ]
+
+
+def _index_findings(folder: Path, index_name: str, tensors: Iterable[FileTensor]) -> list[str]:
+    """Where the index and the headers say different things; the headers are what is read."""
+    if finding := file_finding(folder, index_name):
+        return [finding]
+    try:
+        weight_map = read_json_object(folder / index_name).get("weight_map")
+    except (OSError, ValueError) as error:
+        return [f"{index_name}: {error}"]
+    if not isinstance(weight_map, dict):
+        return [f"{index_name} has no weight_map"]
+    stored = {tensor.name: tensor.path.name for tensor in tensors}
+    return [
+        f"{index_name}: {name!r} is in {weight_map.get(name)!r}, but stored in {stored.get(name)!r}"
+        for name in sorted({*stored, *weight_map})
+        if weight_map.get(name) != stored.get(name)
+    ]
+
+
+def _tensor_findings(
+    tensors: Sequence[StoredTensor], config: MistralLargeConfig, layout: Layout, *, are_complete: bool
+) -> list[str]:
+    expected = {getattr(tensor, layout): tensor.shape for tensor in expected_tensors(config)}
+    seen: set[str] = set()
+    findings = []
+    for tensor in tensors:
+        if tensor.name in seen:
+            findings.append(f"tensor {tensor.name!r} is there twice")
+        elif tensor.name not in expected:
+            findings.append(f"tensor {tensor.name!r} is extra: this geometry has none of that name")
+        elif tensor.dtype not in BYTES_OF:
+            findings.append(f"tensor {tensor.name!r} has dtype {tensor.dtype}, must be one of {', '.join(BYTES_OF)}")
+        elif tensor.shape != expected[tensor.name]:
+            needed = list(expected[tensor.name])
+            findings.append(f"tensor {tensor.name!r} has shape {list(tensor.shape)}, this geometry needs {needed}")
+        seen.add(tensor.name)
+    if are_complete:
+        findings += [f"tensor {name!r} is missing" for name in expected if name not in seen]
+    dtypes = sorted({tensor.dtype for tensor in tensors})
+    if len(dtypes) > 1:
+        findings.append(f"tensors of dtypes {', '.join(dtypes)}: a checkpoint has one")
+    return findings
+
+
+def _plan(
+    tensors: Sequence[StoredTensor], config: MistralLargeConfig, to: Layout, max_shard_size: int | str
+) -> ConversionPlan:
+    layout: Layout = "consolidated" if to == "hf" else "hf"
+    stored = {tensor.name: tensor for tensor in tensors}
+    planned = {
+        getattr(tensor, to): PlannedTensor(
+            name=getattr(tensor, to), source=stored[getattr(tensor, layout)], has_rope_pairs=tensor.has_rope_pairs
+        )
+        for tensor in expected_tensors(config)
+    }
+    split = split_state_dict_into_shards_factory(
+        {name: tensor.source.size for name, tensor in planned.items()},
+        get_storage_size=int,
+        filename_pattern=WEIGHTS_STEM[to] + "{suffix}.safetensors",
+        max_shard_size=parse_size(max_shard_size),
+    )
+    files = tuple(
+        PlannedFile(file, tuple(planned[name] for name in names)) for file, names in split.filename_to_tensors.items()
+    )
+    return ConversionPlan(to=to, config=config, dtype=tensors[0].dtype, files=files)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as 5GB, 750 MB or 1000000."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([KMGT]?B|)\s*", str(size), re.IGNORECASE)
+    size_bytes = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
+    if size_bytes < 1:
+        raise CheckpointError(f"max_shard_size {size!r}: must be a size such as 5GB or 750MB")
+    return size_bytes

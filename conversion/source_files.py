@@ -1,0 +1,63 @@
+"""Reading of a folder that someone else made: nothing outside of it, nothing but regular files, nothing of any size."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+LARGEST_JSON = 100_000_000
+
+
+def file_finding(folder: Path, name: str) -> str | None:
+    """What keeps a file of the folder from being read, or None if nothing does.
+
+    A link may point inside the folder, or to the `blobs` of the hub cache when the folder is one of its snapshots.
+    """
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+        if not stat.S_ISREG(target.stat().st_mode):
+            return f"{name} is not a regular file"
+        folder = folder.resolve()
+        allowed = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+        if target.parent not in allowed:
+            return f"{name} is a link out of the folder, to {str(target)!r}"
+        with target.open("rb"):
+            pass
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, RuntimeError) as error:
+        return f"{name} cannot be read: {error}"
+    return None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: not an object, a key twice in one object, or a file of more than 100 MB.
+        OSError: the file cannot be read.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON} bytes")
+    return parse_json_object(path.read_bytes())
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """The object that JSON text says; a ValueError for anything else, and for a key twice in one object."""
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(f"key {key!r} twice in one object")
+        members[key] = value
+    return members

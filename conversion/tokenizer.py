@@ -1,0 +1,61 @@
+"""The tokenizer of a converted checkpoint, written and proven to have SentencePiece's ids."""
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sentencepiece import SentencePieceProcessor
+
+from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
+from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
+
+# One line for each way in which a conversion has been seen to go wrong.
+CORPUS = (
+    "",
+    " ",
+    "Hello, how are you?",
+    " leading and trailing ",
+    "▁already begins with the mark",
+    "a  b   c    d" + " " * 17 + "e",
+    "def f(x):\n\tif x:\n        return {'a': 1}\n",
+    "\r\n\r\n\t\t  \n",
+    "[INST] literal control strings </s><s>[/INST][TOOL_CALLS]",
+    "[REFERENCE_DOC_0] user-defined pieces [REFERENCE_DOC_19]",
+    "<0x41><unk>[control_12]",
+    "Déjà vu, façade, e\u0301, Ünïcödé, œuvre",
+    "你好，世界。こんにちは 안녕하세요 Привет مرحبا שלום",
+    "👩‍👩‍👧‍👦🏴󠁧󠁢󠁳󠁣󠁴󠁿 \U0001f680\u200d\ufe0f",
+    "1234567890 3.14159 1e-5 0x7fffffff",
+    '{"name": "get_weather", "arguments": {"city": "Paris"}}',
+    "\u0000\u0001\u007f\u00a0\u2028\ufeff\ufffd\U0010ffff",
+    "a" * 300 + " " * 300,
+)
+
+
+def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
+    """Names and contents of the tokenizer files for a checkpoint from `source`.
+
+    Raises:
+        CheckpointError: the tokenizer has another number of pieces than the weights have rows, or its conversion is
+            not exact.
+        TokenizerFileError: the file is not a v3 tokenizer.
+    """
+    with TemporaryDirectory() as scratch:
+        alone, folder = Path(scratch, "alone"), Path(scratch, "converted")
+        alone.mkdir()
+        # The vendor's folder also has a tokenizer.json and a template of its own, which are not exact.
+        shutil.copyfile(source / TOKENIZER_NAME, alone / TOKENIZER_NAME)
+        MistralLargeTokenizer.from_pretrained(alone).save_pretrained(folder)
+        tokenizer = MistralLargeTokenizer.from_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    processor = SentencePieceProcessor(model_file=str(source / TOKENIZER_NAME))
+    if processor.vocab_size() != vocab_size:
+        raise CheckpointError(
+            f"{source / TOKENIZER_NAME}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
+            "take both from one checkpoint"
+        )
+    for text, ids, exact in zip(CORPUS, tokenizer.encode_texts(CORPUS), processor.encode(list(CORPUS)), strict=True):
+        if ids != exact:
+            raise CheckpointError(f"{source / TOKENIZER_NAME}: converted ids of {text[:40]!r} are not SentencePiece's")
+    return files

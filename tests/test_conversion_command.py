@@ -1,0 +1,82 @@
+"""`mistral-large convert` as it is typed."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mistral_large_cli import main
+from modeling_mistral_large import MistralLargeConfig
+
+from .checkpoints import write_consolidated
+
+
+@pytest.fixture
+def source(tiny_config: MistralLargeConfig, tmp_path: Path) -> Path:
+    tiny_config.vocab_size = 32768
+    # A space, a quote, and what rich would take for markup.
+    write_consolidated(tmp_path / "the [red]'source", tiny_config, torch.bfloat16)
+    return tmp_path / "the [red]'source"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def test_convert_prints_the_plan_and_a_command_that_runs(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    destination = source.parent / "the [blue]'destination"
+    assert run(monkeypatch, "convert", source, destination, "--max-shard-size", "2MB") == 0
+    printed = capsys.readouterr().out
+    # Nothing to redraw a bar with goes into a pipe.
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+    assert f"from  {source}: 30 tensors, BF16, 0.01 GB\n" in printed
+    assert f"to    {destination}: 3 × *.safetensors, --max-shard-size 2MB\n" in printed
+    assert len(list(destination.glob("*.safetensors"))) == 3
+    python, option, code = shlex.split(printed[printed.index("python -c") :])
+    assert (python, option) == ("python", "-c")
+    exec(compile(code, "printed", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_progress_bar_shows_bytes_rate_and_remaining_time(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # rich takes this for a terminal.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert run(monkeypatch, "convert", source, source.parent / "hf", "--max-shard-size", "2MB") == 0
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert re.search(r"converting .* 10\.9/10\.9 MB [\d.]+ [kMG]B/s 0:00:00", last)
+
+
+def test_dry_run_writes_nothing(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "convert", source, source.parent / "hf", "--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not (source.parent / "hf").exists()
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_what_cannot_be_converted_is_one_message_and_exit_code_2(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    assert run(monkeypatch, "convert", source, source / "hf", *option) == 2
+    assert capsys.readouterr().err.startswith("mistral-large: ")
+    assert run(monkeypatch, "convert", source, source.parent / "hf", "--max-shard-size", "5 apples", *option) == 2
+    assert "must be a size such as 5GB" in capsys.readouterr().err
+    (source / "consolidated-00002-of-00002.safetensors").unlink()
+    assert run(monkeypatch, "convert", source, source.parent / "hf", *option) == 2
+    error = capsys.readouterr().err
+    assert "consolidated-00002-of-00002.safetensors is missing" in error
+    assert "Traceback" not in error
+    assert not (source.parent / "hf").exists()
