@@ -38,6 +38,7 @@ class MistralLargeConfig(PreTrainedConfig):
     Raises:
         ValueError: a size that is not positive, query heads that the key-value heads do not divide, an odd
             `head_dim`, another rope than the default one, or a feature that the architecture does not have.
+        StrictDataclassFieldValidationError: a value of another type, from huggingface_hub.
     """
 
     model_type = "mistral_large"

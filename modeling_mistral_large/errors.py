@@ -13,6 +13,10 @@ class ConversationError(MistralLargeError, ValueError):
     """A conversation, tool or tool call that has no place in the v3 instruct format."""
 
 
+class SchemaError(MistralLargeError, ValueError):
+    """A JSON schema that no output can be held to."""
+
+
 class CheckpointError(MistralLargeError, ValueError):
     """A checkpoint whose files, tensors or geometry do not fit together."""
 
@@ -23,3 +27,7 @@ class TokenizerFileError(MistralLargeError, OSError):
 
 class DestinationError(MistralLargeError, OSError):
     """A folder that cannot be written as asked: not empty, no space, or in use."""
+
+
+class MissingLibraryError(MistralLargeError, ImportError):
+    """A library that only some uses need, and that is not installed."""

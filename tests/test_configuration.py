@@ -45,5 +45,5 @@ def test_config_refuses_what_the_architecture_is_not(wrong: dict[str, Any], find
 
 
 def test_config_refuses_a_wrong_type() -> None:
-    with pytest.raises(Exception, match="head_dim"):
+    with pytest.raises(StrictDataclassFieldValidationError, match="head_dim"):
         MistralLargeConfig(head_dim="128")  # type: ignore[arg-type]  # that is the test

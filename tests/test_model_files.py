@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    ContinuousBatchingConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     MistralForCausalLM,
@@ -130,7 +131,10 @@ def test_continuous_batching_gives_the_greedy_tokens(tiny_config: MistralLargeCo
     prompts = [random_ids(tiny_config, 1, length)[0].tolist() for length in (5, 17, 9)]
     expected = [model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :].tolist() for prompt in prompts]
     answers = model.generate_batch(
-        inputs=prompts, generation_config=GenerationConfig(**{**GREEDY, "eos_token_id": -1}), progress_bar=False
+        inputs=prompts,
+        generation_config=GenerationConfig(**{**GREEDY, "eos_token_id": -1}),
+        # Without a limit the paged cache takes most of the memory there is.
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, block_size=16, max_batch_tokens=64),
     )
     assert [answer.generated_tokens for answer in answers.values()] == expected
 
