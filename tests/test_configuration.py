@@ -5,13 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-)
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig
 
-from modeling_mistral_large import (
-    MistralLargeConfig,
-)
+from modeling_mistral_large import MistralLargeConfig
 
 
 def test_config_round_trip_and_old_keys(tmp_path: Path) -> None:
