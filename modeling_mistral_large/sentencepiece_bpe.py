@@ -1,0 +1,210 @@
+"""The vendor's SentencePiece model as a `tokenizers.Tokenizer` that gives the same ids for every text."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from .errors import TokenizerFileError
+
+VOCAB_SIZE = 32768
+UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
+# The tokens of the v3 instruct format.
+CONTROL_TOKENS = {
+    BOS: 1,
+    EOS: 2,
+    "[INST]": 3,
+    "[/INST]": 4,
+    "[TOOL_CALLS]": 5,
+    "[AVAILABLE_TOOLS]": 6,
+    "[/AVAILABLE_TOOLS]": 7,
+    "[TOOL_RESULTS]": 8,
+    "[/TOOL_RESULTS]": 9,
+}
+# `<unk>` and the 750 control pieces, the 20 user-defined pieces, the 256 bytes, then the pieces of text.
+CONTROL_IDS, REFERENCE_IDS, BYTE_IDS, TEXT_IDS = range(751), range(751, 771), range(771, 1027), range(1027, VOCAB_SIZE)
+BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+# Pieces at fixed ids. Those of 10 to 13 are left open: this format does not use them.
+PIECES_OF_V3 = {
+    0: UNKNOWN,
+    **{index: token for token, index in CONTROL_TOKENS.items()},
+    **{index: f"[control_{index - 2}]" for index in range(14, CONTROL_IDS.stop)},
+    **{index: f"[REFERENCE_DOC_{770 - index}]" for index in REFERENCE_IDS},
+    **{BYTE_IDS[byte]: piece for piece, byte in BYTE_PIECES.items()},
+}
+
+# The pieces of text decide about merges and words, so all are compared.
+TEXT_PIECES_SHA256 = "53a6491d971065614a9a39edcf88f81a9bccbc3df7e5e0ba82f65a5bca761bfa"
+
+RULE = "this package reads the v3 SentencePiece model of Mistral-Large-Instruct-2407"
+WAY_OUT = "pass a folder with its tokenizer.model.v3, or with the files that save_pretrained wrote"
+
+_REFERENCE = r"\[REFERENCE_DOC_1?[0-9]\]"
+# A word is a reference document, or a run of ▁ with what follows it, or what follows a document without a ▁. Words
+# keep the backend's cache useful, and no piece spans two of them, so no id changes. After a document, a closing bracket
+# that follows a letter or digit begins a word as well: the `[INST]` or `</s>` of a text would be a word of its own
+# otherwise, which `ignore_merges` would look up as the control piece. No piece has such a bracket inside.
+_WORD = (
+    rf"{_REFERENCE}"
+    rf"|▁+(?:[^▁\[]|(?!{_REFERENCE})\[)*"
+    rf"|[^▁](?:(?!{_REFERENCE}|(?<=[A-Za-z0-9])[\]>])[^▁])*"
+)
+
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+
+# What a model with the same pieces can do in another way: merges, dummy ▁, white space, normalisation, user-defined
+# pieces.
+_PROBE = " a  b\t\r\n▁c tokenisation ﬁ Ⅷ ｆｕｌｌ e\u0301 🎉\x00 [INST]</s>[REFERENCE_DOC_7][INST]x" + " " * 37
+
+
+def load_sentencepiece_bpe(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read `tokenizer.model.v3` into a backend whose ids are SentencePiece's, after `<s>` where special tokens are on.
+
+    The dummy ▁ goes before the first text only, so that a rendered prompt writes it as the space it stands for:
+    `<s>[INST] text[/INST]`. Control strings become control ids unless `encode_special_tokens` is set.
+
+    Raises `TokenizerFileError` where the file is missing, is not the v3 model, or would not be matched exactly.
+    """
+    processor = _read_processor(Path(path))
+    pieces: list[str] = processor.id_to_piece(list(range(VOCAB_SIZE)))
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[*_text_merges(pieces[TEXT_IDS.start :]), *_space_merges()],
+            unk_token=UNKNOWN,
+            byte_fallback=True,
+            # A reference document has no merges: it is a word, and looked up as a whole. So is any other word that is
+            # a piece, which its merges would give as well.
+            ignore_merges=True,
+        )
+    )
+    backend.pre_tokenizer = _pre_tokenizer()
+    backend.decoder = _decoder()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, CONTROL_TOKENS[BOS])]
+    )
+    backend.add_special_tokens(pieces[: CONTROL_IDS.stop])
+    if _encode_as_text(backend, _PROBE) != processor.encode(_PROBE):
+        raise TokenizerFileError(f"{path}: has v3's pieces, but encodes text in another way; {RULE}; {WAY_OUT}")
+    return backend
+
+
+def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read the backend that `load_sentencepiece_bpe` built and `save_pretrained` wrote, with tokens added since.
+
+    Raises `TokenizerFileError` where the file is missing, cannot be read, or holds another tokenizer.
+    """
+    if not Path(path).is_file():
+        raise TokenizerFileError(f"{path}: no such file; {RULE}; {WAY_OUT}")
+    try:
+        backend = Tokenizer.from_file(str(path))
+    # The Rust library raises nothing more specific.
+    except Exception as error:
+        raise TokenizerFileError(f"{path}: not a tokenizer.json ({error}); {RULE}; {WAY_OUT}") from error
+    _check_pieces(
+        path, [backend.id_to_token(index) for index in range(backend.get_vocab_size(with_added_tokens=False))]
+    )
+    # Conversions by others have the same pieces, but not the same ids for every text.
+    model, pre_tokenizer, decoder = backend.model, backend.pre_tokenizer, backend.decoder
+    if not (
+        isinstance(model, models.BPE)
+        and (model.ignore_merges, model.byte_fallback, backend.normalizer) == (True, True, None)
+        and pre_tokenizer is not None
+        and pre_tokenizer.__getstate__() == _pre_tokenizer().__getstate__()
+        and decoder is not None
+        and decoder.__getstate__() == _decoder().__getstate__()
+    ):
+        raise TokenizerFileError(f"{path}: has v3's pieces, but another program converted it; {RULE}; {WAY_OUT}")
+    return backend
+
+
+def _read_processor(path: Path) -> SentencePieceProcessor:
+    if not path.is_file():
+        raise TokenizerFileError(f"{path}: no such file; {RULE}; {WAY_OUT}")
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise TokenizerFileError(f"{path}: not a SentencePiece model; {RULE}; {WAY_OUT}") from error
+    _check_pieces(path, processor.id_to_piece(list(range(processor.get_piece_size()))))
+    return processor
+
+
+def _check_pieces(path: str | os.PathLike[str], pieces: Sequence[str | None]) -> None:
+    if len(pieces) != VOCAB_SIZE:
+        raise TokenizerFileError(f"{path}: {len(pieces)} pieces, v3 has {VOCAB_SIZE}; {RULE}; {WAY_OUT}")
+    for index, piece in PIECES_OF_V3.items():
+        if pieces[index] != piece:
+            raise TokenizerFileError(
+                f"{path}: piece {index} is {pieces[index]!r}, v3's is {piece!r}; {RULE}; {WAY_OUT}"
+            )
+    text_pieces = "\n".join(pieces[index] or "" for index in TEXT_IDS)
+    if sha256(text_pieces.encode()).hexdigest() != TEXT_PIECES_SHA256:
+        raise TokenizerFileError(f"{path}: other pieces than v3's for text; {RULE}; {WAY_OUT}")
+
+
+def _text_merges(pieces: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield every way to build each piece from two others, best score first: the runs of ▁ apart, that is by id."""
+    known = set(pieces)
+    for piece in pieces:
+        if piece.strip("▁"):
+            for cut in range(1, len(piece)):
+                if piece[:cut] in known and piece[cut:] in known:
+                    yield piece[:cut], piece[cut:]
+
+
+def _space_merges() -> Iterator[tuple[str, str]]:
+    """Yield the merges of runs of ▁, which come after all others.
+
+    Their pieces are 1 to 14 and 16 long and share one score, so SentencePiece always merges the leftmost pair that
+    makes a piece. The leftmost run thus grows by one ▁ at a time to 14; there it stops, as no piece is 15 long, and
+    the next run grows, to 2: then 14 and 2 make 16. No other merge ever happens, and at any time at most one run has
+    a length from 2 to 13. Ranked by falling length, that run grows before a new one begins: the same result from
+    merges that have no ties.
+    """
+    yield "▁" * 14, "▁" * 2
+    for length in range(13, 0, -1):
+        yield "▁" * length, "▁"
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Return what writes spaces as ▁, puts the dummy ▁ before the first text, and cuts the text into words."""
+
+    def metaspace(replacement: str, prepend_scheme: str) -> pre_tokenizers.PreTokenizer:
+        return pre_tokenizers.Metaspace(replacement=replacement, prepend_scheme=prepend_scheme, split=False)
+
+    return pre_tokenizers.Sequence(
+        [
+            metaspace("▁", "never"),
+            # Metaspace prepends nothing to a text that begins with its replacement, and SentencePiece always does:
+            # with a space as the replacement it always prepends, as no space is left.
+            metaspace(" ", "first"),
+            metaspace("▁", "never"),
+            pre_tokenizers.Split(Regex(_WORD), "isolated"),
+        ]
+    )
+
+
+def _decoder() -> decoders.Decoder:
+    return decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1, right=0)]
+    )
+
+
+def join_pieces(pieces: Iterable[str]) -> str:
+    """Return the text of pieces as SentencePiece does: � for each byte that is not part of a character."""
+    encoded = (
+        bytes([BYTE_PIECES[piece]]) if piece in BYTE_PIECES else piece.replace("▁", " ").encode() for piece in pieces
+    )
+    text = b"".join(encoded).decode("utf-8", errors="surrogateescape").removeprefix(" ")
+    return _ESCAPED_BYTE.sub("\ufffd", text)
+
+
+def _encode_as_text(backend: Tokenizer, text: str) -> list[int]:
+    backend.encode_special_tokens = True
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    backend.encode_special_tokens = False
+    return ids
