@@ -1,0 +1,411 @@
+"""The v3 instruct format: a conversation becomes control tokens, and texts that are encoded one by one.
+
+What the reference accepts gets exactly the reference's prompt. Where it refuses, `build_prompt` raises
+ConversationError, except for what transformers users send every day; `strict=True` refuses that too:
+
+| conversation                                                 | without `strict`                               |
+| ------------------------------------------------------------ | ---------------------------------------------- |
+| a tool call id that is not 9 letters or digits, or no id     | mapped, the same on the call and on its result |
+| text next to tool calls in one answer                        | both kept: text, then calls                    |
+| a final assistant message that is not to be continued        | rendered with `</s>`, as for training          |
+| `content` that is null or absent beside a role that needs it | empty text                                     |
+| a tool result that is an object, a number or a boolean       | that JSON value                                |
+| a tool call without `arguments`                              | `{}`                                           |
+| a tool definition without its `{"type", "function"}` wrapper | wrapped                                        |
+
+A conversation of system messages only, or one that begins with the assistant, gets an empty user message first, as
+in the reference. Unknown keys are ignored. Nothing the caller passes in is changed.
+"""
+
+import dataclasses
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise, zip_longest
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from .errors import ConversationError
+from .json_text import check_unicode, rewrite_json, show
+from .tool_calls import is_tool_call_id, map_tool_call_ids
+from .tool_schemas import FUNCTION_NAME, FUNCTION_NAME_RULE, ToolDefinition, write_tools
+
+
+class Segment(NamedTuple):
+    """A part of a prompt: one control token, or a text that is encoded on its own and holds no control token.
+
+    `is_generated` marks what the assistant says: its text, its tool calls and `</s>`.
+    """
+
+    text: str
+    is_control: bool = False
+    is_generated: bool = False
+
+
+BOS = Segment("<s>", is_control=True)
+EOS = Segment("</s>", is_control=True, is_generated=True)
+BEGIN_INST, END_INST = Segment("[INST]", is_control=True), Segment("[/INST]", is_control=True)
+TOOL_CALLS = Segment("[TOOL_CALLS]", is_control=True, is_generated=True)
+BEGIN_TOOLS, END_TOOLS = Segment("[AVAILABLE_TOOLS]", is_control=True), Segment("[/AVAILABLE_TOOLS]", is_control=True)
+BEGIN_RESULTS, END_RESULTS = Segment("[TOOL_RESULTS]", is_control=True), Segment("[/TOOL_RESULTS]", is_control=True)
+
+SEPARATOR = "\n\n"
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+# What may come after a message of each role.
+NEXT_ROLES = {
+    "system": ("system", "user", "assistant"),
+    "user": ("system", "user", "assistant"),
+    "assistant": ("user", "assistant", "tool"),
+    "tool": ("user", "assistant", "tool"),
+}
+
+
+@dataclass(slots=True)
+class _ToolCall:
+    name: str
+    arguments: str  # JSON
+    given_id: str | None
+
+
+@dataclass(slots=True)
+class _Message:
+    index: int
+    role: str
+    has_content: bool
+    text: str = ""  # of a tool message: JSON
+    is_prefix: bool = False
+    calls: Sequence[_ToolCall] = ()
+    given_id: str | None = None
+
+    @property
+    def where(self) -> str:
+        return f"message {self.index}"
+
+
+def build_prompt(
+    messages: Sequence[Any],
+    tools: Sequence[ToolDefinition] | None = None,
+    *,
+    continue_final_message: bool = False,
+    strict: bool = False,
+) -> list[Segment]:
+    """Return the prompt of an OpenAI-shaped conversation.
+
+    messages: dicts (or dataclasses, or pydantic models) with `role`, `content` (text or text chunks), and where they
+        apply `tool_calls`, `tool_call_id`, `name` and `prefix`.
+    tools: OpenAI tool definitions or Python functions.
+    continue_final_message: leave `</s>` off the last message, which must be the assistant's; `prefix: true` in that
+        message does the same.
+    strict: refuse whatever the reference refuses.
+
+    Raises ConversationError with the index of the message or tool, the finding, the rule and the way out.
+    """
+    if len(messages) == 0:
+        raise ConversationError("no messages: a conversation has at least one; pass a user message")
+    conversation = [_read_message(message, index, strict=strict) for index, message in enumerate(messages)]
+    last = conversation[-1]
+    if continue_final_message:
+        if last.role != "assistant":
+            raise ConversationError(
+                f"{last.where}: its role is {last.role}; only an assistant message can be continued; "
+                "leave continue_final_message out"
+            )
+        last.is_prefix = True
+    _check_order(conversation)
+    if strict and last.role == "assistant" and not last.is_prefix:
+        raise ConversationError(
+            f"{last.where}: a final assistant message; a prompt ends with a user or tool message; "
+            "pass continue_final_message=True to continue it, or leave strict=True out"
+        )
+    _check_results(conversation)
+    return _render(conversation, write_tools(tools, strict=strict) if tools else "", strict=strict)
+
+
+# Reading: every message in one plain form
+
+
+def _read_message(message: Any, index: int, *, strict: bool) -> _Message:
+    if not isinstance(message, dict):
+        message = _as_mapping(message, index)
+    given_role = message.get("role")
+    role = ROLES.get(given_role) if isinstance(given_role, str) else None
+    if role is None:
+        raise ConversationError(
+            f"message {index}: role {show(given_role)}; the roles are {', '.join(ROLES)}; choose one of them"
+        )
+    content = message.get("content")
+    read = _Message(index, role, bool(content))
+    if strict and content is None and role != "assistant":
+        raise ConversationError(f"{read.where}: no content; a {role} message has text; pass a string")
+    if role == "tool":
+        _read_tool_result(message, read, strict=strict)
+        return read
+    text = content if isinstance(content, str) else _read_text(content, read.where)
+    read.text = text if text.isascii() else check_unicode(text, read.where)
+    if role == "assistant":
+        _read_answer(message, read, strict=strict)
+    return read
+
+
+def _as_mapping(message: Any, index: int) -> Mapping[str, Any]:
+    if isinstance(message, Mapping):
+        return message
+    if callable(dump := getattr(message, "model_dump", None)):
+        return dict(dump())
+    if dataclasses.is_dataclass(message) and not isinstance(message, type):
+        return dataclasses.asdict(message)
+    raise ConversationError(
+        f"message {index}: {show(message)}; a message is a dict with a role and a content; pass one"
+    )
+
+
+def _read_text(content: Any, where: str) -> str:
+    """Return a text, or the texts of the chunks of one message."""
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    if not isinstance(content, list | tuple):
+        raise ConversationError(
+            f"{where}: content {show(content)}; it must be text or a list of text chunks; convert it"
+        )
+    return SEPARATOR.join(
+        filter(None, (_read_chunk(chunk, f"{where}: content[{n}]") for n, chunk in enumerate(content)))
+    )
+
+
+def _read_chunk(chunk: Any, where: str) -> str:
+    kind = chunk.get("type") if isinstance(chunk, Mapping) else None
+    if kind != "text":
+        raise ConversationError(
+            f"{where} is {show(chunk if kind is None else kind)}; this model reads text chunks only; "
+            'pass {"type": "text", "text": …} or leave it out'
+        )
+    text = chunk.get("text")
+    if not isinstance(text, str):
+        raise ConversationError(f"{where}.text is {show(text)}; it must be a string; convert it")
+    return text
+
+
+def _read_answer(message: Mapping[str, Any], read: _Message, *, strict: bool) -> None:
+    """Add what only an assistant message holds."""
+    prefix = message.get("prefix")
+    if prefix not in (None, False, True):
+        raise ConversationError(f"{read.where}: prefix {show(prefix)}; it is true or false; correct it or leave it out")
+    read.is_prefix = bool(prefix)
+    for key in ("reasoning_content", "reasoning"):
+        if message.get(key):
+            raise ConversationError(f"{read.where}: {key}; the v3 format has no place for reasoning; leave the key out")
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | tuple | None):
+        raise ConversationError(f"{read.where}: tool_calls {show(calls)}; it must be a list of calls; correct it")
+    read.calls = [
+        _read_call(call, f"{read.where}: tool_calls[{number}]", strict=strict)
+        for number, call in enumerate(calls or ())
+    ]
+
+
+def _read_call(call: Any, where: str, *, strict: bool) -> _ToolCall:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ConversationError(
+            f'{where}: {show(call)}; a call is {{"id": …, "type": "function", "function": {{"name": …, '
+            '"arguments": …}}; correct it'
+        )
+    if call.get("type", "function") != "function":
+        raise ConversationError(f"{where}: type {show(call['type'])}; every call is of type 'function'; correct it")
+    name = function.get("name")
+    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
+        raise ConversationError(f"{where}: name {show(name)}; {FUNCTION_NAME_RULE}; rename the function")
+    if strict and "arguments" not in function:
+        raise ConversationError(f"{where} ({name}): no arguments; a call has an object of arguments; pass {{}}")
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
+    if not isinstance(arguments, str | Mapping):
+        raise ConversationError(
+            f"{where} ({name}): arguments {show(arguments)}; they are an object or its JSON text; convert them"
+        )
+    return _ToolCall(name, _write_value(arguments, where), _read_id(call.get("id"), where, strict=strict))
+
+
+def _read_tool_result(message: Mapping[str, Any], read: _Message, *, strict: bool) -> None:
+    """Add what a tool message holds."""
+    name = message.get("name")
+    if name is not None and (not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name)):
+        raise ConversationError(f"{read.where}: name {show(name)}; {FUNCTION_NAME_RULE}; correct it or leave it out")
+    read.given_id = _read_id(message.get("tool_call_id"), read.where, strict=strict)
+    content = message.get("content")
+    if not isinstance(content, Mapping | bool | int | float):
+        content = _read_text(content, read.where) or "{}"
+    elif strict:
+        raise ConversationError(f"{read.where}: content {show(content)}; a tool result is text; pass it as JSON text")
+    read.text = _write_value(content, read.where)
+
+
+def _read_id(given: Any, where: str, *, strict: bool) -> str | None:
+    if strict and not (isinstance(given, str) and is_tool_call_id(given)):
+        raise ConversationError(
+            f"{where}: tool call id {show(given)}; it must be 9 letters or digits; "
+            "leave strict=True out to have it mapped"
+        )
+    # Some clients write "null" for an id they do not have.
+    return str(given) if given and given != "null" else None
+
+
+def _write_value(value: Any, where: str) -> str:
+    """Return the JSON text of a value, or of a text that may hold one."""
+    if not isinstance(value, str):
+        try:
+            # In ASCII first and from there, as the reference does: keys become text, and the last of equal ones counts.
+            value = json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConversationError(f"{where}: {error}; arguments and results are JSON values; convert them") from error
+    return rewrite_json(value, where)
+
+
+# Checking: what the reference refuses
+
+
+def _check_order(conversation: Sequence[_Message]) -> None:
+    first = conversation[0]
+    if len(conversation) == 1 and first.role not in ("user", "system"):
+        raise ConversationError(
+            f"{first.where}: an {first.role} message alone; a conversation has a user or system message; add one"
+        )
+    for previous, message in pairwise(conversation):
+        if message.role not in NEXT_ROLES[previous.role]:
+            raise ConversationError(
+                f"{message.where}: role {message.role} after {previous.role}; what comes there is "
+                f"{', '.join(NEXT_ROLES[previous.role])}; move the message or change its role"
+            )
+        if previous.is_prefix:
+            raise ConversationError(
+                f"{previous.where}: prefix is true; only the last message can be continued; leave prefix out"
+            )
+
+
+def _check_results(conversation: Sequence[_Message]) -> None:
+    """Check that every tool call has its result before the next answer."""
+    # The reference counts neither the calls nor the result of a first message.
+    awaited = 0
+    for message in conversation[1:]:
+        if message.role == "tool":
+            awaited -= 1
+        elif message.role == "assistant":
+            if awaited != 0:
+                finding = "results are missing" if awaited > 0 else "results have no call"
+                raise ConversationError(
+                    f"{message.where}: {abs(awaited)} tool {finding} before it; every tool call has one tool message "
+                    "before the next answer; add or remove tool messages"
+                )
+            awaited = len(message.calls)
+
+
+def _check_answer(turn: Sequence[_Message], *, strict: bool) -> None:
+    """Check that the assistant's messages in a row say something, and text before tool calls."""
+    has_text = has_content = has_calls = False
+    for message in turn:
+        if not message.has_content and not message.calls:
+            raise ConversationError(
+                f"{message.where}: neither content nor tool_calls; an assistant message has one of them; leave it out"
+            )
+        if has_calls and message.text:
+            raise ConversationError(
+                f"{message.where}: text after tool calls; their results come before it; add tool messages"
+            )
+        has_text = has_text or bool(message.text)
+        has_content = has_content or message.has_content
+        has_calls = has_calls or bool(message.calls)
+        if strict and has_content and has_calls:
+            raise ConversationError(
+                f"{message.where}: content and tool_calls; an answer has one; leave strict=True out to keep both"
+            )
+    if not has_text and not has_calls:
+        raise ConversationError(f"{turn[0].where}: its text is empty; an assistant message has text; leave it out")
+
+
+# Rendering: the checked conversation as segments
+
+
+def _render(conversation: Sequence[_Message], tools: str, *, strict: bool) -> list[Segment]:
+    ids = iter(_map_ids(conversation))
+    system = SEPARATOR.join(
+        message.text for message in conversation if message.role == "system" and message.has_content
+    )
+    turns = [
+        (role, list(turn))
+        for role, turn in groupby(conversation, attrgetter("role"))
+        # A system message has no place of its own, but keeps the users around it apart.
+        if role != "system"
+    ]
+    if not turns or turns[0][0] != "user":
+        turns.insert(0, ("user", []))
+    last_user = max(number for number, (role, _) in enumerate(turns) if role == "user")
+
+    segments = [BOS]
+    for number, (role, turn) in enumerate(turns):
+        if role == "user":
+            text = SEPARATOR.join(message.text for message in turn if message.text)
+            if number == last_user:
+                if tools:
+                    segments += [BEGIN_TOOLS, Segment(tools), END_TOOLS]
+                if system:
+                    text = system + SEPARATOR + text
+            segments += [BEGIN_INST, Segment(text), END_INST]
+        elif role == "assistant":
+            _check_answer(turn, strict=strict)
+            segments += _render_answer(turn, ids)
+        else:
+            for message in turn:
+                result = f'{{"content": {message.text}, "call_id": {json.dumps(next(ids))}}}'
+                segments += [BEGIN_RESULTS, Segment(result), END_RESULTS]
+    return segments
+
+
+def _render_answer(turn: Sequence[_Message], ids: Iterator[str]) -> list[Segment]:
+    segments = []
+    if text := SEPARATOR.join(message.text for message in turn if message.text):
+        segments.append(Segment(text.rstrip(" "), is_generated=True))
+    if calls := [call for message in turn for call in message.calls]:
+        texts = [
+            f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}, "id": {json.dumps(next(ids))}}}'
+            for call in calls
+        ]
+        segments += [TOOL_CALLS, Segment(f"[{', '.join(texts)}]", is_generated=True)]
+    if not turn[-1].is_prefix:
+        segments.append(EOS)
+    return segments
+
+
+def _map_ids(conversation: Sequence[_Message]) -> list[str]:
+    """Return the id of every call and result, in the order of the prompt.
+
+    A call without an id has that of the result in its place, a result without one that of the call in its place.
+    """
+    given: list[Hashable] = []
+    calls: list[Hashable] = []
+    place = 0
+    for number, message in enumerate(conversation):
+        if message.role == "assistant":
+            following = conversation[number + 1 : number + 1 + len(message.calls)]
+            calls, place = _call_ids(number, message.calls, following), 0
+            given += calls
+        elif message.role == "tool":
+            in_place = calls[place] if place < len(calls) else (number, None)
+            given.append(message.given_id or in_place)
+            place += 1
+    mapped = map_tool_call_ids(given)
+    return [mapped[key] for key in given]
+
+
+def _call_ids(number: int, calls: Sequence[_ToolCall], following: Sequence[_Message]) -> list[Hashable]:
+    """Return the ids the caller gave to the calls of message `number`, and what stands for one that is nowhere."""
+    own = [call.given_id for call in calls]
+    results = [message.given_id for message in following]
+    return [
+        call_id or (result_id if result_id not in own else None) or (number, place)
+        for place, (call_id, result_id) in enumerate(zip_longest(own, results))
+    ]

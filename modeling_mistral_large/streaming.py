@@ -1,0 +1,28 @@
+"""Streamers for `generate` that keep the spaces at the start of lines."""
+
+from torch import Tensor
+from transformers import TextIteratorStreamer, TextStreamer
+
+NEWLINE_ID = 781
+
+
+class _KeepsLineStarts(TextStreamer):
+    """Makes transformers' streamers emit what `decode` returns for the whole answer.
+
+    They forget a line once it is out, and decode the next one on its own: the space in front of it would be taken for
+    the one the tokenizer puts before every text, and dropped.
+    """
+
+    def put(self, value: Tensor) -> None:
+        is_skipped = self.skip_prompt and self.next_tokens_are_prompt
+        super().put(value)  # type: ignore[no-untyped-call]
+        if not self.token_cache and not is_skipped:
+            self.token_cache, self.print_len = [NEWLINE_ID], len("\n")
+
+
+class MistralLargeTextStreamer(_KeepsLineStarts):
+    """transformers' TextStreamer, exact for this tokenizer."""
+
+
+class MistralLargeTextIteratorStreamer(_KeepsLineStarts, TextIteratorStreamer):
+    """transformers' TextIteratorStreamer, exact for this tokenizer."""
