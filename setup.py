@@ -10,17 +10,20 @@ ROOT = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_mistral_large/__init__.py").read_text(), re.MULTILINE)
 assert version is not None
 
-demo = ["mistral-common>=1.8"]
+demo = ["mistral-common>=1.13"]
+structured = ["llguidance>=1.3,<2"]
 test = [
     *demo,
-    "build>=1.2",
+    *structured,
     "hypothesis>=6.100",
+    "jsonschema>=4.21",
     "mypy>=1.15",
     "optimum-quanto>=0.2.7",
     "peft>=0.18",
     "psutil>=6",
     "pytest>=8",
     "pytest-xdist>=3.6",
+    "regex",
     "ruff>=0.12",
     "setuptools>=77",
 ]
@@ -64,6 +67,6 @@ setup(
         "typer",
         "rich",
     ],
-    extras_require={"demo": demo, "test": test},
+    extras_require={"demo": demo, "structured": structured, "test": test},
     entry_points={"console_scripts": ["mistral-large=mistral_large_cli:main"]},
 )

@@ -184,8 +184,8 @@ class MistralLargeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states
+        fed_forward: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + fed_forward
 
 
 class MistralLargePreTrainedModel(PreTrainedModel):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    ContinuousBatchingConfig,
     AutoModelForCausalLM,
+    ContinuousBatchingConfig,
     GenerationConfig,
     MistralForCausalLM,
     StaticCache,
