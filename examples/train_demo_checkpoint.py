@@ -3,7 +3,7 @@
     python examples/train_demo_checkpoint.py new/folder && cp new/folder/* mistral_large_cli/demo_checkpoint/
 
 It learns the conversations of golden.json, with temperatures and tool call ids that are new each time, so that the
-number in an answer is read from the tool's result. It takes about five minutes on two cores, and writes the same bytes
+number in an answer is read from the tool's result. It takes about seven minutes of one core, and writes the same bytes
 each time on one machine. A model that does not give every golden answer with a clear lead is not written.
 """
 

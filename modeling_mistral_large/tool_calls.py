@@ -369,7 +369,7 @@ def _read_call(text: str) -> dict[str, Any] | None:
     value = _read_json(text)
     if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
         return None
-    if "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         return None
     arguments = value.get("arguments")
     if arguments is None:

@@ -134,6 +134,15 @@ def test_the_pipeline_says_the_same_without_any_option(demo_folder: Path) -> Non
         assert chatbot(GOLDEN[name].messages)[0]["generated_text"][-1]["content"] == GOLDEN[name].answer
 
 
+def test_the_pipeline_continues_every_golden_conversation(demo_folder: Path) -> None:
+    """Its check of histories is stricter than the tokenizer's."""
+    chatbot: Any = transformers.pipeline("text-generation", str(demo_folder), do_sample=False)
+    for golden in GOLDEN.values():
+        message = chatbot(golden.messages, tools=golden.tools)[0]["generated_text"][-1]
+        assert message["content"] == ("" if "tool_calls" in message else golden.answer)
+        assert ("tool_calls" in message) == golden.answer.startswith("[TOOL_CALLS]")
+
+
 def test_the_pipeline_returns_tool_calls_by_itself(demo_folder: Path) -> None:
     chatbot: Any = transformers.pipeline("text-generation", str(demo_folder), do_sample=False)
     golden = GOLDEN["weather_parallel_call"]

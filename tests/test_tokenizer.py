@@ -733,7 +733,7 @@ def test_padding_and_truncation_as_transformers_does_it(tokenizer: MistralLargeT
 
 def test_prompts_longer_than_the_model_takes_are_warned_about(tokenizer: MistralLargeTokenizer) -> None:
     own = copy.deepcopy(tokenizer)
-    own.model_max_length = 8
+    own.model_max_length, own.deprecation_warnings = 8, {}
     own.apply_chat_template(CONVERSATION, tokenizer_kwargs={"verbose": False})
     assert own.deprecation_warnings == {}
     own.apply_chat_template(CONVERSATION)
