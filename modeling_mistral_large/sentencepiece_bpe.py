@@ -183,9 +183,19 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
             # with a space as the replacement it always prepends, as no space is left.
             metaspace(" ", "first"),
             metaspace("▁", "never"),
-            pre_tokenizers.Split(Regex(_WORD), "isolated"),
+            word_splitter(),
         ]
     )
+
+
+def word_splitter() -> pre_tokenizers.PreTokenizer:
+    """Return what cuts a text into words, once `mark_spaces` or the pre-tokenizer before it has marked the spaces."""
+    return pre_tokenizers.Split(Regex(_WORD), "isolated")
+
+
+def mark_spaces(text: str) -> str:
+    """Return a whole text as the pre-tokenizer makes it, dummy ▁ included, without its account of the offsets."""
+    return f"▁{text.replace(' ', '▁')}" if text else ""
 
 
 def _decoder() -> decoders.Decoder:

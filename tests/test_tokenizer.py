@@ -727,6 +727,14 @@ def test_padding_and_truncation_as_transformers_does_it(tokenizer: MistralLargeT
                     assert {name: np.asarray(rows).tolist() for name, rows in output.items()} == {
                         name: np.asarray(rows).tolist() for name, rows in expected.items()
                     }
+    multiple = tokenizer.apply_chat_template(conversation, padding=True, tokenizer_kwargs={"pad_to_multiple_of": 64})
+    assert (
+        multiple["input_ids"]
+        == tokenizer(text, add_special_tokens=False, padding="max_length", max_length=64)["input_ids"]
+    )
+    own = copy.deepcopy(tokenizer)
+    own.truncation_side = "left"
+    assert own.apply_chat_template(conversation, truncation=True, max_length=0)["input_ids"] == []
     without_mask = tokenizer.apply_chat_template(conversation, tokenizer_kwargs={"return_attention_mask": False})
     assert set(without_mask) == {"input_ids"}
 
