@@ -89,6 +89,8 @@ def test_mapped_ids_are_valid_and_different(ids: list[Any]) -> None:
 
 def test_mapping_is_the_documented_one() -> None:
     ids = ["abcdefghi", "call_123456789xyz", "x-abcdefghi", "call_1", None, "call-123456789xyz"]
+    # An id that comes again, as that of a call does on its result, keeps what it has.
+    ids += ids[:5]
     assert list(map_tool_call_ids(ids).values()) == [
         *("abcdefghi", "456789xyz", "100000001", "100000002", "100000003", "100000004"),
     ]
