@@ -4,7 +4,8 @@ Prompts: seeded conversations, compared id for id with what the reference encode
 template that the reference itself generates, run by transformers on a tokenizer with the right ids, with and without
 `sanitize_control_tokens`. Texts: chunks of Python source, compared with SentencePiece; the alternative is the tokenizer
 that transformers makes of the same file, for which it needs protobuf. Weights: the rope order of a grouped-query key,
-compared with a plain loop.
+compared with a plain loop. `--samples` also takes the reference's own samples: folders with a `sample.json` and the ids
+it must have in `tokens_v3.json`, as they lie in `tests/data/samples` of the repository of mistral-common.
 
     python -m benchmarks.exactness --conversations 1500 --write benchmarks/results/exactness.json
 """
@@ -79,6 +80,16 @@ def prompt_shares(folder: Path, count: int) -> Iterator[tuple[str, str, int, int
             yield kind, name, same, count
 
 
+def sample_results(folder: Path, samples: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each of the reference's samples, and whether ours has its ids."""
+    ours = MistralLargeTokenizer.from_pretrained(folder)
+    for path in sorted(samples.glob("*/tokens_v3.json")):
+        expected = json.loads(path.read_text())["tokens"]
+        request = json.loads((path.parent / "sample.json").read_text())
+        found = ours.apply_chat_template(request["messages"], tools=request["tools"], return_dict=False)
+        yield path.parent.name, found == expected
+
+
 def source_chunks(count: int) -> list[str]:
     """Chunks of the standard library's Python source."""
     text = "".join(
@@ -127,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=ast.get_docstring(ast.parse(Path(__file__).read_text())))
     parser.add_argument("--conversations", type=int, default=1500, help="of each kind")
     parser.add_argument("--chunks", type=int, default=1500, help="of Python source")
+    parser.add_argument("--samples", type=Path, help="folder of the reference's own samples")
     parser.add_argument("--write", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     results: dict[str, Any] = {"transformers": transformers.__version__, "prompts": {}, "texts": {}, "rope": {}}
@@ -136,6 +148,9 @@ def main() -> None:
         for kind, way, same, count in prompt_shares(folder, options.conversations):
             print(f"prompts, {kind:8} {way:30} {share_of(same, count)}", flush=True)
             results["prompts"].setdefault(kind, {})[way] = [same, count]
+        for sample, is_same in sample_results(folder, options.samples) if options.samples else ():
+            print(f"the reference's sample {sample:30} {is_same}")
+            results.setdefault("samples", {})[sample] = is_same
         for way, same, count in text_shares(folder, options.chunks):
             print(f"texts, Python    {way:30} {share_of(same, count)}", flush=True)
             results["texts"][way] = [same, count]

@@ -3,7 +3,7 @@
 import inspect
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,10 @@ from .sentencepiece_bpe import (
     UNKNOWN,
     VOCAB_SIZE,
     WAY_OUT,
+    TextEncoder,
     join_pieces,
     load_sentencepiece_bpe,
-    mark_spaces,
     read_tokenizer_json,
-    word_splitter,
 )
 from .tool_calls import parse_answer
 
@@ -39,9 +38,6 @@ from .tool_calls import parse_answer
 # such pieces from both ends (ids 14 to 18, 749 and 750); this one, id 384, is halfway.
 PAD = "[control_382]"
 MAX_LENGTH = 131072
-
-# Texts that are shorter together are encoded before the backend's threads have woken up.
-CHARACTERS_WORTH_THREADS = 2000
 
 # What `tokenizer_kwargs` can still say about a prompt that is put together from segments.
 TOKENIZER_KWARGS = ("padding_side", "pad_to_multiple_of", "return_attention_mask", "verbose")
@@ -144,11 +140,11 @@ class MistralLargeTokenizer(TokenizersBackend):
         return (*files, str(copy))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_text_backend": None}
+        return {**self.__dict__, "_encode_text": None}
 
     def _forget_added_tokens(self) -> None:
         """Drop what is derived from the backend's tokens."""
-        self._text_backend: Tokenizer | None = None
+        self._encode_text: Callable[[str], list[int]] | None = None
         self._pieces: list[str] | None = None
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
@@ -193,17 +189,10 @@ class MistralLargeTokenizer(TokenizersBackend):
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts that are not to be trusted: control strings stay text, and there is no `<s>`."""
-        backend = self._text_backend
-        if backend is None:
-            backend = self._text_backend = _text_backend(self.backend_tokenizer)
-        if not _added_tokens(backend):
-            texts = [mark_spaces(text) for text in texts]
-        is_long = sum(map(len, texts)) >= CHARACTERS_WORTH_THREADS
-        return [
-            encoding.ids
-            for batch in ([texts] if is_long else ([text] for text in texts))
-            for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)
-        ]
+        encode = self._encode_text
+        if encode is None:
+            encode = self._encode_text = _text_encoder(self.backend_tokenizer)
+        return [encode(text) for text in texts]
 
     def apply_chat_template(  # type: ignore[override, unused-ignore]
         self,
@@ -390,18 +379,16 @@ def _read_backend(tokenizer_file: str | None, vocab_file: str | None) -> Tokeniz
     return load_sentencepiece_bpe(vocab_file)
 
 
-def _text_backend(backend: Tokenizer) -> Tokenizer:
-    """Return a backend on the same model that takes special tokens for text, and knows the tokens added since.
-
-    Added tokens are found in a text before its spaces are marked. Where there are none, `mark_spaces` does that faster
-    than the pre-tokenizer.
-    """
+def _text_encoder(backend: Tokenizer) -> Callable[[str], list[int]]:
+    """Return what encodes a text on the same model, takes special tokens for text, and knows the tokens added since."""
     added = _added_tokens(backend)
+    if not added:
+        return TextEncoder(backend)
     text_backend = Tokenizer(backend.model)
-    text_backend.pre_tokenizer = backend.pre_tokenizer if added else word_splitter()
+    text_backend.pre_tokenizer = backend.pre_tokenizer
     text_backend.encode_special_tokens = True
     text_backend.add_tokens(added)
-    return text_backend
+    return lambda text: text_backend.encode(text, add_special_tokens=False).ids
 
 
 def _added_tokens(backend: Tokenizer) -> list[AddedToken]:

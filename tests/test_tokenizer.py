@@ -24,9 +24,10 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, BatchEncoding, DataCollatorForLanguageModeling, TokenizersBackend
 
-from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
+from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer, sentencepiece_bpe
 from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, RESPONSE_TEMPLATE
 from modeling_mistral_large.errors import ConversationError, TokenizerFileError
+from modeling_mistral_large.sentencepiece_bpe import TextEncoder, small_words
 from modeling_mistral_large.streaming import MistralLargeTextIteratorStreamer, MistralLargeTextStreamer
 from modeling_mistral_large.tokenization_mistral_large import PAD
 
@@ -96,6 +97,45 @@ def test_no_piece_spans_the_end_of_a_word(pieces: list[str]) -> None:
     # What the words of the pre-tokenizer rest on, for every text and not only those that a test can try.
     spanning = re.compile(r"[^▁]▁|[A-Za-z0-9][\]>]|.\[REFERENCE_DOC_")
     assert [piece for piece in pieces[1027:] if spanning.search(piece)] == []
+
+
+def test_no_piece_is_more_than_one_small_word(pieces: list[str]) -> None:
+    # What the words that are remembered rest on: every cut inside a piece would show here.
+    assert [piece for piece in pieces[751:771] + pieces[1027:] if small_words(piece) != [piece]] == []
+
+
+@pytest.mark.parametrize(
+    ("marked_text", "words"),
+    [
+        ("▁▁a+12.5▁é(", ["▁▁a", "+", "1", "2", ".", "5", "▁é("]),
+        ("▁7▁", ["▁", "7", "▁"]),
+        ("▁abcé▁abc", ["▁abcé", "▁abc"]),
+        ("▁-«x", ["▁-«x"]),
+        (
+            "▁[[REFERENCE_DOC_1]x[REFERENCE_DOC_2",
+            ["▁[", "[REFERENCE_DOC_1]", "x", "[", "REFERENCE", "_", "DOC", "_", "2"],
+        ),
+    ],
+)
+def test_small_words(marked_text: str, words: list[str]) -> None:
+    assert small_words(marked_text) == words
+
+
+def test_remembered_words_are_few_and_short(
+    tokenizer: MistralLargeTokenizer,
+    some_texts: list[str],
+    sentencepiece_processor: SentencePieceProcessor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sentencepiece_bpe, "MOST_WORDS", 7)
+    monkeypatch.setattr(sentencepiece_bpe, "LONGEST_WORD", 5)
+    encode = TextEncoder(tokenizer.backend_tokenizer)
+    most = longest = 0
+    for text, ids in zip(some_texts, sentencepiece_processor.encode(some_texts), strict=True):
+        assert encode(text) == ids
+        most = max(most, len(encode._word_ids))
+        longest = max(longest, *map(len, encode._word_ids), 0)
+    assert (most, longest) == (7, 5)
 
 
 def test_ids_from_tokenizer_json(
