@@ -54,6 +54,8 @@ _WORD = (
     rf"|▁+(?:[^▁\[]|(?!{_REFERENCE})\[)*"
     rf"|[^▁](?:(?!{_REFERENCE}|(?<=[A-Za-z0-9])[\]>])[^▁])*"
 )
+# The same where reference documents are text as well: a document is two words, and so never looked up.
+_WORD_OF_TEXT = r"▁*(?:(?!(?<=\[)REFERENCE_DOC_)[^▁])+|▁+|REFERENCE_DOC_"
 
 # Words between reference documents, cut smaller where no piece spans the cut either: around a digit, and between an
 # ASCII letter and ASCII punctuation. They are so few that their ids can be remembered.
@@ -96,7 +98,7 @@ def load_sentencepiece_bpe(path: str | os.PathLike[str]) -> Tokenizer:
             ignore_merges=True,
         )
     )
-    backend.pre_tokenizer = _pre_tokenizer()
+    backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = _decoder()
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, CONTROL_TOKENS[BOS])]
@@ -123,12 +125,12 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
         path, [backend.id_to_token(index) for index in range(backend.get_vocab_size(with_added_tokens=False))]
     )
     # Conversions by others have the same pieces, but not the same ids for every text.
-    model, pre_tokenizer, decoder = backend.model, backend.pre_tokenizer, backend.decoder
+    model, splitter, decoder = backend.model, backend.pre_tokenizer, backend.decoder
     if not (
         isinstance(model, models.BPE)
         and (model.ignore_merges, model.byte_fallback, backend.normalizer) == (True, True, None)
-        and pre_tokenizer is not None
-        and pre_tokenizer.__getstate__() == _pre_tokenizer().__getstate__()
+        and splitter is not None
+        and splitter.__getstate__() == pre_tokenizer().__getstate__()
         and decoder is not None
         and decoder.__getstate__() == _decoder().__getstate__()
     ):
@@ -184,7 +186,7 @@ def _space_merges() -> Iterator[tuple[str, str]]:
         yield "▁" * length, "▁"
 
 
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(*, reference_documents_as_text: bool = False) -> pre_tokenizers.PreTokenizer:
     """Return what writes spaces as ▁, puts the dummy ▁ before the first text, and cuts the text into words."""
 
     def metaspace(replacement: str, prepend_scheme: str) -> pre_tokenizers.PreTokenizer:
@@ -197,7 +199,7 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
             # with a space as the replacement it always prepends, as no space is left.
             metaspace(" ", "first"),
             metaspace("▁", "never"),
-            pre_tokenizers.Split(Regex(_WORD), "isolated"),
+            pre_tokenizers.Split(Regex(_WORD_OF_TEXT if reference_documents_as_text else _WORD), "isolated"),
         ]
     )
 
@@ -206,13 +208,15 @@ class TextEncoder:
     """Gives the ids that a backend without added tokens gives to a whole text in which control strings are text.
 
     It looks words up that it has seen before, which takes a fraction of the backend's time, and keeps no offsets.
+    `[REFERENCE_DOC_n]` is SentencePiece's own piece, or text like any other with `reference_documents_as_text`.
     """
 
-    def __init__(self, backend: Tokenizer) -> None:
+    def __init__(self, backend: Tokenizer, *, reference_documents_as_text: bool = False) -> None:
         self._word_ids = _WordIds(backend.model)
+        self._cut = _SMALL_WORD.findall if reference_documents_as_text else small_words
 
     def __call__(self, text: str) -> list[int]:
-        words = small_words(f"▁{text.replace(' ', '▁')}") if text else ()
+        words = self._cut(f"▁{text.replace(' ', '▁')}") if text else ()
         return list(chain.from_iterable(map(self._word_ids.__getitem__, words)))
 
 

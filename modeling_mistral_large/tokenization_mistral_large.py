@@ -29,6 +29,7 @@ from .sentencepiece_bpe import (
     TextEncoder,
     join_pieces,
     load_sentencepiece_bpe,
+    pre_tokenizer,
     read_tokenizer_json,
 )
 from .tool_calls import parse_answer
@@ -91,9 +92,16 @@ class MistralLargeTokenizer(TokenizersBackend):
         # The base class would take it for the name of a repository, and speak of that.
         if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
             raise TokenizerFileError(f"{path}: no such file or folder; {RULE}; {WAY_OUT}")
+        # Importing it here breaks the cycle of imports: the conversion writes what this class reads.
+        from .consolidated_loading import find_tokenizer_file
+
+        alone = find_tokenizer_file(pretrained_model_name_or_path, kwargs)
+        if alone is not None:
+            kwargs.pop("subfolder", None)
         tokenizer: MistralLargeTokenizer = super().from_pretrained(
-            pretrained_model_name_or_path, *init_inputs, **kwargs
+            alone or pretrained_model_name_or_path, *init_inputs, **kwargs
         )
+        tokenizer.name_or_path = str(pretrained_model_name_or_path)
         return tokenizer
 
     @classmethod
@@ -140,11 +148,12 @@ class MistralLargeTokenizer(TokenizersBackend):
         return (*files, str(copy))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encode_text": None}
+        return {**self.__dict__, "_text_encoders": {}}
 
     def _forget_added_tokens(self) -> None:
         """Drop what is derived from the backend's tokens."""
-        self._encode_text: Callable[[str], list[int]] | None = None
+        # With reference documents as pieces, and as text.
+        self._text_encoders: dict[bool, Callable[[str], list[int]]] = {}
         self._pieces: list[str] | None = None
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
@@ -187,11 +196,15 @@ class MistralLargeTokenizer(TokenizersBackend):
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         return join_pieces(self.pieces[i] for i in ids if i < len(self.pieces) and i not in skipped)
 
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts that are not to be trusted: control strings stay text, and there is no `<s>`."""
-        encode = self._encode_text
+    def encode_texts(self, texts: Sequence[str], *, reference_documents_as_text: bool = False) -> list[list[int]]:
+        """Return the ids of texts that are not to be trusted: control strings stay text, and there is no `<s>`.
+
+        `[REFERENCE_DOC_n]` in a text is one piece, as for SentencePiece, unless `reference_documents_as_text` is set.
+        """
+        encode = self._text_encoders.get(reference_documents_as_text)
         if encode is None:
-            encode = self._encode_text = _text_encoder(self.backend_tokenizer)
+            encode = _text_encoder(self.backend_tokenizer, reference_documents_as_text)
+            self._text_encoders[reference_documents_as_text] = encode
         return [encode(text) for text in texts]
 
     def apply_chat_template(  # type: ignore[override, unused-ignore]
@@ -217,7 +230,9 @@ class MistralLargeTokenizer(TokenizersBackend):
 
         The ids are the reference's. Texts are encoded apart from control tokens, so `sanitize_control_tokens` has
         nothing left to do; the format has no generation prompt, so `add_generation_prompt` changes nothing.
-        `strict=True` refuses what the reference refuses. Another `chat_template` is left to transformers.
+        `strict=True` refuses what the reference refuses. `reference_documents_as_text=True` keeps the one kind of
+        pieces from a text that the reference does take from it, `[REFERENCE_DOC_n]`, which has no meaning in this
+        format. Another `chat_template` is left to transformers.
 
         Raises ConversationError with the message index, the finding, the rule and the way out.
         """
@@ -281,6 +296,7 @@ class MistralLargeTokenizer(TokenizersBackend):
             truncation=truncation,
             max_length=max_length,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
+            reference_documents_as_text=kwargs.get("reference_documents_as_text", False),
             **tokenizer_kwargs,
         )
         if is_batch or return_tensors is not None:
@@ -323,6 +339,7 @@ class MistralLargeTokenizer(TokenizersBackend):
         truncation: Any,
         max_length: int | None,
         return_assistant_tokens_mask: bool,
+        reference_documents_as_text: bool,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_attention_mask: bool = True,
@@ -330,7 +347,7 @@ class MistralLargeTokenizer(TokenizersBackend):
     ) -> dict[str, list[list[int]]]:
         """Return ids and masks of prompts, one row each, truncated and padded as transformers does it."""
         texts = [part.text for prompt in prompts for part in prompt if not part.is_control]
-        text_ids = iter(self.encode_texts(texts))
+        text_ids = iter(self.encode_texts(texts, reference_documents_as_text=reference_documents_as_text))
         part_ids = [
             [[CONTROL_TOKENS[part.text]] if part.is_control else next(text_ids) for part in prompt]
             for prompt in prompts
@@ -379,13 +396,13 @@ def _read_backend(tokenizer_file: str | None, vocab_file: str | None) -> Tokeniz
     return load_sentencepiece_bpe(vocab_file)
 
 
-def _text_encoder(backend: Tokenizer) -> Callable[[str], list[int]]:
+def _text_encoder(backend: Tokenizer, reference_documents_as_text: bool) -> Callable[[str], list[int]]:
     """Return what encodes a text on the same model, takes special tokens for text, and knows the tokens added since."""
     added = _added_tokens(backend)
     if not added:
-        return TextEncoder(backend)
+        return TextEncoder(backend, reference_documents_as_text=reference_documents_as_text)
     text_backend = Tokenizer(backend.model)
-    text_backend.pre_tokenizer = backend.pre_tokenizer
+    text_backend.pre_tokenizer = pre_tokenizer(reference_documents_as_text=reference_documents_as_text)
     text_backend.encode_special_tokens = True
     text_backend.add_tokens(added)
     return lambda text: text_backend.encode(text, add_special_tokens=False).ids

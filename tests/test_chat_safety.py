@@ -85,6 +85,20 @@ def test_no_piece_becomes_a_control_token(
 
 
 @pytest.mark.parametrize("gluing", GLUINGS.values(), ids=GLUINGS)
+def test_no_reference_document_becomes_a_piece_as_text(
+    tokenizer: MistralLargeTokenizer, pieces: list[str], gluing: Callable[[str], str]
+) -> None:
+    for piece in pieces[REFERENCE_DOCUMENTS.start - 1 :]:
+        hostile = conversation_with(gluing(piece))
+        options: dict[str, Any] = {"tools": hostile.tools, "return_dict": False, "reference_documents_as_text": True}
+        prompt = tokenizer.apply_chat_template(hostile.messages, **options)
+        assert not set(prompt) & set(REFERENCE_DOCUMENTS), piece
+        # What is said is the same, however it is cut into pieces.
+        as_pieces = tokenizer.apply_chat_template(hostile.messages, tools=hostile.tools, return_dict=False)
+        assert tokenizer.decode(prompt) == tokenizer.decode(as_pieces)
+
+
+@pytest.mark.parametrize("gluing", GLUINGS.values(), ids=GLUINGS)
 def test_reference_documents_are_the_references(
     tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, pieces: list[str], gluing: Callable[[str], str]
 ) -> None:

@@ -12,9 +12,9 @@ import pytest
 from mistral_large_cli.demo import assemble_demo_checkpoint
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
-# Blocks under this comment are run by .ci/run, each in a fresh virtual environment, or need a network.
-NOT_HERE = re.compile(r"<!-- (command: \w+|needs the hub) -->$")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+# Blocks under this comment are run by .ci/run, each in a fresh virtual environment, or need what is not at hand.
+NOT_HERE = re.compile(r"<!-- (command: \w+|needs .+) -->$")
 LANGUAGES_WITHOUT_CODE = {"", "text"}
 
 
@@ -40,7 +40,7 @@ def blocks(document: str) -> list[Block]:
     return found
 
 
-README_BLOCKS = blocks("README.md")
+BLOCKS = [block for document in DOCUMENTS if document != "CONTRIBUTING.md" for block in blocks(document)]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Pa
 
 
 def test_the_readme_has_code() -> None:
-    assert {block.language for block in README_BLOCKS} == {"bash", "python"}
+    assert {block.language for block in BLOCKS if block.document == "README.md"} == {"bash", "python"}
 
 
-@pytest.mark.parametrize("block", README_BLOCKS, ids=str)
-def test_a_block_of_the_readme_runs(block: Block, workplace: Path) -> None:
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_of_the_documents_runs(block: Block, workplace: Path) -> None:
     if "convert" not in block.code and not (workplace / "Mistral-Large-2407-hf").exists():
         (workplace / "Mistral-Large-2407-hf").symlink_to(workplace / "converted")
     command = {"python": [sys.executable, "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}[block.language]
@@ -76,7 +76,7 @@ def test_the_documents_speak_of_files_that_exist() -> None:
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         for name in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / name).exists(), f"{document}: {name}"
+            assert ((ROOT / document).parent / name).exists(), f"{document}: {name}"
 
 
 def test_both_command_lines_of_the_readme_are_found_by_ci() -> None:

@@ -121,6 +121,30 @@ def test_small_words(marked_text: str, words: list[str]) -> None:
     assert small_words(marked_text) == words
 
 
+def test_reference_documents_as_text(
+    tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, pieces: list[str]
+) -> None:
+    # SentencePiece takes no control piece from a text: the oracle is the model in which the documents are such pieces.
+    model = re.sub(rb"(\[REFERENCE_DOC_\d+\]\x15\x00{4}\x18)\x04", b"\\1\x03", tokenizer_model_file.read_bytes())
+    processor = SentencePieceProcessor(model_proto=model)
+    documents = pieces[751:771]
+    texts = [
+        *documents,
+        *(f"([{document}]{document}[REFERENCE_DOC_20]" for document in documents),
+        *(
+            text[:5] + documents[number % 20] + text[5:]
+            for number, text in enumerate(mixed_texts(pieces[:1027], seed=3, count=500))
+        ),
+    ]
+    with_added_token = copy.deepcopy(tokenizer)
+    with_added_token.add_tokens(["<think>"])
+    for own in (tokenizer, with_added_token):
+        assert own.encode_texts(texts, reference_documents_as_text=True) == processor.encode(texts)
+    (ids,) = with_added_token.encode_texts(["<think>[REFERENCE_DOC_3]"], reference_documents_as_text=True)
+    assert with_added_token.decode(ids) == "<think>[REFERENCE_DOC_3]"
+    assert not set(ids) & set(range(751, 771))
+
+
 def test_remembered_words_are_few_and_short(
     tokenizer: MistralLargeTokenizer,
     some_texts: list[str],
