@@ -172,7 +172,7 @@ class AnswerConstraint(LogitsProcessor):
 
     def _is_next_step(self, input_ids: Tensor) -> bool:
         """Return whether the rows are answers in progress; assisted generation also takes tokens back."""
-        if self._prompts is None or input_ids.shape[0] != len(self._prompts):
+        if self._prompts is None:
             return False
         length = self._prompts.shape[1]
         return length <= input_ids.shape[1] <= self._longest + 1 and torch.equal(input_ids[:, :length], self._prompts)
@@ -209,7 +209,7 @@ class _Answer:
         The latter happens to the candidates of assisted generation, and where another processor forces a token.
         """
         mask = None
-        if EOS_ID not in ids and self._move_to(ids):
+        if self._move_to(ids):
             mask = self._matcher.compute_bitmask()
         _check_matcher(self._matcher)
         return mask

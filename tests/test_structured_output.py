@@ -622,6 +622,13 @@ def test_one_constraint_serves_many_calls(tokenizer: MistralLargeTokenizer, writ
         assert_json(tokenizer, ids, SHORT)
 
 
+def test_a_prompt_that_begins_with_the_last_one_is_no_answer(tokenizer: MistralLargeTokenizer) -> None:
+    processors = constrain(tokenizer, response_format={"type": "json_object"})
+    first = step(processors, PROMPT)
+    assert len(allowed(first[0])) > 1
+    assert torch.equal(step(processors, [*PROMPT, 3, 5000, END_INST]), first)
+
+
 def test_rows_after_their_end_write_nothing_but_the_end(tokenizer: MistralLargeTokenizer) -> None:
     processors = constrain(tokenizer, response_format={"type": "json_object"})
     answer = [*tokenizer.encode_texts(["{}"])[0], EOS]
