@@ -629,6 +629,18 @@ def test_a_prompt_that_begins_with_the_last_one_is_no_answer(tokenizer: MistralL
     assert torch.equal(step(processors, [*PROMPT, 3, 5000, END_INST]), first)
 
 
+def test_a_prompt_in_the_place_of_the_last_one_is_seen(tokenizer: MistralLargeTokenizer) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [12, 13]}}, "required": ["n"]}
+    processors = constrain(tokenizer, response_format=schema_format(schema), continue_final_message=True)
+    ids = torch.tensor([[*PROMPT, *tokenizer.encode_texts(['{"n": 12'])[0]]])
+    first = processors(ids, torch.zeros(1, 32768))
+    ids[0] = torch.tensor([PAD, *PROMPT, *tokenizer.encode_texts(['{"n": 1'])[0]])
+    second = processors(ids, torch.zeros(1, 32768))
+    digits = [tokenizer.convert_tokens_to_ids(digit) for digit in "23"]
+    assert first[0, digits].tolist() == [-torch.inf] * 2
+    assert allowed(second[0]) == sorted(digits)
+
+
 def test_rows_after_their_end_write_nothing_but_the_end(tokenizer: MistralLargeTokenizer) -> None:
     processors = constrain(tokenizer, response_format={"type": "json_object"})
     answer = [*tokenizer.encode_texts(["{}"])[0], EOS]
