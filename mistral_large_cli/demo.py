@@ -14,17 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from .marks import with_marks
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
     from transformers import TextGenerationPipeline
-
-    from modeling_mistral_large import MistralLargeTokenizer
 
 CHECKPOINT_FOLDER = Path(__file__).parent / "demo_checkpoint"
 GOLDEN_NAME = "golden.json"
@@ -134,7 +133,6 @@ INTRODUCTION = (
     "{count} short conversations. It knows nothing else. Files, tokenizer, prompts and steps are those of "
     "the real model of 123 billion weights."
 )
-CONTROL_STYLE = "bold magenta"
 # Labels, and how the text beside them looks.
 STYLES = {"code": "cyan", "real model": "dim", "parsed call": "bold yellow", "result": "bold green", "answer": "bold"}
 LABEL_WIDTH = 13
@@ -241,28 +239,14 @@ def _ask(
     tokenizer = chat.tokenizer
     assert isinstance(tokenizer, MistralLargeTokenizer)
     prompt = tokenizer.apply_chat_template(messages, tools, return_dict=False)
-    _show(console, "prompt", _with_marks(tokenizer, prompt))
+    _show(console, "prompt", with_marks(tokenizer, prompt))
     # Greedy answers are the same each time: once as ids, to be shown, and once as a message.
     answer = chat(messages, tools=tools, return_tensors=True)[0]["generated_token_ids"][len(prompt) :]
-    _show(console, "raw answer", _with_marks(tokenizer, answer))
+    _show(console, "raw answer", with_marks(tokenizer, answer))
     if tokenizer.decode(answer) != f"{golden_answer}{tokenizer.eos_token}":
         sys.exit(f"mistral-large: the demo must answer {golden_answer!r}; something in this environment is broken")
     message: dict[str, Any] = chat(messages, tools=tools)[0]["generated_text"][-1]
     return message
-
-
-def _with_marks(tokenizer: "MistralLargeTokenizer", ids: list[int]) -> "Text":
-    """The text of ids, its control tokens set apart."""
-    from rich.text import Text
-
-    control_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pieces = []
-    for is_control, group in groupby(ids, key=control_ids.__contains__):
-        pieces += [
-            Text(str(tokenizer.decode(part)), style=CONTROL_STYLE if is_control else "")
-            for part in (group if is_control else [list(group)])
-        ]
-    return Text(" ").join(pieces)
 
 
 def _file_names(folder: Path) -> str:

@@ -21,6 +21,10 @@ class CheckpointError(MistralLargeError, ValueError):
     """A checkpoint whose files, tensors or geometry do not fit together."""
 
 
+class PlanError(MistralLargeError, ValueError):
+    """Devices or a demand that no plan can be made for."""
+
+
 class TokenizerFileError(MistralLargeError, OSError):
     """A tokenizer file that is missing, unreadable or not the v3 SentencePiece model."""
 

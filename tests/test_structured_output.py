@@ -653,12 +653,14 @@ def test_rows_after_their_end_write_nothing_but_the_end(tokenizer: MistralLargeT
 
 
 def test_the_final_message_is_continued(tokenizer: MistralLargeTokenizer, write: Writer) -> None:
-    messages = [{"role": "user", "content": "Data?"}, {"role": "assistant", "content": '{"number": 12, "ki'}]
+    # There was another answer before.
+    messages = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello"))]
+    messages += [{"role": "user", "content": "Data?"}, {"role": "assistant", "content": '{"number": 12, "ki'}]
     prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
     processors = constrain(tokenizer, response_format=schema_format(SHORT), continue_final_message=True)
     for ids in write(processors, 1, prompts=torch.tensor([prompt])):
         assert_json(tokenizer, [*tokenizer.encode_texts(['{"number": 12, "ki'])[0], *ids], SHORT)
-    messages[1]["content"] = '{"kind": "a"'
+    messages[3]["content"] = '{"kind": "a"'
     prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
     with pytest.raises(ConversationError, match=r"kind.*no answer to this request begins so"):
         write(processors, 1, prompts=torch.tensor([prompt]))

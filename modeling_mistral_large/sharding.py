@@ -1,0 +1,430 @@
+"""Where a model runs: what each device has to hold, decided from the geometry before a weight is read.
+
+`plan_sharding` is a pure function of sizes. Weights are counted exactly, the cache exactly; activations are those of
+transformers' sdpa attention, as `tests/test_sharding.py` measures them. Sizes are bytes, rates are bytes a second.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .configuration_mistral_large import MistralLargeConfig
+from .conversion.names import expected_tensors
+from .errors import PlanError
+
+GIB = 2**30
+BYTES_OF_DTYPE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# Name, memory as the driver reports it in GiB, bandwidth in TB/s as the vendor's sheet has it.
+CARDS: dict[str, tuple[float, float]] = {
+    "A100-40GB": (39.6, 1.555),
+    "A100": (79.6, 2.039),
+    "A6000": (48.0, 0.768),
+    "B200": (179.1, 7.7),
+    "H100": (79.6, 3.35),
+    "H200": (140.4, 4.8),
+    "L40S": (45.0, 0.864),
+    "RTX4090": (24.0, 1.008),
+}
+# What people call cards by.
+CARDS_BY_SIZE = {
+    "24GB": "RTX4090",
+    "40GB": "A100-40GB",
+    "48GB": "L40S",
+    "80GB": "H100",
+    "141GB": "H200",
+    "180GB": "B200",
+}
+# Of the bandwidth on the sheet, kernels reach about so much.
+REACHED_BANDWIDTH = 0.9
+# Weights that lie in the host's memory cross the bus for every token: PCIe 4 × 16, as measured on most hosts.
+HOST_BANDWIDTH = 25e9
+# What the driver, the libraries and the allocator's gaps take of each device.
+RESERVE = 2 * GIB
+# Positions that are read at once of a long prompt.
+PREFILL_CHUNK = 2048
+
+Way = Literal["one device", "device_map", "tensor parallel", "device_map with offload"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: `memory` in bytes, `bandwidth` in bytes a second, or None where it is not known."""
+
+    name: str
+    memory: int
+    bandwidth: float | None = None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is to be run: positions and sequences at once, and the dtype of weights and cache."""
+
+    context: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    prefill_chunk: int = PREFILL_CHUNK
+
+    @property
+    def number_bytes(self) -> int:
+        return BYTES_OF_DTYPE[self.dtype]
+
+    @property
+    def chunk(self) -> int:
+        return min(self.prefill_chunk, self.context)
+
+
+@dataclass(frozen=True)
+class DeviceLoad:
+    """What one device holds, in bytes; `modules` are the names that a device_map has for it."""
+
+    device: Device
+    modules: tuple[str, ...]
+    weights: int
+    cache: int
+    activations: int
+    reserve: int = RESERVE
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations + self.reserve
+
+    @property
+    def free(self) -> int:
+        """Negative where it does not fit."""
+        return self.device.memory - self.total
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """One way to run the model.
+
+    device_map: what `from_pretrained` takes, or None for tensor parallelism.
+    host_weights: bytes of weights in the host's memory.
+    missing: bytes for which there is no room, 0 where the model fits.
+    tokens_per_second: of all sequences together, the most that the devices' bandwidth allows at the end of the context;
+        None where that is not known.
+    """
+
+    way: Way
+    loads: tuple[DeviceLoad, ...]
+    device_map: dict[str, int | str] | None
+    host_weights: int
+    missing: int
+    tokens_per_second: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the parts of a model."""
+
+    embedding: int
+    layer: int
+    norm: int
+    head: int
+    layers: int
+
+    @property
+    def weights(self) -> int:
+        return self.embedding + self.layers * self.layer + self.norm + self.head
+
+    @classmethod
+    def of(cls, config: MistralLargeConfig, dtype: str) -> "Sizes":
+        number = BYTES_OF_DTYPE[dtype]
+        size = {tensor.hf: number * math.prod(tensor.shape) for tensor in expected_tensors(config)}
+        return cls(
+            embedding=size["model.embed_tokens.weight"],
+            layer=sum(value for name, value in size.items() if name.startswith("model.layers.0.")),
+            norm=size["model.norm.weight"],
+            head=size["lm_head.weight"],
+            layers=config.num_hidden_layers,
+        )
+
+
+def plan_sharding(
+    config: MistralLargeConfig,
+    devices: Sequence[Device],
+    *,
+    context: int,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    prefill_chunk: int = PREFILL_CHUNK,
+    host_memory: int = 0,
+) -> list[ShardingPlan]:
+    """Return every way to run the model on these devices, the best first: those that fit, then the fastest.
+
+    context: positions of prompt and answer together; batch: sequences at once.
+    prefill_chunk: positions of a prompt that are read at once, the `prefill_chunk_size` of `generate`.
+    host_memory: bytes of the host that weights may lie in; 0 offloads nothing.
+
+    Raises:
+        PlanError: no devices, or a number that makes no sense.
+    """
+    demand = Demand(context, batch, dtype, prefill_chunk)
+    _check(config, devices, demand, host_memory)
+    plans = [_plan_device_map(config, devices, demand)]
+    if _can_be_parallel(config, devices):
+        plans.append(_plan_tensor_parallel(config, devices, demand))
+    if host_memory and not plans[0].fits:
+        plans.append(_plan_offload(config, devices, demand, host_memory))
+    return sorted(plans, key=lambda plan: (plan.missing, -(plan.tokens_per_second or 0)))
+
+
+def device_map_for(config: MistralLargeConfig, devices: Sequence[Device], **options: Any) -> dict[str, int | str]:
+    """Return the `device_map` of the fastest plan that has one; `options` are those of `plan_sharding`.
+
+    Raises:
+        PlanError: the model does not fit, and by how much.
+    """
+    plans = [plan for plan in plan_sharding(config, devices, **options) if plan.way != "tensor parallel"]
+    if plans[0].device_map is None:
+        raise PlanError(
+            f"no room for {plans[0].missing / GIB:,.1f} GiB on these {len(devices)} devices; take more of them, a "
+            "shorter context or a smaller batch, or let weights lie in the host's memory (host_memory)"
+        )
+    return plans[0].device_map
+
+
+def _check(config: MistralLargeConfig, devices: Sequence[Device], demand: Demand, host_memory: int) -> None:
+    if not devices:
+        raise PlanError("no devices: a plan needs at least one; name them as in 8x80GB")
+    if demand.dtype not in BYTES_OF_DTYPE:
+        raise PlanError(f"dtype {demand.dtype!r}: weights are {', '.join(BYTES_OF_DTYPE)}; choose one of them")
+    if not 1 <= demand.context <= config.max_position_embeddings:
+        raise PlanError(f"context {demand.context}: the model has 1 to {config.max_position_embeddings} positions")
+    for name, value in {"batch": demand.batch, "prefill_chunk": demand.prefill_chunk}.items():
+        if value < 1:
+            raise PlanError(f"{name} {value}: must be at least 1")
+    if host_memory < 0:
+        raise PlanError(f"host_memory {host_memory}: must be 0 or more bytes")
+
+
+def cache_bytes_of_layer(config: MistralLargeConfig, demand: Demand) -> int:
+    """Bytes of one layer's keys and values for all positions of all sequences."""
+    features = 2 * config.num_key_value_heads * config.head_dim
+    return features * demand.number_bytes * demand.context * demand.batch
+
+
+def activation_bytes(config: MistralLargeConfig, demand: Demand, *, ranks: int = 1) -> int:
+    """The most bytes that the tensors of one layer take at once while a prompt is read, without weights and cache.
+
+    `ranks` share the heads and the intermediate features.
+    """
+    number, batch, context, chunk = demand.number_bytes, demand.batch, demand.context, demand.chunk
+    hidden = config.hidden_size
+    query = config.num_attention_heads * config.head_dim // ranks
+    intermediate = config.intermediate_size // ranks
+    angles = 2 * config.head_dim * chunk
+    # The stream before and behind the attention, normed, and three products of the gate.
+    feed_forward = (3 * hidden + 3 * intermediate) * chunk
+    # The stream, normed, queries and what they attend to.
+    attention = (2 * hidden + 2 * query) * chunk
+    mask = 0
+    if chunk < context or batch > 1:
+        # All but the first chunk have a mask, and so has a batch with padding: of one byte a pair and then of one
+        # number. Keys and values are repeated for every query head then.
+        attention += 2 * query * context + chunk * context
+        mask = batch * chunk * context
+    # The last position's logits, in fp32 too.
+    logits = batch * config.vocab_size * (number + 2 * 4)
+    return mask + number * batch * (angles + max(feed_forward, attention)) + logits
+
+
+def _plan_device_map(
+    config: MistralLargeConfig, devices: Sequence[Device], demand: Demand, *, offloaded: int = 0
+) -> ShardingPlan:
+    """Whole layers, one device after the other, as evenly as the limits allow; the last `offloaded` ones on the host.
+
+    Offloaded layers run on the first device, which holds their cache, and the weights of one at a time.
+    """
+    sizes, cache = Sizes.of(config, demand.dtype), cache_bytes_of_layer(config, demand)
+    activations = activation_bytes(config, demand)
+    per_layer = sizes.layer + cache
+    used = list(range(len(devices)))
+    while True:
+        # Every device's own, without layers: a device that has no room for that is left out.
+        first, last = used[0], used[-1]
+        fixed = dict.fromkeys(used, RESERVE + activations)
+        fixed[first] += sizes.embedding + (offloaded * cache + sizes.layer if offloaded else 0)
+        fixed[last] += sizes.norm + sizes.head
+        crowded = [index for index in used if fixed[index] > devices[index].memory]
+        if not crowded or len(used) == 1:
+            break
+        used.remove(crowded[0])
+    counts = dict.fromkeys(used, 0)
+    to_place = sizes.layers - offloaded
+    while to_place:
+        roomy = [index for index in used if fixed[index] + (counts[index] + 1) * per_layer <= devices[index].memory]
+        if not roomy:
+            break
+        counts[min(roomy, key=lambda index: fixed[index] + counts[index] * per_layer)] += 1
+        to_place -= 1
+    missing = to_place * per_layer + sum(max(0, fixed[index] - devices[index].memory) for index in used)
+
+    layers = iter(range(sizes.layers))
+    modules = {index: [f"model.layers.{next(layers)}" for _ in range(counts[index])] for index in used}
+    modules[first] = ["model.embed_tokens", "model.rotary_emb", *modules[first]]
+    modules[last] = [*modules[last], "model.norm", "lm_head"]
+    host_modules = [f"model.layers.{layer}" for layer in layers] if offloaded else []
+    loads = [
+        DeviceLoad(
+            device=devices[index],
+            modules=tuple(modules[index]),
+            weights=counts[index] * sizes.layer
+            + (sizes.embedding if index == first else 0)
+            + (sizes.norm + sizes.head if index == last else 0),
+            cache=counts[index] * cache + (offloaded * cache if index == first else 0),
+            activations=activations + (sizes.layer if offloaded and index == first else 0),
+        )
+        for index in used
+        if modules[index]
+    ]
+    seconds = [_read_seconds(load, sizes.embedding if load is loads[0] else 0) for load in loads]
+    seconds.append(offloaded * sizes.layer / HOST_BANDWIDTH)
+    device_map: dict[str, int | str] = {module: index for index in used for module in modules[index]}
+    device_map |= dict.fromkeys(host_modules, "cpu")
+    return ShardingPlan(
+        way="device_map with offload" if offloaded else "one device" if len(loads) == 1 else "device_map",
+        loads=tuple(loads),
+        device_map=None if missing else device_map,
+        host_weights=offloaded * sizes.layer,
+        missing=missing,
+        tokens_per_second=None if missing else _rate(demand, sum(seconds)),
+    )
+
+
+def _can_be_parallel(config: MistralLargeConfig, devices: Sequence[Device]) -> bool:
+    """Whether each device can take an equal share of every layer: transformers cuts no key-value head."""
+    ranks = len(devices)
+    shared = (config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    return ranks > 1 and not any(size % ranks for size in shared)
+
+
+def _plan_tensor_parallel(config: MistralLargeConfig, devices: Sequence[Device], demand: Demand) -> ShardingPlan:
+    """An equal share of every layer and of the head on every device; embedding and norms whole."""
+    sizes, ranks = Sizes.of(config, demand.dtype), len(devices)
+    norms = 2 * sizes.norm * sizes.layers
+    shared = sizes.layers * sizes.layer - norms + sizes.head
+    loads = [
+        DeviceLoad(
+            device=device,
+            modules=(),
+            weights=sizes.embedding + norms + sizes.norm + shared // ranks,
+            cache=sizes.layers * cache_bytes_of_layer(config, demand) // ranks,
+            activations=activation_bytes(config, demand, ranks=ranks),
+        )
+        for device in devices
+    ]
+    missing = sum(max(0, -load.free) for load in loads)
+    # The slowest rank counts; where one is not known, all of it is not.
+    seconds = [_read_seconds(load, sizes.embedding) for load in loads]
+    slowest = math.nan if any(map(math.isnan, seconds)) else max(seconds)
+    return ShardingPlan(
+        way="tensor parallel",
+        loads=tuple(loads),
+        device_map=None,
+        host_weights=0,
+        missing=missing,
+        tokens_per_second=None if missing else _rate(demand, slowest),
+    )
+
+
+def _plan_offload(
+    config: MistralLargeConfig, devices: Sequence[Device], demand: Demand, host_memory: int
+) -> ShardingPlan:
+    """As many layers on the devices as they hold, the others on the host."""
+    counts = range(1, config.num_hidden_layers + 1)
+    plan = _plan_device_map(config, devices, demand, offloaded=counts[-1])
+    if plan.fits:
+        plans = (_plan_device_map(config, devices, demand, offloaded=count) for count in counts)
+        plan = next(plan for plan in plans if plan.fits)
+    if plan.host_weights <= host_memory:
+        return plan
+    lacking = plan.host_weights - host_memory
+    return replace(plan, missing=plan.missing + lacking, device_map=None, tokens_per_second=None)
+
+
+def _read_seconds(load: DeviceLoad, embedding: int) -> float:
+    """Seconds to read once what a step needs: all weights but the embedding, of which it takes a row, and the cache."""
+    if load.device.bandwidth is None:
+        return math.nan
+    return (load.weights - embedding + load.cache) / (REACHED_BANDWIDTH * load.device.bandwidth)
+
+
+def _rate(demand: Demand, seconds: float) -> float | None:
+    return None if math.isnan(seconds) else demand.batch / seconds
+
+
+def largest_context(config: MistralLargeConfig, devices: Sequence[Device], **options: Any) -> int:
+    """Return the longest context for which some way fits, 0 if none does; `options` are those of `plan_sharding`."""
+    low, high = 0, config.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_sharding(config, devices, context=middle, **options)[0].fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def fewest_devices(config: MistralLargeConfig, device: Device, **options: Any) -> int | None:
+    """Return how many of one device it takes, None if no number up to 64 does; `options` as for `plan_sharding`."""
+    counts: Iterable[int] = range(1, 65)
+    return next((count for count in counts if plan_sharding(config, [device] * count, **options)[0].fits), None)
+
+
+def parse_devices(text: str) -> list[Device]:
+    """Read devices as people write them: `8x80GB`, `h200`, `2xA100+1x24GB`, `4x95GiB@3.9` with TB/s after the @.
+
+    Raises:
+        PlanError: a part that names no device.
+    """
+    devices = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"\s*(?:(\d{1,3})\s*x\s*)?([\w.-]+?)(?:@(\d+(?:\.\d+)?))?\s*", part, re.IGNORECASE)
+        device = match and _parse_device(match[2])
+        if not match or not device or int(match[1] or 1) < 1:
+            raise PlanError(
+                f"devices {part!r}: neither a known card ({', '.join(CARDS)}) nor a size; write 8x80GB, H200 or "
+                "4x95GiB@3.9 for a size and a bandwidth in TB/s"
+            )
+        if match[3]:
+            device = replace(device, bandwidth=float(match[3]) * 1e12)
+        devices += [device] * int(match[1] or 1)
+    return devices
+
+
+def _parse_device(name: str) -> Device | None:
+    upper = name.upper()
+    if card := CARDS.get(CARDS_BY_SIZE.get(upper, upper)):
+        return Device(name, int(card[0] * GIB), card[1] * 1e12)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)(GI?B)", upper)
+    if size is None or float(size[1]) == 0:
+        return None
+    # What a card is called counts neither the driver's share nor, always, in powers of two: this is never too much.
+    return Device(name, int(float(size[1]) * (GIB if size[2] == "GIB" else 1e9)))
+
+
+def detect_devices() -> list[Device]:
+    """Return the GPUs of this machine.
+
+    Raises:
+        PlanError: there are none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise PlanError("no GPUs are found here; name those you mean, as in 8x80GB")
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        known = (CARDS[name] for name in CARDS if name.replace("RTX", "RTX ") in properties.name)
+        bandwidth = next((1e12 * card[1] for card in known), None)
+        devices.append(Device(properties.name, properties.total_memory, bandwidth))
+    return devices

@@ -1,0 +1,376 @@
+"""`mistral-large chat` on the demo checkpoint: the golden answers, at a terminal, in a pipe and under torchrun."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mistral_large_cli import app
+from mistral_large_cli.chat import Sampling, Speaker, load_tools
+from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+from mistral_large_cli.marks import printable, with_marks
+from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer, sharding
+from modeling_mistral_large.errors import MistralLargeError
+
+GOLDEN = golden_conversations()
+TOOLS = '''
+from datetime import date
+
+CELSIUS = {"Paris": 22, "London": 17}
+
+
+def _celsius(city):
+    return CELSIUS[city]
+
+
+def get_current_weather(location: str, format: str) -> int:
+    """
+    Get the current weather
+
+    Args:
+        location: The city and state, e.g. San Francisco, CA
+        format: The temperature unit to use. Infer this from the users location. (choices: ["celsius", "fahrenheit"])
+    """
+    return _celsius(location.partition(",")[0])
+'''
+
+
+@pytest.fixture
+def tools_file(tmp_path: Path) -> Path:
+    path = tmp_path / "weather.py"
+    path.write_text(TOOLS)
+    return path
+
+
+def talk(folder: Path, *lines: str, options: tuple[str, ...] = ()) -> list[str]:
+    """What the command prints for these lines of standard input, greedily, without the output of other libraries."""
+    arguments = ["chat", str(folder), "--temperature", "0", *options]
+    result = CliRunner().invoke(app, arguments, input="".join(f"{line}\n" for line in lines), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout.splitlines()
+
+
+def question(name: str) -> str:
+    text: str = GOLDEN[name].messages[-1]["content"]
+    return text
+
+
+def test_answers_are_the_golden_ones(demo_folder: Path) -> None:
+    names = ("window_cleaner", "window_cleaner_follow_up")
+    printed = talk(demo_folder, *map(question, names))
+    assert "\n".join(printed) == "\n".join(GOLDEN[name].answer for name in names)
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_long_prompts_are_read_in_parts(demo_folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    # The package's own `chat` is the command.
+    module = sys.modules[Speaker.__module__]
+    assert vars(module)["PREFILL_CHUNK"] == sharding.PREFILL_CHUNK
+    monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
+    read = []
+    forward = MistralLargeForCausalLM.forward
+
+    def watched_forward(self: Any, **inputs: Any) -> Any:
+        read.append(inputs["input_ids"].shape[1])
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(MistralLargeForCausalLM, "forward", watched_forward)
+    test_answers_are_the_golden_ones(demo_folder)
+    assert max(read) == chunk
+
+
+def test_both_layouts_are_read(tmp_path: Path) -> None:
+    folder = assemble_demo_checkpoint(tmp_path / "consolidated")
+    assert talk(folder, question("who_are_you")) == GOLDEN["who_are_you"].answer.splitlines()
+
+
+def test_system_prompts(demo_folder: Path) -> None:
+    system = GOLDEN["pirate"].messages[0]["content"]
+    pirate, plain = GOLDEN["pirate"].answer.splitlines(), GOLDEN["who_are_you"].answer.splitlines()
+    who = question("pirate")
+    assert talk(demo_folder, who, options=("--system", system)) == pirate
+    assert (
+        talk(demo_folder, who, "/reset", f"/system {system}", who, "/reset", "/system", who) == plain + pirate + plain
+    )
+
+
+def test_tools_are_called_and_shown(demo_folder: Path, tools_file: Path) -> None:
+    lines = [question("weather_call"), question("weather_follow_up_call")]
+    expected = []
+    for city, degrees, answer in (
+        ("Paris, France", 22, "weather_answer"),
+        ("London, UK", 17, "weather_follow_up_answer"),
+    ):
+        (call,) = json.loads(GOLDEN[f"{answer.removesuffix('answer')}call"].answer.removeprefix("[TOOL_CALLS] "))
+        assert call["arguments"]["location"] == city
+        expected += [f"get_current_weather({json.dumps(call['arguments'])})", f"→ {degrees}", GOLDEN[answer].answer]
+    assert talk(demo_folder, *lines, options=("--tools", str(tools_file))) == expected
+    assert talk(demo_folder, f"/tools {tools_file}", *lines) == ["tools: get_current_weather", *expected]
+    without = GOLDEN["weather_without_tools"].answer
+    assert talk(demo_folder, "/tools", lines[0], options=("--tools", str(tools_file))) == ["tools: none", without]
+
+
+def test_rounds_are_limited(demo_folder: Path, tools_file: Path) -> None:
+    printed = talk(demo_folder, question("weather_call"), options=("--tools", str(tools_file), "--max-rounds", "1"))
+    assert printed[1:] == ["→ 22", "the model still calls tools after 1 rounds"]
+
+
+def test_a_conversation_is_saved_and_loaded(demo_folder: Path, tools_file: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    options = ("--tools", str(tools_file), "--seed", "1")
+    talk(demo_folder, "/system Be brief.", "/system", question("weather_call"), f"/save {saved}", options=options)
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[2]["tool_call_id"] == messages[1]["tool_calls"][0]["id"]
+    follow_up = question("weather_follow_up_call")
+    lines = ("/reset", f"/load {saved}", follow_up, f"/save {saved}")
+    printed = talk(demo_folder, *lines, options=options)
+    assert printed[0] == f"4 messages from {saved}"
+    assert printed[-2:] == [GOLDEN["weather_follow_up_answer"].answer, f"8 messages in {saved}"]
+    # The same again from the command line.
+    again = talk(demo_folder, follow_up, f"/save {tmp_path / 'again.json'}", options=(*options, "--load", str(saved)))
+    assert again[-1] == f"12 messages in {tmp_path / 'again.json'}"
+
+
+def test_a_seed_makes_everything_the_same(demo_folder: Path, tools_file: Path, tmp_path: Path) -> None:
+    saved = [tmp_path / "one.json", tmp_path / "two.json"]
+    options = ("--tools", str(tools_file), "--seed", "7", "--temperature", "1.5")
+    for path in saved:
+        talk(demo_folder, question("weather_call"), question("weather_call"), f"/save {path}", options=options)
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    assert b'"tool_call_id"' in saved[0].read_bytes()
+
+
+def test_a_system_prompt_is_saved_and_loaded(demo_folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    system = GOLDEN["pirate"].messages[0]["content"]
+    talk(demo_folder, question("pirate"), f"/save {saved}", options=("--system", system))
+    assert json.loads(saved.read_text(encoding="utf-8")) == {
+        "messages": [*GOLDEN["pirate"].messages, {"role": "assistant", "content": GOLDEN["pirate"].answer}]
+    }
+    printed = talk(demo_folder, f"/load {saved}", "/reset", question("pirate"))
+    assert printed[1:] == GOLDEN["pirate"].answer.splitlines()
+
+
+def test_other_files_are_not_written_over(demo_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("mine")
+    with pytest.raises(MistralLargeError, match="exists, and is not of this conversation; choose another name"):
+        talk(demo_folder, question("who_are_you"), f"/save {other}")
+    assert other.read_text() == "mine"
+
+
+def test_messages_of_several_lines(demo_folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    talk(demo_folder, '"""', "Who", "", "/reset", '"""', f"/save {saved}")
+    assert json.loads(saved.read_text(encoding="utf-8"))["messages"][0]["content"] == "Who\n\n/reset"
+
+
+def test_the_prompt_is_shown(demo_folder: Path) -> None:
+    printed = talk(demo_folder, "/prompt", question("who_are_you"), "/prompt")
+    answer = GOLDEN["who_are_you"].answer
+    assert printed[0] == "nothing was said yet"
+    assert "\n".join(printed[1:]) == f"{answer}\n<s> [INST] Who are you? [/INST] {answer} </s>"
+
+
+@pytest.mark.parametrize(
+    ("line", "finding"),
+    [
+        ("/nonsense", "/nonsense: no such command"),
+        ("/save", "/save: no name of a file"),
+        ("/save {folder}/no/such/folder.json", "cannot be written: No such file or directory"),
+        ("/load {folder}/none.json", "No such file or directory"),
+        ("/load {folder}/broken.json", "a conversation is JSON"),
+        ("/load {folder}/number.json", "no messages"),
+        ("/load {folder}/role.json", "message 0: role 'nobody'"),
+        ("/tools {folder}/none.py", "no Python file"),
+        ("/tools {folder}/number.json", "no Python file"),
+        ("/tools {folder}/empty.py", "no functions"),
+        ("/tools {folder}/broken.py", "NameError: name 'nothing' is not defined; it must run by itself"),
+        ("/tools {folder}/untyped.py", "untyped.py: f"),
+    ],
+)
+def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: str, finding: str) -> None:
+    for name, content in {
+        "broken.json": "{",
+        "number.json": "1",
+        "role.json": '[{"role": "nobody"}]',
+        "empty.py": "from json import dumps",
+        "broken.py": "nothing",
+        "untyped.py": "def f(x): 'Do.'",
+    }.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(MistralLargeError) as caught:
+        talk(demo_folder, line.format(folder=tmp_path))
+    assert finding in str(caught.value)
+
+
+def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
+    with pytest.raises(MistralLargeError, match="the model reads fewer than 131072; /reset starts anew"):
+        talk(demo_folder, "1" * 131072)
+
+
+def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file: Path) -> None:
+    speaker = Speaker(str(demo_folder), Sampling(64, 0, 1, None), dtype="auto", device_map="cpu")
+    (tool,) = load_tools(tools_file)
+    messages = GOLDEN["weather_call"].messages
+    before = signal.getsignal(signal.SIGINT)
+    message, was_stopped = speaker.answer(messages, [tool], lambda _: signal.raise_signal(signal.SIGINT))
+    assert (message, was_stopped) == ({"role": "assistant", "content": ""}, True)
+    assert signal.getsignal(signal.SIGINT) is before
+    # What was computed for it is still right.
+    message, was_stopped = speaker.answer(messages, [tool], lambda _: None)
+    assert not was_stopped
+    assert message["tool_calls"][0]["function"]["arguments"] == {"location": "Paris, France", "format": "celsius"}
+
+
+def test_terminals_are_not_told_what_to_do(tokenizer: MistralLargeTokenizer) -> None:
+    text = "a\x1b[2J\x07\r\x9b5A\tb\nc\x7f"
+    assert printable(text) == "a�[2J��\ufffd5A\tb\nc�"
+    ids = [1, 3, *tokenizer.encode_texts([text])[0], 4]
+    assert with_marks(tokenizer, ids).plain == f"<s> [INST] {printable(text)} [/INST]"
+
+
+# As programs of their own
+
+
+COMMAND = [sys.executable, "-m", "mistral_large_cli", "chat"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+
+
+def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
+    for name in (tmp_path, tmp_path / "none"):
+        result = subprocess.run(
+            [*COMMAND, str(name)], input="", env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert re.fullmatch(rf"mistral-large: {re.escape(str(name))}: .+\n", result.stderr)
+
+
+def test_input_that_is_no_text_is_one_error(demo_folder: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, str(demo_folder)],
+        input=b"\xff\n",
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert b"mistral-large: standard input: 'utf-8' codec can't decode" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+class Terminal:
+    """The other end of a pseudo-terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.shown = ""
+
+    def wait_for(self, text: str, seconds: float = 120) -> str:
+        """Read until `text` is shown, and return everything up to its end."""
+        self._read_until(lambda: text in self.shown, seconds)
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def wait_for_more(self, characters: int, seconds: float = 120) -> None:
+        """Read until so much is shown."""
+        self._read_until(lambda: len(self.shown) >= characters, seconds)
+
+    def _read_until(self, is_done: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not is_done():
+            assert time.monotonic() < end, f"too long: {self.shown!r}"
+            if select.select([self._descriptor], [], [], 0.2)[0]:
+                self.shown += os.read(self._descriptor, 65536).decode(errors="replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._descriptor, text.encode())
+
+
+@contextmanager
+def terminal_with(*arguments: str) -> Iterator[tuple[Terminal, "subprocess.Popen[bytes]"]]:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT, start_new_session=True
+    )
+    os.close(theirs)
+    try:
+        yield Terminal(ours), process
+    finally:
+        process.kill()
+        process.wait()
+        with suppress(OSError):
+            os.close(ours)
+
+
+def test_at_a_terminal(demo_folder: Path) -> None:
+    with terminal_with(str(demo_folder), "--temperature", "0") as (terminal, process):
+        assert f"{demo_folder}: 0.00444 B weights" in terminal.wait_for("/help lists the commands.")
+        terminal.wait_for("> ")
+        terminal.type(f"{question('who_are_you')}\n")
+        assert GOLDEN["who_are_you"].answer in terminal.wait_for("\n> ").replace("\r\n", "\n")
+        # An error is no end.
+        terminal.type("/nonsense\n")
+        terminal.wait_for("no such command")
+        terminal.wait_for("> ")
+        terminal.type("/help\n")
+        terminal.wait_for("/reset         forget the conversation")
+        terminal.wait_for("> ")
+        # Ctrl-C at the prompt neither.
+        process.send_signal(signal.SIGINT)
+        terminal.wait_for("/exit or ctrl-D leaves.")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_stops_an_answer(demo_folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    # So hot that any token is as likely as `</s>`: the answer would take minutes.
+    options = ("--temperature", "1e6", "--max-new-tokens", "100000", "--seed", "1")
+    with terminal_with(str(demo_folder), *options) as (terminal, process):
+        terminal.wait_for("> ")
+        terminal.type("Who are you?\n")
+        terminal.wait_for("Who are you?\r\n")
+        terminal.wait_for_more(200)
+        process.send_signal(signal.SIGINT)
+        terminal.wait_for("stopped")
+        terminal.wait_for("> ")
+        terminal.type(f"/save {saved}\n")
+        terminal.wait_for("2 messages in")
+        assert process.poll() is None
+    question, answer = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert question == {"role": "user", "content": "Who are you?"}
+    assert answer["role"] == "assistant"
+    assert len(answer["content"]) > 100
+
+
+@pytest.mark.parametrize("layout", ["hf", "consolidated"])
+def test_under_torchrun(demo_folder: Path, tools_file: Path, tmp_path: Path, layout: str) -> None:
+    folder = demo_folder if layout == "hf" else assemble_demo_checkpoint(tmp_path / "consolidated")
+    arguments = ["--nproc-per-node", "2", "-m", "mistral_large_cli", "chat", str(folder), "--temperature", "0"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments, "--tools", str(tools_file)],
+        input=f"{question('weather_call')}\n{question('weather_follow_up_call')}\n",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answers: list[Any] = [GOLDEN[name].answer for name in ("weather_answer", "weather_follow_up_answer")]
+    assert [line for line in result.stdout.splitlines() if line.startswith("It is")] == answers
