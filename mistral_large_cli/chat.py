@@ -490,7 +490,7 @@ def load_tools(path: Path) -> list[Tool]:
     # The file is the user's own program.
     except Exception as error:
         raise ConversationError(f"{path}: {type(error).__name__}: {error}; it must run by itself; mend it") from error
-    tools = [
+    tools: list[Tool] = [
         value
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")

@@ -631,7 +631,7 @@ def test_a_prompt_that_begins_with_the_last_one_is_no_answer(tokenizer: MistralL
 
 def test_a_prompt_in_the_place_of_the_last_one_is_seen(tokenizer: MistralLargeTokenizer) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [12, 13]}}, "required": ["n"]}
-    processors = constrain(tokenizer, response_format=schema_format(schema), continue_final_message=True)
+    processors: Any = constrain(tokenizer, response_format=schema_format(schema), continue_final_message=True)
     ids = torch.tensor([[*PROMPT, *tokenizer.encode_texts(['{"n": 12'])[0]]])
     first = processors(ids, torch.zeros(1, 32768))
     ids[0] = torch.tensor([PAD, *PROMPT, *tokenizer.encode_texts(['{"n": 1'])[0]])
