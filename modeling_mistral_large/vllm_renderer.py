@@ -1,0 +1,37 @@
+"""How vLLM makes prompts of conversations for our tokenizer: as ids, so that texts stay text."""
+
+from dataclasses import replace
+from typing import Any
+
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams
+
+
+class MistralLargeRenderer(HfRenderer):  # type: ignore[misc, unused-ignore]
+    """vLLM's renderer for tokenizers of transformers, asking ours for ids instead of a string."""
+
+    def render_messages(self, messages: list[Any], params: ChatParams) -> Any:
+        """Return the conversation as vLLM reads it, and its prompt."""
+        return super().render_messages(_as_the_model_said(messages), _as_ids(params))
+
+    async def render_messages_async(self, messages: list[Any], params: ChatParams) -> Any:
+        """Return the same as `render_messages`, which the server does not call."""
+        return await super().render_messages_async(_as_the_model_said(messages), _as_ids(params))
+
+
+def _as_ids(params: ChatParams) -> ChatParams:
+    return replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": True})
+
+
+def _as_the_model_said(messages: list[Any]) -> list[Any]:
+    """Take the space away with which vLLM begins every answer, and with which clients send it back.
+
+    It belongs to the format, which has one space between a control token and a text: an answer sent back with it would
+    have two, and its ids would not be the ones the model said.
+    """
+    return [
+        {**message, "content": message["content"].removeprefix(" ")}
+        if message["role"] == "assistant" and isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
