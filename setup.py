@@ -66,7 +66,11 @@ setup(
         "transformers>=5.17,<6",
         "typer",
         "rich",
+        "xxhash>=3",
     ],
     extras_require={"demo": demo, "structured": structured, "test": test},
-    entry_points={"console_scripts": ["mistral-large=mistral_large_cli:main"]},
+    entry_points={
+        "console_scripts": ["mistral-large=mistral_large_cli:main"],
+        "vllm.general_plugins": ["mistral_large=modeling_mistral_large.vllm_plugin:register"],
+    },
 )

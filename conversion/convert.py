@@ -1,116 +1,225 @@
-"""The two ways between a consolidated checkpoint and the HF layout, whole folders at a time."""
+"""The ways between a consolidated checkpoint, the HF layout, and weights in memory, whole folders at a time."""
 
 from collections.abc import Mapping
-from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.destination import check_destination, json_bytes, unfinished, whole_file
-from modeling_mistral_large.conversion.model_card import licence_files, model_card
+from modeling_mistral_large.conversion.destination import State, check_destination, json_bytes, unfinished, whole_file
+from modeling_mistral_large.conversion.finished import refuse_another, verify_finished
+from modeling_mistral_large.conversion.hf_files import consolidated_files, hf_files
+from modeling_mistral_large.conversion.hub import CONSOLIDATED_FILES, HF_FILES, LICENCE_PATTERNS, resolve_source
+from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, new_checksum
+from modeling_mistral_large.conversion.model_card import ModelType, licence_files
 from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_config
 from modeling_mistral_large.conversion.plan import (
     DEFAULT_SHARD_SIZE,
     TOKENIZER_NAME,
     ConversionPlan,
+    Layout,
+    OutputDtype,
     plan_conversion,
-    plan_export_of_state_dict,
+    plan_export,
 )
-from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES
-from modeling_mistral_large.conversion.stream import Progress, write_weights
-from modeling_mistral_large.conversion.tokenizer import tokenizer_files
-from modeling_mistral_large.errors import DestinationError, MistralLargeError
+from modeling_mistral_large.conversion.safetensors_header import LENGTH_BYTES, FileTensor
+from modeling_mistral_large.conversion.source_files import file_finding
+from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, write_weights
+from modeling_mistral_large.errors import CheckpointError, DestinationError, MistralLargeError
 
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURE = "MistralLargeForCausalLM"
+# A change of what is written makes another journal: an interrupted run of before is not continued.
+JOURNAL_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that can begin: the weights to be moved, and every small file beside them.
+
+    source: the folder of the weights, or None for weights in memory.
+    """
+
+    plan: ConversionPlan
+    source: Path | None
+    destination: Path
+    small_files: dict[str, bytes]
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.plan.file_bytes + sum(map(len, self.small_files.values()))
+
+    def check_destination(self) -> State:
+        """What the destination holds of ours; a DestinationError if it must not be written, see `destination`."""
+        state = check_destination(self.source, self.destination, self.needed_bytes)
+        if state == "finished":
+            refuse_another(self.destination, self.plan, self.small_files)
+        return state
+
+    def run(self, *, jobs: int | None = None, progress: Progress | None = None) -> bool:
+        """Convert, or go on where an interrupted run of the same stopped: True; False if it was finished before.
+
+        What is finished is compared with the source and with its manifest, byte by byte.
+        `progress` is told the bytes of tensors to be written as they come, by one thread at a time.
+
+        Raises:
+            CheckpointError: a source that cannot be read to its end.
+            DestinationError: a destination that cannot be written, or is of another conversion.
+        """
+        threads = DEFAULT_JOBS if jobs is None else jobs
+        if threads < 1:
+            raise ValueError(f"jobs {jobs}: must be at least 1")
+        tell = progress or (lambda _: None)
+        try:
+            if self.check_destination() == "finished":
+                verify_finished(self.destination, self.plan, jobs=threads, progress=tell)
+                return False
+            self._write(threads, tell)
+            return True
+        except MistralLargeError:
+            raise
+        except OSError as error:
+            raise DestinationError(
+                f"{self.destination}: not finished: {error}; when that is mended, run it again"
+            ) from error
+
+    def _write(self, jobs: int, progress: Progress) -> None:
+        plan, destination = self.plan, self.destination
+        names = {*self.small_files, *(file.name for file in plan.files)}
+        with unfinished(destination, keep=names, identity=self._identity()) as journal:
+            for name, content in self.small_files.items():
+                path = destination / name
+                if not path.exists() or path.read_bytes() != content:
+                    _write_file(path, content)
+            checksums = write_weights(plan, destination, journal, jobs=jobs, progress=progress)
+            _write_file(destination / MANIFEST_NAME, json_bytes(Manifest.of(plan, checksums).to_json()))
+            if plan.index is not None:
+                _write_file(destination / plan.index_name, json_bytes(plan.index))
+
+    def _identity(self) -> dict[str, Any] | None:
+        """What is converted into what; None for weights in memory, which may change unseen."""
+        if self.source is None:
+            return None
+        sources = [tensor.source for file in self.plan.files for tensor in file.tensors]
+        paths = {source.path for source in sources if isinstance(source, FileTensor)}
+        return {
+            "version": JOURNAL_VERSION,
+            "source": {path.name: _file_identity(path) for path in sorted(paths)},
+            "files": {file.name: new_checksum(file.header).hexdigest() for file in self.plan.files},
+            "small_files": {name: new_checksum(content).hexdigest() for name, content in self.small_files.items()},
+        }
+
+
+def prepare_conversion(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    to: Layout = "hf",
+    model_type: ModelType = "mistral_large",
+    dtype: OutputDtype | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> Conversion:
+    """Check a source and make ready all that `convert_checkpoint` does with it; nothing is written.
+
+    Raises:
+        CheckpointError, TokenizerFileError: the reasons of `convert_checkpoint`.
+    """
+    if to == "consolidated" and model_type != "mistral_large":
+        raise CheckpointError(f"model type {model_type!r}: the consolidated layout has none; leave it out")
+    folder = resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES)
+    plan = plan_conversion(folder, to=to, dtype=dtype, max_shard_size=max_shard_size)
+    licences = licence_files(folder)
+    if to == "hf":
+        small_files = hf_files(
+            plan.config, dtype=plan.dtype, model_type=model_type, source=folder, licences=licences, cast=plan.cast
+        )
+    else:
+        small_files = consolidated_files(plan.config, source=folder, licences=licences, cast=plan.cast)
+    return Conversion(plan, folder, Path(destination), small_files)
 
 
 def convert_checkpoint(
     source: Path | str,
     destination: Path | str,
     *,
+    to: Layout = "hf",
+    model_type: ModelType = "mistral_large",
+    dtype: OutputDtype | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionPlan:
-    """Convert the consolidated checkpoint in `source` to the HF layout in `destination`, bit for bit.
+    """Convert the checkpoint in `source`, a folder or a hub repository, to layout `to` in `destination`, bit for bit.
 
-    Weights, config, tokenizer, chat template, model card and licence files are written; `source` is only read.
-    Licence files of the source are copied; a source without any is taken for the vendor's weights, see `licence_files`.
-    An interrupted conversion is completed by running it again. `progress` is told the bytes of tensors as they come.
+    Weights, tokenizer, config or params, model card and licence files are written; `source` is only read. Licence files
+    of the source are copied; a source without any is taken for the vendor's weights, see `licence_files`.
+    An interrupted conversion is completed by running it again, a finished one is compared with its source.
+
+    model_type: of the HF layout; `mistral` for stock transformers and engines that do not know us.
+    dtype: rounds the weights to another one; without it, every bit stays.
+    jobs: threads; the bytes are the same with any number.
+    progress: is told the bytes of tensors to be written as they come, by one thread at a time.
 
     Raises:
         CheckpointError: a source that is not a complete, sound checkpoint.
         TokenizerFileError: a tokenizer file that is not the v3 one.
-        DestinationError: a destination that is not new, empty or unfinished, or has no room.
+        DestinationError: a destination that is not new, empty or of the same conversion, or has no room.
     """
-    source, destination = Path(source), Path(destination)
-    plan = plan_conversion(source, max_shard_size=max_shard_size)
-    licences = licence_files(source)
-    config = deepcopy(plan.config)
-    config.architectures = [ARCHITECTURE]
-    config.dtype = TORCH_NAMES[plan.dtype]
-    generation_config = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    small_files = {
-        **tokenizer_files(source, vocab_size=plan.config.vocab_size),
-        **licences,
-        "README.md": model_card(licences).encode(),
-        "config.json": config.to_json_string().encode(),
-        "generation_config.json": json_bytes(generation_config),
-    }
-    _write(plan, source, destination, small_files, progress)
-    return plan
+    conversion = prepare_conversion(
+        source, destination, to=to, model_type=model_type, dtype=dtype, max_shard_size=max_shard_size
+    )
+    conversion.run(jobs=jobs, progress=progress)
+    return conversion.plan
 
 
 def export_checkpoint(
-    source: "Path | str | Mapping[str, torch.Tensor]",
+    weights: "torch.nn.Module | Mapping[str, torch.Tensor]",
     destination: Path | str,
     *,
     config: MistralLargeConfig | None = None,
+    origin: Path | str | None = None,
+    dtype: OutputDtype | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    jobs: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionPlan:
-    """Write a checkpoint of the HF layout to `destination` in the consolidated layout: the way back, bit for bit.
+    """Write weights in memory to `destination` in the consolidated layout: the way back, bit for bit.
 
-    `source` is a folder, whose tokenizer.model.v3 and licence files go along, or a state dict, which needs its `config`
-    and of which only the weights and params.json are written.
+    weights: a model with a config, or a state dict under HF names, which needs its `config`.
+    origin: a folder or hub repository whose tokenizer.model.v3 and licence files go along, with a model card; without
+        it, only the weights and params.json are written.
 
     Raises:
-        CheckpointError: a source that is not a complete, sound checkpoint.
+        CheckpointError: weights that are not a complete Mistral Large.
         DestinationError: a destination that is not new, empty or unfinished, or has no room.
     """
-    destination = Path(destination)
-    folder = Path(source) if isinstance(source, Path | str) else None
-    if folder is not None:
-        plan = plan_conversion(folder, to="consolidated", max_shard_size=max_shard_size)
-        small_files = {TOKENIZER_NAME: (folder / TOKENIZER_NAME).read_bytes(), **licence_files(folder)}
-    else:
-        assert isinstance(source, Mapping)
-        if config is None:
-            raise TypeError("export_checkpoint() of a state dict needs its config")
-        plan = plan_export_of_state_dict(source, config, max_shard_size=max_shard_size)
-        small_files = {}
-    small_files[PARAMS_NAME] = json_bytes(params_from_config(plan.config))
-    _write(plan, folder, destination, small_files, progress)
+    if hasattr(weights, "merge_and_unload"):
+        raise CheckpointError("the model has adapters beside its weights; export model.merge_and_unload()")
+    config = config or getattr(weights, "config", None)
+    if config is None:
+        raise TypeError("export_checkpoint() of a state dict needs its config")
+    state_dict = weights if isinstance(weights, Mapping) else weights.state_dict()
+    plan = plan_export(state_dict, config.to_dict(), dtype=dtype, max_shard_size=max_shard_size)
+    small_files = {PARAMS_NAME: json_bytes(params_from_config(plan.config))}
+    if origin is not None:
+        folder = resolve_source(origin, patterns=(TOKENIZER_NAME, *LICENCE_PATTERNS))
+        if finding := file_finding(folder, TOKENIZER_NAME):
+            raise CheckpointError(f"{folder}: {finding}; give the folder that holds it")
+        small_files = consolidated_files(plan.config, source=folder, licences=licence_files(folder), cast=plan.cast)
+    Conversion(plan, None, Path(destination), small_files).run(jobs=jobs, progress=progress)
     return plan
 
 
-def _write(
-    plan: ConversionPlan,
-    source: Path | None,
-    destination: Path,
-    small_files: dict[str, bytes],
-    progress: Progress | None,
-) -> None:
-    check_destination(source, destination, plan.file_bytes + sum(map(len, small_files.values())))
-    try:
-        with unfinished(destination):
-            for name, content in small_files.items():
-                with whole_file(destination / name) as out:
-                    out.write(content)
-            write_weights(plan, destination, progress)
-    except MistralLargeError:
-        raise
-    except OSError as error:
-        raise DestinationError(f"{destination}: not finished: {error}; when that is mended, run it again") from error
+def _file_identity(path: Path) -> dict[str, Any]:
+    """What another version of a file would have otherwise, as far as that is seen without reading all of it."""
+    status = path.stat()
+    with path.open("rb") as stream:
+        header = stream.read(LENGTH_BYTES)
+        header += stream.read(int.from_bytes(header, "little"))
+    return {"size": status.st_size, "modified_ns": status.st_mtime_ns, "header": new_checksum(header).hexdigest()}
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with whole_file(path) as out:
+        out.write(content)

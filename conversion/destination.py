@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from threading import Lock
+from typing import Any, BinaryIO, Literal
 
+from modeling_mistral_large.conversion.manifest import MANIFEST_NAME
+from modeling_mistral_large.conversion.source_files import parse_json_object
 from modeling_mistral_large.errors import DestinationError
 
 # This file is the first to come and the last to go: a folder that holds it is an unfinished conversion of ours.
 UNFINISHED_NAME = "conversion.unfinished"
-UNFINISHED_TEXT = b"This conversion has not finished. Run it again: it starts over and replaces what is here.\n"
+UNFINISHED_TEXT = b"This conversion has not finished. Run it again: it keeps what is done and proves it.\n"
 PARTIAL_SUFFIX = ".partial"
 # Only these are removed from an unfinished conversion.
 OUTPUT_PATTERNS = (
@@ -23,6 +26,7 @@ OUTPUT_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
     "Notice*",
+    MANIFEST_NAME,
     "README.md",
     "chat_template.jinja",
     "config.json",
@@ -32,14 +36,21 @@ OUTPUT_PATTERNS = (
     "tokenizer*",
 )
 
+State = Literal["new", "unfinished", "finished"]
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file beside its place, and rename it into its place once all of it is on the disk."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as stream:
+    with path.with_name(path.name + PARTIAL_SUFFIX).open("wb") as stream:
         yield stream
-        stream.flush()
+    settle_file(path)
+
+
+def settle_file(path: Path) -> None:
+    """Put what was written beside the place of a file on the disk, and then into its place."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("r+b") as stream:
         os.fsync(stream.fileno())
     partial.replace(path)
     sync_folder(path.parent)
@@ -61,12 +72,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_destination(source: Path | None, destination: Path, needed_bytes: int) -> None:
-    """Refuse a folder that must not be written, before anything is.
+def check_destination(source: Path | None, destination: Path, needed_bytes: int) -> State:
+    """Refuse a folder that must not be written, before anything is, and say what the folder holds of ours.
 
     Raises:
-        DestinationError: the source itself or a folder in or around it, a folder that holds anything but an unfinished
-            conversion, or a disk with less than `needed_bytes`.
+        DestinationError: the source itself or a folder in or around it, a folder that holds anything but a conversion
+            of ours, or a disk with less than `needed_bytes`.
     """
     target = destination.resolve()
     if source is not None:
@@ -75,19 +86,60 @@ def check_destination(source: Path | None, destination: Path, needed_bytes: int)
             raise DestinationError(f"{destination}: is, holds or is in the source {source}; choose a folder elsewhere")
     if target.exists() and not target.is_dir():
         raise DestinationError(f"{destination}: is a file; choose a new or an empty folder")
+    if (target / MANIFEST_NAME).exists() and not (target / UNFINISHED_NAME).exists():
+        return "finished"
     leftovers = _leftovers(target, may_be_unfinished=True) if target.is_dir() else []
     existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
-    # What an unfinished conversion has left is removed before the new files come.
-    free = shutil.disk_usage(existing).free + sum(path.lstat().st_size for path in leftovers)
+    # What an unfinished conversion has left is kept or removed: both makes room. A file may have holes.
+    free = shutil.disk_usage(existing).free + sum(map(_bytes_on_disk, leftovers))
     if free < needed_bytes:
         raise DestinationError(
             f"{destination}: needs {needed_bytes:,} bytes, the disk has {free:,} free; make room or choose another disk"
         )
+    return "unfinished" if (target / UNFINISHED_NAME).exists() else "new"
+
+
+class Journal:
+    """What an unfinished conversion is of, and the checksums of the tensors that it has written."""
+
+    def __init__(self, stream: BinaryIO, identity: dict[str, Any] | None) -> None:
+        self._stream = stream
+        self._lock = Lock()
+        self.checksums: dict[str, str] = {}
+        # Any line may be torn or damaged: what it says of is written again.
+        entries = [entry for line in stream.read().splitlines() if (entry := _json_object(line)) is not None]
+        if identity is not None and entries[:1] == [{"identity": identity}]:
+            for entry in entries[1:]:
+                self.checksums |= entry
+            self._stream.write(b"\n")
+        else:
+            stream.seek(0)
+            stream.truncate()
+            stream.write(UNFINISHED_TEXT)
+            self._append({"identity": identity})
+        self._stream.flush()
+        os.fsync(stream.fileno())
+
+    def record(self, tensor: str, checksum: str) -> None:
+        """Note that a tensor is written, with this checksum of its bytes."""
+        with self._lock:
+            self.checksums[tensor] = checksum
+            self._append({tensor: checksum})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(entry).encode() + b"\n")
+        self._stream.flush()
 
 
 @contextmanager
-def unfinished(destination: Path) -> Iterator[None]:
-    """Hold a destination for one run, which starts with nothing in it; an error leaves it unfinished.
+def unfinished(
+    destination: Path, *, keep: Container[str] = (), identity: dict[str, Any] | None = None
+) -> Iterator[Journal]:
+    """Hold a destination for one run; an error leaves it unfinished.
+
+    keep: the names of files that may stay from an interrupted run, whole or not; all others are removed.
+    identity: what is converted into what; the journal of an interrupted run of the same goes on. None is never the
+        same.
 
     Raises:
         DestinationError: another run holds it, or has finished in it since it was checked.
@@ -95,7 +147,7 @@ def unfinished(destination: Path) -> Iterator[None]:
     destination.mkdir(parents=True, exist_ok=True)
     marker = destination / UNFINISHED_NAME
     may_be_unfinished = marker.exists()
-    with marker.open("r+b" if may_be_unfinished else "xb") as stream:
+    with marker.open("r+b" if may_be_unfinished else "x+b") as stream:
         _lock(stream, destination)
         try:
             leftovers = _leftovers(destination, may_be_unfinished)
@@ -103,21 +155,32 @@ def unfinished(destination: Path) -> Iterator[None]:
             if not may_be_unfinished:
                 marker.unlink()
             raise
-        stream.write(UNFINISHED_TEXT)
-        stream.flush()
-        os.fsync(stream.fileno())
+        journal = Journal(stream, identity)
         sync_folder(destination)
         for leftover in leftovers:
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
-            else:
+            elif leftover.is_symlink() or leftover.name.removesuffix(PARTIAL_SUFFIX) not in keep:
                 leftover.unlink()
-        yield
+        yield journal
         if os.name != "posix":
             # Windows removes no open file.
             stream.close()
         marker.unlink()
         sync_folder(destination)
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        return parse_json_object(line)
+    except ValueError:
+        return None
+
+
+def _bytes_on_disk(path: Path) -> int:
+    status = path.lstat()
+    # Windows does not tell.
+    return min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
 
 
 def _leftovers(destination: Path, may_be_unfinished: bool) -> list[Path]:

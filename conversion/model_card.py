@@ -1,9 +1,13 @@
 """Licence files and model card of a converted checkpoint: what its source says, never more."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from modeling_mistral_large.conversion.source_files import file_finding
 from modeling_mistral_large.errors import CheckpointError
+
+ModelType = Literal["mistral_large", "mistral"]
 
 LICENCE_FOLDER = Path(__file__).parent / "licence"
 AGREEMENT_NAME = "LICENSE"
@@ -24,10 +28,7 @@ license_link: LICENSE"""
 CARD = """\
 ---
 {front_matter}
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- mistral_large
+{reader}
 ---
 
 # {title}
@@ -36,22 +37,56 @@ tags:
 
 ## Use
 
-```python
-import modeling_mistral_large  # registers the architecture with transformers
-from transformers import pipeline
-
-chat = pipeline("text-generation", "path/to/this/folder", dtype="auto", device_map="auto")
-print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
-```
+{use}
 
 ## Licence
 
 {licence}
 """
-MODIFICATION = """\
+PIPELINE = """\
+```python
+{imports}from transformers import pipeline
+
+chat = pipeline("text-generation", "path/to/this/folder", dtype="auto", device_map="auto")
+print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
+```"""
+NATIVE_READERS = """\
+Programs that read the vendor's layout read this folder: `params.json`, `consolidated*.safetensors` and
+`tokenizer.model.v3`. For vLLM, add `--load-format mistral --config-format mistral --tokenizer-mode mistral`."""
+TRANSFORMERS_FRONT_MATTER = """\
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {model_type}"""
+CONVERTED = """\
 It was converted from the vendor's consolidated layout to the layout of Hugging Face transformers: tensors were renamed,
-and the rows of the query and key weights were put into another order. No value was changed. The tokenizer was rewritten
-as `tokenizer.json`, and a chat template was added."""
+and the rows of the query and key weights were put into another order. {values} The tokenizer was rewritten as
+`tokenizer.json`, and a chat template was added."""
+CONVERTED_BACK = """\
+It was converted from the layout of Hugging Face transformers to the vendor's consolidated layout: tensors were renamed,
+and the rows of the query and key weights were put into another order. {values}"""
+SAME_VALUES = "No value was changed."
+CAST_VALUES = "All values were rounded from {} to {}."
+# What differs between the layouts and model types; None is the consolidated layout.
+READERS: dict[ModelType | None, dict[str, str]] = {
+    "mistral_large": {
+        "front_matter": TRANSFORMERS_FRONT_MATTER.format(model_type="mistral_large"),
+        "modification": CONVERTED,
+        "use": PIPELINE.format(
+            imports="import modeling_mistral_large  # registers the architecture with transformers\n"
+        ),
+    },
+    "mistral": {
+        "front_matter": TRANSFORMERS_FRONT_MATTER.format(model_type="mistral"),
+        "modification": CONVERTED,
+        "use": PIPELINE.format(imports=""),
+    },
+    None: {
+        "front_matter": "pipeline_tag: text-generation\ntags:\n- mistral-common",
+        "modification": CONVERTED_BACK,
+        "use": NATIVE_READERS,
+    },
+}
 RESEARCH_LICENCE = """\
 Licensed by Mistral AI under the Mistral AI Research License: the agreement is in `LICENSE`, the attribution in
 `Notice`, and both must accompany every copy. This is not an official product of Mistral AI, which has not endorsed,
@@ -73,16 +108,39 @@ def licence_files(source: Path) -> dict[str, bytes]:
     return files or {name: (LICENCE_FOLDER / name).read_bytes() for name in (AGREEMENT_NAME, NOTICE_NAME)}
 
 
-def is_research_licence(files: dict[str, bytes]) -> bool:
+def is_research_licence(files: Mapping[str, bytes]) -> bool:
     """Whether licence files are those of the vendor's weights."""
     return any(NOTICE_LINE.encode() in content for content in files.values())
 
 
-def model_card(files: dict[str, bytes]) -> str:
-    """The README.md of the converted checkpoint that carries these licence files."""
+def model_card(files: Mapping[str, bytes], *, model_type: ModelType | None, cast: tuple[str, str] | None = None) -> str:
+    """The README.md of a converted checkpoint with these licence files.
+
+    model_type: None for the consolidated layout.
+    cast: the dtypes of the source's weights and of these, as safetensors names them, where they differ.
+    """
     if is_research_licence(files):
         title, front_matter, licence = "Mistral-Large-Instruct-2407, converted", RESEARCH_FRONT_MATTER, RESEARCH_LICENCE
     else:
         names = ", ".join(f"`{name}`" for name in files)
         title, front_matter, licence = "Converted checkpoint", OWN_FRONT_MATTER, OWN_LICENCE.format(names=names)
-    return CARD.format(front_matter=front_matter, title=title, modification=MODIFICATION, licence=licence)
+    values = CAST_VALUES.format(*cast) if cast else SAME_VALUES
+    reader = READERS[model_type]
+    return CARD.format(
+        front_matter=front_matter,
+        reader=reader["front_matter"],
+        title=title,
+        modification=reader["modification"].format(values=values),
+        use=reader["use"],
+        licence=licence,
+    )
+
+
+def retag_model_card(content: bytes, model_type: ModelType) -> bytes:
+    """A README.md for another model type; what in it is not ours stays."""
+    text = content.decode(errors="surrogateescape")
+    for other in READERS.values():
+        for part in ("front_matter", "use"):
+            # With the end of its line: one model type is the beginning of the other.
+            text = text.replace(f"{other[part]}\n", f"{READERS[model_type][part]}\n")
+    return text.encode(errors="surrogateescape")

@@ -1,9 +1,11 @@
 """What a conversion will read and write, decided from file headers before anything is written."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,17 +24,22 @@ from modeling_mistral_large.conversion.safetensors_header import (
     FileTensor,
     MemoryTensor,
     StoredTensor,
+    TensorEntry,
     encode_header,
     read_header,
 )
 from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
+from modeling_mistral_large.conversion.transforms import Cast, RegroupRopePairs, Rows, Step
 from modeling_mistral_large.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 Layout = Literal["consolidated", "hf"]
+OutputDtype = Literal["bf16", "fp16", "fp32"]
 
+OTHER_LAYOUT: dict[Layout, Layout] = {"consolidated": "hf", "hf": "consolidated"}
+OUTPUT_DTYPES: dict[OutputDtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 WEIGHTS_STEM: dict[Layout, str] = {"consolidated": "consolidated", "hf": "model"}
 CONFIG_NAMES: dict[Layout, str] = {"consolidated": PARAMS_NAME, "hf": "config.json"}
 TOKENIZER_NAME = "tokenizer.model.v3"
@@ -45,11 +52,27 @@ LONGEST_FINDING = 400
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor on its way; `has_rope_pairs` says that its rows are regrouped, all other bytes stay."""
+    """One tensor on its way: its rows go through the steps, a few at a time, and become those of the outputs."""
 
-    name: str
     source: StoredTensor
-    has_rope_pairs: bool
+    steps: tuple[Step, ...]
+    outputs: tuple[TensorEntry, ...]
+
+    @property
+    def rows_at_once(self) -> int:
+        """The steps take multiples of so many rows."""
+        return math.lcm(*(step.rows_at_once for step in self.steps))
+
+    @property
+    def size(self) -> int:
+        """Bytes to be written."""
+        return sum(output.size for output in self.outputs)
+
+    def transform(self, rows: Rows) -> tuple[Rows, ...]:
+        """The rows of each output that come of these rows of the source."""
+        for step in self.steps:
+            rows = step(rows)
+        return (rows,)
 
 
 @dataclass(frozen=True)
@@ -60,27 +83,51 @@ class PlannedFile:
     tensors: tuple[PlannedTensor, ...]
 
     @property
+    def outputs(self) -> tuple[TensorEntry, ...]:
+        """What the file will hold, in the order of its bytes."""
+        return tuple(output for tensor in self.tensors for output in tensor.outputs)
+
+    @property
     def header(self) -> bytes:
-        return encode_header((tensor.name, tensor.source) for tensor in self.tensors)
+        return encode_header(self.outputs)
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(tensor.source.size for tensor in self.tensors)
+        return len(self.header) + sum(tensor.size for tensor in self.tensors)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Offset and size of each output in the file, in bytes."""
+        start, places = len(self.header), {}
+        for output in self.outputs:
+            places[output.name] = (start, output.size)
+            start += output.size
+        return places
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """All that moving the weights needs to know; `to` is the layout that is written."""
+    """All that moving the weights needs to know.
+
+    to: the layout that is written.
+    dtype, source_dtypes: what is written, and what there is.
+    """
 
     to: Layout
     config: MistralLargeConfig
     dtype: str
+    source_dtypes: tuple[str, ...]
     files: tuple[PlannedFile, ...]
 
     @property
+    def cast(self) -> tuple[str, str] | None:
+        """The dtypes of the source and of the output where they differ."""
+        return None if self.source_dtypes == (self.dtype,) else (", ".join(self.source_dtypes), self.dtype)
+
+    @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, without headers."""
-        return sum(tensor.source.size for file in self.files for tensor in file.tensors)
+        """Bytes of all tensors to be written, without headers."""
+        return sum(tensor.size for file in self.files for tensor in file.tensors)
 
     @property
     def file_bytes(self) -> int:
@@ -96,50 +143,87 @@ class ConversionPlan:
         """The content of the index, or None for a single file, which needs none."""
         if len(self.files) == 1:
             return None
-        weight_map = {tensor.name: file.name for file in self.files for tensor in file.tensors}
+        weight_map = {output.name: file.name for file in self.files for output in file.outputs}
         return {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def plan_conversion(
-    source: Path | str, *, to: Layout = "hf", max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    source: Path | str,
+    *,
+    to: Layout = "hf",
+    dtype: OutputDtype | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> ConversionPlan:
     """Plan the way from the other layout to layout `to`, from the headers of the folder `source`.
 
     Only the files of that other layout are looked at: the second copy of the weights in the vendor's folder is ignored.
+    `dtype` is that of the output; without it, the source must have one, which stays.
 
     Raises:
         CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
             error.
     """
-    layout: Layout = "consolidated" if to == "hf" else "hf"
+    config, tensors = read_checkpoint(source, OTHER_LAYOUT[to], may_mix_dtypes=dtype is not None)
+    return _plan(tensors, config, to, dtype, max_shard_size)
+
+
+def read_checkpoint(
+    source: Path | str, layout: Layout, *, needs_tokenizer: bool = True, may_mix_dtypes: bool = False
+) -> tuple[MistralLargeConfig, list[FileTensor]]:
+    """The geometry of the checkpoint of this layout in a folder, and where each of its tensors is, from the headers.
+
+    Raises:
+        CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
+            error.
+    """
     folder = Path(source)
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         raise CheckpointError(f"{folder}: no folder that can be read; give the one that holds {CONFIG_NAMES[layout]}")
     params, findings = _read_params(folder, layout)
     tensors, weight_findings = _read_weights(folder, WEIGHTS_STEM[layout])
     findings += weight_findings
-    if finding := file_finding(folder, TOKENIZER_NAME):
+    if needs_tokenizer and (finding := file_finding(folder, TOKENIZER_NAME)):
         findings.append(finding)
     config = None if params is None else config_from_params(params)
     if config is not None:
         # Without a readable file, every tensor of it would be listed as missing too.
         findings += _tensor_findings(tensors, config, layout, are_complete=not weight_findings)
+    if not may_mix_dtypes:
+        findings += _dtype_findings(tensors)
     _refuse(findings, f"{folder} is not a complete {layout} checkpoint")
     assert config is not None
-    return _plan(tensors, config, to, max_shard_size)
+    return config, tensors
 
 
-def plan_export_of_state_dict(
-    state_dict: Mapping[str, "torch.Tensor"], config: MistralLargeConfig, *, max_shard_size: int | str
+def plan_export(
+    state_dict: Mapping[str, "torch.Tensor"],
+    config: Mapping[str, Any],
+    *,
+    dtype: OutputDtype | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> ConversionPlan:
     """Plan the way of a state dict in memory, under HF names, to the consolidated layout.
+
+    config: what its config.json would say, of ours or of transformers' Mistral.
 
     Raises:
         CheckpointError: as for `plan_conversion`.
     """
+    params, findings = params_from_hf_config(config)
+    findings += params_findings(params)
+    _refuse([f"config: {finding}" for finding in findings], "the config is not that of a Mistral Large")
+    own_config = config_from_params(params)
     tensors = [MemoryTensor.of(name, tensor) for name, tensor in state_dict.items()]
-    _refuse(_tensor_findings(tensors, config, "hf", are_complete=True), "the state dict does not fit its config")
-    return _plan(tensors, config, "consolidated", max_shard_size)
+    findings = _tensor_findings(tensors, own_config, "hf", are_complete=True)
+    findings += [
+        f"tensor {tensor.name!r} is on device meta, without data; load the model without offload"
+        for tensor in tensors
+        if tensor.tensor.is_meta
+    ]
+    if dtype is None:
+        findings += _dtype_findings(tensors)
+    _refuse(findings, "the state dict does not fit its config")
+    return _plan(tensors, own_config, "consolidated", dtype, max_shard_size)
 
 
 def _refuse(findings: Sequence[str], what: str) -> None:
@@ -148,7 +232,7 @@ def _refuse(findings: Sequence[str], what: str) -> None:
     listed = [f"  {finding[:LONGEST_FINDING]}" for finding in findings[:MOST_FINDINGS]]
     if len(findings) > MOST_FINDINGS:
         listed.append(f"  and {len(findings) - MOST_FINDINGS} more")
-    raise CheckpointError("\n".join([f"{what}; nothing was written, mend or download it again:", *listed]))
+    raise CheckpointError("\n".join([f"{what}; nothing was done, mend or download it again:", *listed]))
 
 
 def _read_params(folder: Path, layout: Layout) -> tuple[dict[str, Any] | None, list[str]]:
@@ -241,25 +325,38 @@ def _tensor_findings(
         seen.add(tensor.name)
     if are_complete:
         findings += [f"tensor {name!r} is missing" for name in expected if name not in seen]
-    dtypes = sorted({tensor.dtype for tensor in tensors})
-    if len(dtypes) > 1:
-        findings.append(f"tensors of dtypes {', '.join(dtypes)}: a checkpoint has one")
     return findings
 
 
+def _dtype_findings(tensors: Iterable[TensorEntry]) -> list[str]:
+    dtypes = sorted({tensor.dtype for tensor in tensors})
+    if len(dtypes) <= 1:
+        return []
+    return [f"tensors of dtypes {', '.join(dtypes)}: a checkpoint has one; ask for a dtype to have them converted"]
+
+
 def _plan(
-    tensors: Sequence[StoredTensor], config: MistralLargeConfig, to: Layout, max_shard_size: int | str
+    tensors: Sequence[StoredTensor],
+    config: MistralLargeConfig,
+    to: Layout,
+    dtype: OutputDtype | None,
+    max_shard_size: int | str,
 ) -> ConversionPlan:
-    layout: Layout = "consolidated" if to == "hf" else "hf"
     stored = {tensor.name: tensor for tensor in tensors}
-    planned = {
-        getattr(tensor, to): PlannedTensor(
-            name=getattr(tensor, to), source=stored[getattr(tensor, layout)], has_rope_pairs=tensor.has_rope_pairs
-        )
-        for tensor in expected_tensors(config)
-    }
+    written_dtype = tensors[0].dtype if dtype is None else OUTPUT_DTYPES[dtype]
+    planned = {}
+    for expected in expected_tensors(config):
+        source = stored[getattr(expected, OTHER_LAYOUT[to])]
+        steps: list[Step] = []
+        if expected.has_rope_pairs:
+            steps.append(RegroupRopePairs(to, config.head_dim))
+        if source.dtype != written_dtype:
+            steps.append(Cast(source.dtype, written_dtype))
+        name = getattr(expected, to)
+        size = source.size // BYTES_OF[source.dtype] * BYTES_OF[written_dtype]
+        planned[name] = PlannedTensor(source, tuple(steps), (TensorEntry(name, written_dtype, source.shape, size),))
     split = split_state_dict_into_shards_factory(
-        {name: tensor.source.size for name, tensor in planned.items()},
+        {name: tensor.size for name, tensor in planned.items()},
         get_storage_size=int,
         filename_pattern=WEIGHTS_STEM[to] + "{suffix}.safetensors",
         max_shard_size=parse_size(max_shard_size),
@@ -267,7 +364,8 @@ def _plan(
     files = tuple(
         PlannedFile(file, tuple(planned[name] for name in names)) for file, names in split.filename_to_tensors.items()
     )
-    return ConversionPlan(to=to, config=config, dtype=tensors[0].dtype, files=files)
+    source_dtypes = tuple(sorted({tensor.dtype for tensor in tensors}))
+    return ConversionPlan(to=to, config=config, dtype=written_dtype, source_dtypes=source_dtypes, files=files)
 
 
 def parse_size(size: int | str) -> int:

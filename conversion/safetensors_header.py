@@ -32,13 +32,18 @@ LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor somewhere; `size` counts bytes."""
+class TensorEntry:
+    """What a header says of a tensor; `size` counts bytes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     size: int
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorEntry):
+    """A tensor that can be read."""
 
     def open(self) -> BinaryIO:
         """A stream whose next `size` bytes are the tensor, row after row."""
@@ -142,13 +147,13 @@ def _layout_findings(tensors: Iterable[FileTensor], data_start: int, file_size: 
         yield f"has {file_size - end} bytes after the last tensor"
 
 
-def encode_header(tensors: Iterable[tuple[str, StoredTensor]]) -> bytes:
-    """The first bytes of a file that holds these tensors, under these names, in this order."""
+def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
+    """The first bytes of a file that holds these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, tensor in tensors:
+    for tensor in tensors:
         end = start + tensor.size
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % LENGTH_BYTES)

@@ -1,14 +1,18 @@
 """The tokenizer of a converted checkpoint, written and proven to have SentencePiece's ids."""
 
+import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sentencepiece import SentencePieceProcessor
 
+from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
-from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.errors import CheckpointError, TokenizerFileError
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
+
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 # One line for each way in which a conversion has been seen to go wrong.
 CORPUS = (
@@ -49,13 +53,41 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
         MistralLargeTokenizer.from_pretrained(alone).save_pretrained(folder)
         tokenizer = MistralLargeTokenizer.from_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    settings = json.loads(files[TOKENIZER_CONFIG_NAME])
+    # transformers writes how the tokenizer was read, too.
+    for name in ("is_local", "local_files_only"):
+        settings.pop(name, None)
+    files[TOKENIZER_CONFIG_NAME] = json_bytes(settings)
     processor = SentencePieceProcessor(model_file=str(source / TOKENIZER_NAME))
     if processor.vocab_size() != vocab_size:
         raise CheckpointError(
             f"{source / TOKENIZER_NAME}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
             "take both from one checkpoint"
         )
-    for text, ids, exact in zip(CORPUS, tokenizer.encode_texts(CORPUS), processor.encode(list(CORPUS)), strict=True):
-        if ids != exact:
-            raise CheckpointError(f"{source / TOKENIZER_NAME}: converted ids of {text[:40]!r} are not SentencePiece's")
+    if (text := inexact_text(tokenizer, processor)) is not None:
+        raise CheckpointError(f"{source / TOKENIZER_NAME}: converted ids of {text[:40]!r} are not SentencePiece's")
     return files
+
+
+def tokenizer_findings(folder: Path, *, vocab_size: int) -> list[str]:
+    """What is wrong with tokenizer.json beside the tokenizer.model.v3 that it was made of; empty if nothing is."""
+    try:
+        # Without the other file, so that it is read and nothing else.
+        tokenizer = MistralLargeTokenizer(tokenizer_file=str(folder / "tokenizer.json"))
+        processor = SentencePieceProcessor(model_file=str(folder / TOKENIZER_NAME))
+    except TokenizerFileError as error:
+        return [str(error)]
+    except (OSError, RuntimeError):
+        return [f"{TOKENIZER_NAME} is not a SentencePiece model"]
+    findings = []
+    if processor.vocab_size() != vocab_size:
+        findings.append(f"{TOKENIZER_NAME} has {processor.vocab_size()} pieces, the weights have {vocab_size} rows")
+    if (text := inexact_text(tokenizer, processor)) is not None:
+        findings.append(f"tokenizer.json: ids of {text[:40]!r} are not SentencePiece's")
+    return findings
+
+
+def inexact_text(tokenizer: MistralLargeTokenizer, processor: SentencePieceProcessor) -> str | None:
+    """The first text of the corpus whose ids are not SentencePiece's, or None."""
+    rows = zip(CORPUS, tokenizer.encode_texts(CORPUS), processor.encode(list(CORPUS)), strict=True)
+    return next((text for text, ids, exact in rows if ids != exact), None)

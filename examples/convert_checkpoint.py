@@ -1,4 +1,4 @@
-"""Convert a consolidated checkpoint from Python: first the plan, then the bytes.
+"""Convert a consolidated checkpoint from Python, and back: first the plan, then the bytes.
 
 Run `python examples/convert_checkpoint.py [SOURCE DESTINATION]`.
 
@@ -19,12 +19,17 @@ with TemporaryDirectory() as folder:
         source, destination = assemble_demo_checkpoint(Path(folder, "demo")), Path(folder, "demo-hf")
 
     plan = plan_conversion(source)
-    print(f"{sum(len(file.tensors) for file in plan.files)} tensors of {plan.dtype}, {plan.tensor_bytes:,} bytes")
+    print(f"{sum(len(file.outputs) for file in plan.files)} tensors of {plan.dtype}, {plan.tensor_bytes:,} bytes")
     for file in plan.files:
-        print(f"{file.name}: {len(file.tensors)} tensors, {file.size:,} bytes")
+        print(f"{file.name}: {len(file.outputs)} tensors, {file.size:,} bytes")
 
     written: list[int] = []
     convert_checkpoint(source, destination, progress=written.append)
     print(f"{sum(written):,} bytes written in {len(written)} steps; {destination.name} now holds:")
     for path in sorted(destination.iterdir()):
         print(f"  {path.name}")
+
+    # The way back has the bits of the source again.
+    back = destination.with_name(f"{destination.name}-back")
+    convert_checkpoint(destination, back, to="consolidated")
+    print(f"{back.name} holds the vendor's layout again: {', '.join(sorted(path.name for path in back.iterdir()))}")

@@ -6,7 +6,7 @@ here nothing heavy is imported before a command runs, and help and usage errors 
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -39,22 +39,163 @@ def options(
 
 @app.command()
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            exists=True,
-            file_okay=False,
-            help="Folder with params.json, consolidated*.safetensors and tokenizer.model.v3.",
-        ),
-    ],
-    destination: Annotated[Path, typer.Argument(file_okay=False, help="Folder for the HF layout, new or empty.")],
+    source: Annotated[str, typer.Argument(help="Folder or hub repository (owner/name) with a checkpoint.")],
+    destination: Annotated[Path, typer.Argument(file_okay=False, help="Folder to write, new or empty.")],
+    to: Annotated[Literal["hf", "consolidated"], typer.Option(help="Layout to write, from the other one.")] = "hf",
+    as_: Annotated[
+        Literal["mistral_large", "mistral"],
+        typer.Option("--as", help="Model type of the HF layout. mistral: for programs that do not know us."),
+    ] = "mistral_large",
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one output file, such as 5GB.")] = "5GB",
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Round the weights; else every bit stays.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes are the same with any number.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source and print the plan only.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan and the result as JSON, nothing else.")
+    ] = False,
 ) -> None:
-    """Convert a consolidated checkpoint to the HF layout, one tensor in memory at a time."""
+    """Convert a checkpoint between the vendor's layout and that of transformers, a few megabytes in memory at a time.
+
+    Interrupted, it goes on when run again; finished, it compares what is there with the source.
+    """
     from .convert import convert as run
 
-    run(source, destination, max_shard_size, dry_run)
+    run(
+        source,
+        destination,
+        to=to,
+        model_type=as_,
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        jobs=jobs,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder with a checkpoint, of either layout.")],
+    source: Annotated[
+        str | None, typer.Argument(help="Folder or hub repository it was made of, of either layout.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check a checkpoint, and compare every bit with what it was made of; exit code 1 if anything is wrong."""
+    from .verify import verify as run
+
+    run(folder, source, as_json)
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Folder or hub repository (owner/name), of which headers are read.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Say what a folder holds, what loads it and what is wrong with it."""
+    from .inspect import inspect as run
+
+    run(source, as_json)
+
+
+@app.command()
+def retag(
+    folder: Annotated[Path, typer.Argument(help="Folder of the HF layout, changed in place; its weights are not.")],
+    as_: Annotated[
+        Literal["mistral_large", "mistral"], typer.Option("--as", help="mistral: for programs that do not know us.")
+    ],
+) -> None:
+    """Switch a converted checkpoint to the other model type without touching its weights."""
+    from .retag import retag as run
+
+    run(folder, as_)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder of either layout, or hub repository (owner/name).")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Python file whose functions the model may call.")
+    ] = None,
+    load: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Conversation to go on with, as /save writes it.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the likeliest tokens to choose from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the answers the same each time.")] = None,
+    max_rounds: Annotated[int, typer.Option(min=1, help="Answers with tool calls in a row, at most.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
+    device_map: Annotated[
+        str, typer.Option(help="Where the weights go: auto, cpu, cuda, …; not under torchrun.")
+    ] = "auto",
+) -> None:
+    """Talk with a model in the terminal, with tools; under torchrun with tensor parallelism."""
+    from .chat import Sampling
+    from .chat import chat as run
+
+    run(
+        model,
+        system=system,
+        tools=tools,
+        load=load,
+        sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        max_rounds=max_rounds,
+        dtype=dtype,
+        device_map=device_map,
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or hub repository.")],
+    engine: Annotated[
+        Literal["auto", "vllm", "transformers"], typer.Option(help="auto: vLLM if it is installed.")
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Serve a model with OpenAI's API; further options go to the engine as they are."""
+    from .serve import serve as run
+
+    run(model, engine=engine, host=host, port=port, options=context.args)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub repository; without it, Mistral-Large-Instruct-2407.")
+    ] = None,
+    gpus: Annotated[
+        str, typer.Option(help="8x80GB, H200, 2xA100+1x24GB, 4x95GiB@3.9 (TB/s); auto: those here.")
+    ] = "auto",
+    context: Annotated[int, typer.Option(min=1, help="Positions of prompt and answer together.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of weights and cache: bfloat16, float16 or float32.")] = "bfloat16",
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Positions of a prompt that are read at once.")] = 2048,
+    host: Annotated[str, typer.Option(help="Memory of the host for weights, such as 512GB; 0 offloads nothing.")] = "0",
+    svg: Annotated[Path | None, typer.Option(dir_okay=False, help="Write what is printed as a picture, too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
+) -> None:
+    """Say how a model fits on GPUs, how fast it can be, and how to run it; exit code 1 if it does not fit."""
+    from .plan import plan as run
+
+    fits = run(
+        model,
+        gpus,
+        context=context,
+        batch=batch,
+        dtype=dtype,
+        chunk=prefill_chunk,
+        host=host,
+        svg=svg,
+        as_json=as_json,
+    )
+    raise typer.Exit(0 if fits else 1)
 
 
 @app.command()

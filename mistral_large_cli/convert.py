@@ -1,47 +1,116 @@
 """Printing of `mistral-large convert`: the plan, the progress, and what to do with the result."""
 
+import json
 import shlex
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-SNIPPET = """\
-import modeling_mistral_large
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from modeling_mistral_large.conversion import Conversion
+    from modeling_mistral_large.conversion.destination import State
+
+CHAT = """\
 from transformers import pipeline
 chat = pipeline("text-generation", {folder!r}, dtype="auto", device_map="auto")
 answer = chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)
 print(answer[0]["generated_text"][-1]["content"])"""
+# By layout and model type; the consolidated layout is read as it is.
+SNIPPETS = {
+    ("hf", "mistral_large"): f"import modeling_mistral_large\n{CHAT}",
+    ("hf", "mistral"): CHAT,
+    ("consolidated", "mistral_large"): """\
+from modeling_mistral_large import MistralLargeForCausalLM
+print(MistralLargeForCausalLM.from_pretrained({folder!r}, dtype="auto"))""",
+}
+STATES: dict["State", str] = {
+    "new": "a new folder",
+    "unfinished": "an interrupted conversion, to be continued",
+    "finished": "a finished conversion, to be compared with the source",
+}
 
 
-def convert(source: Path, destination: Path, max_shard_size: str, dry_run: bool) -> None:
+def convert(
+    source: str,
+    destination: Path,
+    *,
+    to: Literal["consolidated", "hf"],
+    model_type: Literal["mistral_large", "mistral"],
+    max_shard_size: str,
+    dtype: Literal["bf16", "fp16", "fp32"] | None,
+    jobs: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Convert `source` into `destination` and say so; with `dry_run` only check and print the plan.
 
     Raises:
         MistralLargeError: the reasons of `convert_checkpoint`.
     """
     from rich.console import Console
+
+    from modeling_mistral_large.conversion import prepare_conversion
+
+    # With JSON, people read standard error.
+    console = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
+    conversion = prepare_conversion(
+        source, destination, to=to, model_type=model_type, dtype=dtype, max_shard_size=max_shard_size
+    )
+    state = conversion.check_destination()
+    plan = conversion.plan
+    tensors = sum(len(file.tensors) for file in plan.files)
+    dtypes = ", ".join(plan.source_dtypes)
+    rounded = f", rounded to {plan.dtype}" if plan.cast else ""
+    report: dict[str, Any] = {
+        "source": source,
+        "destination": str(destination),
+        "to": to,
+        "model_type": model_type if to == "hf" else None,
+        "source_dtypes": list(plan.source_dtypes),
+        "dtype": plan.dtype,
+        "tensors": tensors,
+        "tensor_bytes": plan.tensor_bytes,
+        "needed_bytes": conversion.needed_bytes,
+        "files": {file.name: file.size for file in plan.files},
+        "small_files": sorted(conversion.small_files),
+        "destination_state": state,
+    }
+    if not as_json:
+        console.print(f"from  {source}: {tensors} tensors, {dtypes}{rounded}, {plan.tensor_bytes / 1e9:,.2f} GB")
+        console.print(f"to    {destination}: {len(plan.files)} × *.safetensors, --max-shard-size {max_shard_size}")
+        if state != "new":
+            console.print(f"which is {STATES[state]}")
+    if dry_run:
+        report["result"] = "planned"
+        if not as_json:
+            console.print("The source is complete and the destination has room; nothing was written.")
+    else:
+        started = time.monotonic()
+        is_new = _run(conversion, jobs, console)
+        seconds = time.monotonic() - started
+        report |= {"result": "converted" if is_new else "complete", "seconds": round(seconds, 3)}
+        if not as_json:
+            rate = f"in {seconds:,.1f} s, {plan.tensor_bytes / 1e6 / seconds:,.0f} MB/s"
+            if is_new:
+                console.print(f"done  {rate}, all checks passed")
+            else:
+                console.print(f"complete: compared {rate}, every tensor is what the source gives; nothing was written")
+            console.print("\nTry it:\n")
+            snippet = SNIPPETS[to, model_type].format(folder=str(destination))
+            console.print(f"python -c {shlex.quote(snippet)}")
+    if as_json:
+        json.dump(report, sys.stdout, indent=2)
+        print()
+
+
+def _run(conversion: "Conversion", jobs: int | None, console: "Console") -> bool:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from modeling_mistral_large.conversion import check_destination, convert_checkpoint, plan_conversion
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-
-    plan = plan_conversion(source, max_shard_size=max_shard_size)
-    check_destination(source, destination, plan.file_bytes)
-    tensors = sum(len(file.tensors) for file in plan.files)
-    console.print(f"from  {source}: {tensors} tensors, {plan.dtype}, {plan.tensor_bytes / 1e9:,.2f} GB")
-    console.print(f"to    {destination}: {len(plan.files)} × *.safetensors, --max-shard-size {max_shard_size}")
-    if dry_run:
-        console.print("The source is complete and the destination has room; nothing was written.")
-        return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    started = time.monotonic()
     # A bar that is redrawn makes no sense in a file or a pipe.
     with Progress(TextColumn("converting"), *columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("converting", total=plan.tensor_bytes)
-        convert_checkpoint(
-            source, destination, max_shard_size=max_shard_size, progress=lambda count: bar.advance(task, count)
-        )
-    seconds = time.monotonic() - started
-    console.print(f"done  in {seconds:,.1f} s, {plan.tensor_bytes / 1e6 / seconds:,.0f} MB/s, all checks passed")
-    console.print("\nTry it:\n")
-    console.print(f"python -c {shlex.quote(SNIPPET.format(folder=str(destination)))}")
+        task = bar.add_task("converting", total=conversion.plan.tensor_bytes)
+        return conversion.run(jobs=jobs, progress=lambda count: bar.advance(task, count))

@@ -73,3 +73,8 @@ def write_consolidated(
         name = "consolidated.safetensors" if shards == 1 else f"consolidated-{shard + 1:05}-of-{shards:05}.safetensors"
         save_file({tensor: weights[tensor] for tensor in names[shard::shards]}, folder / name)
     return params, weights
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

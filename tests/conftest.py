@@ -10,6 +10,8 @@ from sentencepiece import SentencePieceProcessor
 
 from mistral_large_cli.demo import convert_demo_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
+from modeling_mistral_large.conversion import hf_files
+from modeling_mistral_large.conversion.tokenizer import tokenizer_files
 
 from . import checkpoints
 
@@ -57,6 +59,26 @@ def tiny_config() -> MistralLargeConfig:
         head_dim=32,
         max_position_embeddings=512,
     )
+
+
+@pytest.fixture(scope="session")
+def converted_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.model.v3").write_bytes(checkpoints.tokenizer_model_file().read_bytes())
+    return tokenizer_files(folder, vocab_size=32768)
+
+
+@pytest.fixture
+def known_tokenizer(converted_tokenizer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer is converted once for all tests that are not about it; so weights of any vocabulary do."""
+    monkeypatch.setattr(hf_files, "tokenizer_files", lambda *_, **__: converted_tokenizer)
+
+
+@pytest.fixture
+def small_source(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> Path:
+    tiny_config.vocab_size = 768
+    checkpoints.write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
+    return tmp_path / "source"
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """`mistral-large convert` as it is typed."""
 
+import json
 import re
 import shlex
 import sys
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mistral_large_cli import main
 from modeling_mistral_large import MistralLargeConfig
+from modeling_mistral_large.conversion import convert_checkpoint
 
 from .checkpoints import write_consolidated
 
@@ -64,6 +67,66 @@ def test_dry_run_writes_nothing(
     assert run(monkeypatch, "convert", source, source.parent / "hf", "--dry-run") == 0
     assert "nothing was written" in capsys.readouterr().out
     assert not (source.parent / "hf").exists()
+
+
+def test_json_is_all_that_is_printed_and_says_what_is_there(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    destination = source.parent / "hf"
+    options = ("convert", source, destination, "--max-shard-size", "2MB", "--jobs", 2, "--json")
+    assert run(monkeypatch, *options, "--dry-run") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert not destination.exists()
+    assert run(monkeypatch, *options) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    converted = json.loads(printed.out)
+    assert run(monkeypatch, *options) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [report.pop("result") for report in (planned, converted, again)] == ["planned", "converted", "complete"]
+    assert [report.pop("destination_state") for report in (planned, converted, again)] == ["new", "new", "finished"]
+    assert all(report.pop("seconds") > 0 for report in (converted, again))
+    assert planned == converted == again
+    assert planned["files"] == {path.name: path.stat().st_size for path in destination.glob("*.safetensors")}
+    others = {path.name for path in destination.iterdir()} - planned["files"].keys()
+    assert others == {*planned["small_files"], "conversion.manifest.json", "model.safetensors.index.json"}
+    assert planned["tensors"] == 30
+    assert (planned["to"], planned["model_type"], planned["dtype"]) == ("hf", "mistral_large", "BF16")
+
+
+def test_a_rerun_says_that_it_goes_on_or_that_all_is_there(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    destination = source.parent / "hf"
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, destination, progress=stop)
+    assert run(monkeypatch, "convert", source, destination) == 0
+    assert "which is an interrupted conversion, to be continued\n" in capsys.readouterr().out
+    assert run(monkeypatch, "convert", source, destination) == 0
+    printed = capsys.readouterr().out
+    assert "which is a finished conversion, to be compared with the source\n" in printed
+    assert "every tensor is what the source gives; nothing was written\n" in printed
+
+
+def test_the_way_back_with_another_dtype_and_model_type(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock, back = source.parent / "stock", source.parent / "back"
+    assert run(monkeypatch, "convert", source, stock, "--as", "mistral", "--dtype", "fp32") == 0
+    printed = capsys.readouterr().out
+    assert f"from  {source}: 30 tensors, BF16, rounded to F32, 0.02 GB\n" in printed
+    exec(compile(shlex.split(printed[printed.index("python -c") :])[2], "printed", "exec"), {})
+    assert run(monkeypatch, "convert", stock, back, "--to", "consolidated", "--dtype", "bf16") == 0
+    printed = capsys.readouterr().out
+    exec(compile(shlex.split(printed[printed.index("python -c") :])[2], "printed", "exec"), {})
+    assert "MistralLargeForCausalLM(" in capsys.readouterr().out
+    written = load_file(back / "consolidated.safetensors")
+    of_source = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert written.keys() == of_source.keys()
+    assert all(torch.equal(written[name], of_source[name]) for name in written)
 
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])

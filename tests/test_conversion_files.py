@@ -1,34 +1,41 @@
 """Whole conversions: every byte of them, what interrupts them, and the way back."""
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-import signal
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, MistralForCausalLM
+from xxhash import xxh3_128_hexdigest
 
-import modeling_mistral_large.conversion.convert as convert_module
 import modeling_mistral_large.conversion.stream as stream_module
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import check_destination, convert_checkpoint, export_checkpoint
+from modeling_mistral_large.conversion import (
+    ConversionPlan,
+    ManifestTensor,
+    convert_checkpoint,
+    export_checkpoint,
+    read_manifest,
+)
 from modeling_mistral_large.conversion.destination import OUTPUT_PATTERNS, UNFINISHED_NAME, unfinished
 from modeling_mistral_large.conversion.names import TO_HF
-from modeling_mistral_large.conversion.tokenizer import tokenizer_files
+from modeling_mistral_large.conversion.plan import OutputDtype, PlannedFile, PlannedTensor
+from modeling_mistral_large.conversion.safetensors_header import MemoryTensor, TensorEntry
+from modeling_mistral_large.conversion.stream import write_weights
+from modeling_mistral_large.conversion.transforms import Rows
 from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
 
-from .checkpoints import tokenizer_model_file, write_consolidated
+from .checkpoints import contents, tokenizer_model_file, write_consolidated
 from .models import stock_config
 from .reference_model import reference_logits
 from .test_conversion_tables import split_row_by_row
@@ -47,30 +54,6 @@ def config(tiny_config: MistralLargeConfig) -> MistralLargeConfig:
 def source(config: MistralLargeConfig, tmp_path: Path) -> Path:
     write_consolidated(tmp_path / "source", config, torch.bfloat16)
     return tmp_path / "source"
-
-
-@pytest.fixture(scope="module")
-def converted_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
-    return tokenizer_files(folder, vocab_size=32768)
-
-
-@pytest.fixture
-def known_tokenizer(converted_tokenizer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizer is converted once for all tests that are not about it; so weights of any vocabulary do."""
-    monkeypatch.setattr(convert_module, "tokenizer_files", lambda *_, **__: converted_tokenizer)
-
-
-@pytest.fixture
-def small_source(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> Path:
-    tiny_config.vocab_size = 768
-    write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
-    return tmp_path / "source"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -134,7 +117,7 @@ def test_every_bit_arrives_where_it_belongs_and_goes_back(
 ) -> None:
     params, weights = write_consolidated(tmp_path / "source", tiny_config, dtype, shards=3)
     # A buffer of one byte would take minutes for the rest; for rotary pairs it means one head at a time.
-    monkeypatch.setattr(stream_module, "BUFFER_BYTES", buffer_bytes if buffer_bytes > 1 else 1000)
+    monkeypatch.setattr(stream_module, "BLOCK_BYTES", buffer_bytes if buffer_bytes > 1 else 1000)
     convert_checkpoint(tmp_path / "source", tmp_path / "hf", max_shard_size="100KB")
     converted = read_weights(tmp_path / "hf")
     assert len(converted) == len(weights)
@@ -146,7 +129,7 @@ def test_every_bit_arrives_where_it_belongs_and_goes_back(
         assert converted[hf_name].dtype == dtype
         assert torch.equal(bits(converted[hf_name]), expected), name
 
-    export_checkpoint(tmp_path / "hf", tmp_path / "back", max_shard_size="150KB")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated", max_shard_size="150KB")
     back = read_weights(tmp_path / "back")
     assert back.keys() == weights.keys()
     assert all(torch.equal(bits(back[name]), bits(weights[name])) for name in weights)
@@ -156,7 +139,7 @@ def test_every_bit_arrives_where_it_belongs_and_goes_back(
     assert contents(tmp_path / "again") == contents(tmp_path / "hf")
 
 
-def test_a_state_dict_is_exported_like_its_folder(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
+def test_weights_in_memory_are_exported_like_their_folder(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     model = MistralLargeForCausalLM._from_config(tiny_config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
     (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(b"copied as it is")
@@ -164,21 +147,146 @@ def test_a_state_dict_is_exported_like_its_folder(tiny_config: MistralLargeConfi
     state_dict = {
         name: tensor.mT.clone().mT if tensor.ndim > 1 else tensor for name, tensor in model.state_dict().items()
     }
+    convert_checkpoint(tmp_path / "hf", tmp_path / "of_folder", to="consolidated", max_shard_size="90KB")
+    export_checkpoint(model, tmp_path / "of_model", origin=tmp_path / "hf", max_shard_size="90KB")
     export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
-    export_checkpoint(tmp_path / "hf", tmp_path / "of_folder", max_shard_size="90KB")
-    of_state_dict, of_folder = contents(tmp_path / "of_state_dict"), contents(tmp_path / "of_folder")
-    assert of_folder.pop("tokenizer.model.v3") == b"copied as it is"
-    assert of_folder.pop("LICENSE")
-    assert of_folder.pop("Notice")
-    assert of_state_dict == of_folder
+    of_folder, of_state_dict = contents(tmp_path / "of_folder"), contents(tmp_path / "of_state_dict")
+    assert contents(tmp_path / "of_model") == of_folder
+    assert of_folder["tokenizer.model.v3"] == b"copied as it is"
+    assert of_folder.keys() - of_state_dict.keys() == {"tokenizer.model.v3", "LICENSE", "Notice", "README.md"}
+    assert all(of_folder[name] == content for name, content in of_state_dict.items())
     assert len(of_state_dict) > 4
+    # Run again, it is compared with what is in memory now.
+    export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
+    state_dict["model.norm.weight"] = state_dict["model.norm.weight"] + 1
+    with pytest.raises(DestinationError, match=r"the source gives another tensor 'norm\.weight'"):
+        export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
+
+
+def test_a_model_with_a_merged_adapter_goes_back(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
+    base = MistralLargeForCausalLM(tiny_config)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, lora)
+    with pytest.raises(CheckpointError, match=r"adapters beside its weights; export model\.merge_and_unload\(\)"):
+        export_checkpoint(adapted, tmp_path / "refused")
+    merged: Any = adapted.merge_and_unload()
+    ids = torch.randint(0, tiny_config.vocab_size, (17,))
+    with torch.no_grad():
+        logits = merged(ids[None]).logits[0]
+    for name, shard_size in (("single", "5GB"), ("sharded", "100KB")):
+        merged.save_pretrained(tmp_path / name, max_shard_size=shard_size)
+        (tmp_path / name / "tokenizer.model.v3").write_bytes(b"copied as it is")
+        convert_checkpoint(tmp_path / name, tmp_path / f"{name}-back", to="consolidated")
+    assert contents(tmp_path / "single-back") == contents(tmp_path / "sharded-back")
+    export_checkpoint(merged, tmp_path / "of_model", origin=tmp_path / "single")
+    assert contents(tmp_path / "of_model") == contents(tmp_path / "single-back")
+    params = json.loads((tmp_path / "single-back" / "params.json").read_text())
+    expected = reference_logits(read_weights(tmp_path / "single-back"), params, ids)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_weights_that_are_not_in_memory_are_refused(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = MistralLargeForCausalLM(tiny_config)
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is on device meta, without data"):
+        export_checkpoint(model, tmp_path / "consolidated")
+    assert not (tmp_path / "consolidated").exists()
+
+
+def test_a_folder_for_stock_transformers_holds_the_same_weights_and_goes_back(
+    small_source: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(small_source, tmp_path / "ours")
+    convert_checkpoint(small_source, tmp_path / "stock", model_type="mistral")
+    ours, stock = contents(tmp_path / "ours"), contents(tmp_path / "stock")
+    assert stock["model.safetensors"] == ours["model.safetensors"]
+    assert json.loads(stock["config.json"])["model_type"] == "mistral"
+    for name in ("ours", "stock"):
+        convert_checkpoint(tmp_path / name, tmp_path / f"{name}-back", to="consolidated")
+    assert contents(tmp_path / "stock-back") == contents(tmp_path / "ours-back")
+    with pytest.raises(CheckpointError, match="model type 'mistral': the consolidated layout has none"):
+        convert_checkpoint(tmp_path / "ours", tmp_path / "refused", to="consolidated", model_type="mistral")
+
+
+@pytest.mark.usefixtures("known_tokenizer")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_another_dtype_is_that_of_torch(
+    tiny_config: MistralLargeConfig, tmp_path: Path, dtype: torch.dtype, name: OutputDtype, wanted: torch.dtype
+) -> None:
+    write_consolidated(tmp_path / "source", tiny_config, dtype)
+    convert_checkpoint(tmp_path / "source", tmp_path / "hf", max_shard_size="100KB")
+    convert_checkpoint(tmp_path / "source", tmp_path / "cast", dtype=name, max_shard_size="100KB")
+    converted, cast = read_weights(tmp_path / "hf"), read_weights(tmp_path / "cast")
+    assert converted.keys() == cast.keys()
+    for tensor in cast:
+        assert cast[tensor].dtype == wanted
+        assert torch.equal(bits(cast[tensor]), bits(converted[tensor].to(wanted))), tensor
+    assert json.loads((tmp_path / "cast" / "config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
+
+
+def test_a_number_too_large_for_another_dtype_is_refused(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
+    state_dict = MistralLargeForCausalLM(tiny_config).state_dict()
+    state_dict["model.norm.weight"][7] = float("inf")
+    export_checkpoint(state_dict, tmp_path / "infinite", config=tiny_config, dtype="fp16")
+    state_dict["model.norm.weight"][7] = -65520
+    with pytest.raises(CheckpointError, match=r"tensor 'model\.norm\.weight' holds -65520, too large for F16"):
+        export_checkpoint(state_dict, tmp_path / "refused", config=tiny_config, dtype="fp16")
+
+
+def test_tensors_of_several_dtypes_need_one_to_become(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
+    state_dict = MistralLargeForCausalLM._from_config(tiny_config, dtype=torch.bfloat16).state_dict()
+    state_dict["model.norm.weight"] = torch.rand(80)
+    with pytest.raises(CheckpointError, match="dtypes BF16, F32: a checkpoint has one; ask for a dtype"):
+        export_checkpoint(state_dict, tmp_path / "refused", config=tiny_config)
+    export_checkpoint(state_dict, tmp_path / "consolidated", config=tiny_config, dtype="bf16")
+    written = read_weights(tmp_path / "consolidated")
+    assert torch.equal(written["norm.weight"], state_dict["model.norm.weight"].bfloat16())
+    assert torch.equal(bits(written["output.weight"]), bits(state_dict["lm_head.weight"]))
+
+
+class Halves(PlannedTensor):
+    """A tensor that becomes two: the first and the second half of each row."""
+
+    def transform(self, rows: Rows) -> tuple[Rows, ...]:
+        half = rows.shape[1] // 2
+        return rows[:, :half].copy(), rows[:, half:].copy()
+
+
+def test_one_tensor_can_become_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100)
+    weight = torch.rand(40, 6)
+    outputs = tuple(TensorEntry(name, "F32", (40, 3), 480) for name in ("left", "right"))
+    file = PlannedFile("halves.safetensors", (Halves(MemoryTensor.of("whole", weight), (), outputs),))
+    plan = ConversionPlan("hf", MistralLargeConfig(), "F32", ("F32",), (file,))
+    with unfinished(tmp_path / "hf") as journal:
+        checksums = write_weights(plan, tmp_path / "hf", journal, jobs=2, progress=lambda _: None)
+    written = load_file(tmp_path / "hf" / "halves.safetensors")
+    assert torch.equal(written["left"], weight[:, :3])
+    assert torch.equal(written["right"], weight[:, 3:])
+    assert checksums == {name: xxh3_128_hexdigest(tensor.numpy().tobytes()) for name, tensor in written.items()}
+
+
+def test_the_manifest_has_each_tensor_as_it_is_in_its_file(small_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(small_source, tmp_path / "hf", max_shard_size="100KB")
+    manifest = read_manifest(tmp_path / "hf")
+    assert manifest is not None
+    found = {}
+    for path in (tmp_path / "hf").glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            data = bits(tensor).numpy().tobytes()
+            found[name] = ManifestTensor(path.name, "BF16", tuple(tensor.shape), xxh3_128_hexdigest(data))
+    assert manifest.tensors == found
+    assert read_manifest(small_source) is None
 
 
 def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     stock = MistralForCausalLM(stock_config(tiny_config))
     stock.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(b"copied as it is")
-    export_checkpoint(tmp_path / "hf", tmp_path / "consolidated")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "consolidated", to="consolidated")
     ids = torch.randint(0, tiny_config.vocab_size, (17,))
     with torch.no_grad():
         logits = stock(ids[None]).logits[0]
@@ -213,7 +321,7 @@ def test_a_config_that_params_cannot_say_is_refused(
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError) as error:
-        export_checkpoint(tmp_path / "hf", tmp_path / "consolidated")
+        convert_checkpoint(tmp_path / "hf", tmp_path / "consolidated", to="consolidated")
     assert finding in str(error.value)
     assert not (tmp_path / "consolidated").exists()
 
@@ -224,7 +332,7 @@ def test_a_config_without_a_size_is_refused(tiny_config: MistralLargeConfig, tmp
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
     with pytest.raises(CheckpointError, match=r"config\.json: .* is missing"):
-        export_checkpoint(tmp_path / "hf", tmp_path / "consolidated")
+        convert_checkpoint(tmp_path / "hf", tmp_path / "consolidated", to="consolidated")
 
 
 def test_a_state_dict_that_does_not_fit_is_refused(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
@@ -253,10 +361,10 @@ def test_files_are_readable_by_the_library_and_say_their_framework(small_source:
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
         with safe_open(path, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-            assert set(opened.keys()) == {tensor.name for tensor in file.tensors}
+            assert set(opened.keys()) == {output.name for output in file.outputs}
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == plan.tensor_bytes
-    assert index["weight_map"] == {tensor.name: file.name for file in plan.files for tensor in file.tensors}
+    assert index["weight_map"] == {output.name: file.name for file in plan.files for output in file.outputs}
 
 
 def test_a_single_file_needs_no_index(small_source: Path, tmp_path: Path) -> None:
@@ -288,7 +396,7 @@ def test_the_bytes_are_the_same_on_every_run_and_for_every_way_to_split_the_sour
 def test_progress_counts_every_byte_of_the_tensors_once(
     small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "BUFFER_BYTES", 10_000)
+    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 10_000)
     counts: list[int] = []
     plan = convert_checkpoint(small_source, tmp_path / "hf", progress=counts.append)
     assert sum(counts) == plan.tensor_bytes
@@ -301,7 +409,7 @@ def test_memory_does_not_grow_with_the_tensors(
     tiny_config.num_attention_heads = 200
     tiny_config.num_hidden_layers = 1
     write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
-    monkeypatch.setattr(stream_module, "BUFFER_BYTES", 2**14)
+    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 2**14)
     tracemalloc.start()
     plan = convert_checkpoint(tmp_path / "source", tmp_path / "hf")
     peak = tracemalloc.get_traced_memory()[1]
@@ -309,67 +417,6 @@ def test_memory_does_not_grow_with_the_tensors(
     largest = max(tensor.source.size for file in plan.files for tensor in file.tensors)
     assert largest >= 1_000_000
     assert peak < largest / 2
-
-
-class Killed(BaseException):
-    """Stands for the end of the process in tests that stay in one process."""
-
-
-def run_and_kill(moment: int, run: Callable[[Callable[[int], None]], Any]) -> bool:
-    """Run in a child process that dies by SIGKILL at its `moment`-th step; whether it got that far."""
-    child = os.fork()
-    if child == 0:
-        steps = iter(range(moment))
-
-        def step(*_: Any) -> None:
-            if next(steps, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        for name in ("fsync", "replace", "unlink", "mkdir"):
-            setattr(os, name, before(step, getattr(os, name)))
-        try:
-            run(step)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-def before(step: Callable[[], None], act: Callable[..., Any]) -> Callable[..., Any]:
-    def act_after_step(*args: Any, **kwargs: Any) -> Any:
-        step()
-        return act(*args, **kwargs)
-
-    return act_after_step
-
-
-def test_killed_at_any_step_a_rerun_ends_byte_identical(
-    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream_module, "BUFFER_BYTES", 100_000)
-    # SIGKILL loses nothing that was written, so that waiting for the disk would prove nothing here.
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    convert_checkpoint(small_source, tmp_path / "whole", max_shard_size="300KB")
-    expected = contents(tmp_path / "whole")
-    destination = tmp_path / "killed"
-    moments = 0
-    while run_and_kill(
-        moments, lambda step: convert_checkpoint(small_source, destination, max_shard_size="300KB", progress=step)
-    ):
-        moments += 1
-        found = contents(destination) if destination.exists() else {}
-        finished = {name: content for name, content in found.items() if not name.endswith(".partial")}
-        finished.pop(UNFINISHED_NAME, None)
-        # Whatever has its name is whole, and the index comes when all else is there.
-        assert all(expected[name] == content for name, content in finished.items())
-        assert "model.safetensors.index.json" not in finished or finished == expected
-        # Every third time another run is killed on top of it, the other times it may finish.
-        if moments % 3:
-            convert_checkpoint(small_source, destination, max_shard_size="300KB")
-            assert contents(destination) == expected
-            for path in destination.iterdir():
-                path.unlink()
-    assert moments > 60
-    assert contents(destination) == expected
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(
@@ -388,99 +435,12 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(
 
     monkeypatch.setattr(os, "fsync", recorded_sync)
     monkeypatch.setattr(os, "replace", recorded_rename)
-    convert_checkpoint(small_source, tmp_path / "hf", max_shard_size="100KB")
+    convert_checkpoint(small_source, tmp_path / "hf", max_shard_size="100KB", jobs=1)
     renames = [position for position, (event, _) in enumerate(events) if event == "rename"]
     assert len(renames) == len(list((tmp_path / "hf").iterdir()))
     for position in renames:
         assert events[position - 1] == ("sync", events[position][1])
         assert events[position + 1] == ("sync", (tmp_path / "hf").stat().st_ino)
-
-
-def test_an_unfinished_conversion_of_another_shape_leaves_nothing(small_source: Path, tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        convert_checkpoint(small_source, tmp_path / "hf", max_shard_size="50KB", progress=kill_after(600_000))
-    assert len(list((tmp_path / "hf").glob("model-*"))) > 5
-    convert_checkpoint(small_source, tmp_path / "hf")
-    convert_checkpoint(small_source, tmp_path / "whole")
-    assert contents(tmp_path / "hf") == contents(tmp_path / "whole")
-
-
-def kill_after(count: int) -> Callable[[int], None]:
-    written = 0
-
-    def progress(advance: int) -> None:
-        nonlocal written
-        written += advance
-        if written > count:
-            raise Killed
-
-    return progress
-
-
-def test_a_full_disk_is_one_error_and_the_rerun_completes(
-    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(DestinationError, match=r"not finished: .*No space left on device; .* run it again"):
-            convert_checkpoint(small_source, tmp_path / "hf")
-    assert not list((tmp_path / "hf").glob("*.safetensors"))
-    convert_checkpoint(small_source, tmp_path / "hf")
-    assert not (tmp_path / "hf" / UNFINISHED_NAME).exists()
-
-
-def test_a_source_that_shrinks_meanwhile_is_one_error(small_source: Path, tmp_path: Path) -> None:
-    def shrink(_: int) -> None:
-        for path in small_source.glob("consolidated*"):
-            os.truncate(path, 2000)
-
-    with pytest.raises(CheckpointError, match="ends early: its file has changed since it was checked"):
-        convert_checkpoint(small_source, tmp_path / "hf", progress=shrink)
-    assert not (tmp_path / "hf" / "model.safetensors").exists()
-
-
-def test_two_runs_into_one_folder_refuse_each_other(small_source: Path, tmp_path: Path) -> None:
-    with unfinished(tmp_path / "hf"), pytest.raises(DestinationError, match="another conversion writes into it now"):
-        convert_checkpoint(small_source, tmp_path / "hf")
-    assert not (tmp_path / "hf" / UNFINISHED_NAME).exists()
-
-
-def test_a_conversion_that_finishes_before_the_lock_is_taken_is_not_replaced(
-    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(Killed):
-        convert_checkpoint(small_source, tmp_path / "hf", progress=kill_after(0))
-
-    def finish_and_lock(*_: Any) -> None:
-        (tmp_path / "hf" / UNFINISHED_NAME).unlink()
-
-    monkeypatch.setattr(fcntl, "flock", finish_and_lock)
-    before = contents(tmp_path / "hf")
-    with pytest.raises(DestinationError, match="another conversion has just finished in it"):
-        convert_checkpoint(small_source, tmp_path / "hf")
-    before.pop(UNFINISHED_NAME)
-    assert contents(tmp_path / "hf") == before
-
-
-def test_a_conversion_that_finished_since_the_check_is_not_replaced(
-    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check = check_destination
-
-    def check_and_finish(*arguments: Any) -> None:
-        check(*arguments)
-        monkeypatch.undo()
-        monkeypatch.setattr(convert_module, "tokenizer_files", lambda *_, **__: {})
-        convert_checkpoint(small_source, tmp_path / "hf")
-
-    monkeypatch.setattr(convert_module, "check_destination", check_and_finish)
-    with pytest.raises(DestinationError, match="not of an unfinished conversion"):
-        convert_checkpoint(small_source, tmp_path / "hf")
-    assert (tmp_path / "hf" / "model.safetensors").is_file()
-    assert not (tmp_path / "hf" / UNFINISHED_NAME).exists()
 
 
 def into_source(source: Path) -> Iterator[Path]:
@@ -512,15 +472,6 @@ def test_a_folder_with_anything_in_it_is_refused(small_source: Path, tmp_path: P
     assert contents(tmp_path / "hf") == {name: b"mine"}
 
 
-def test_a_stranger_in_an_unfinished_conversion_is_not_removed(small_source: Path, tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        convert_checkpoint(small_source, tmp_path / "hf", progress=kill_after(0))
-    (tmp_path / "hf" / "notes.txt").write_text("mine")
-    with pytest.raises(DestinationError, match=r"holds 'notes\.txt'"):
-        convert_checkpoint(small_source, tmp_path / "hf")
-    assert (tmp_path / "hf" / "notes.txt").read_text() == "mine"
-
-
 def test_a_link_in_place_of_the_marker_is_not_written_through(small_source: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "hf").mkdir()
@@ -546,17 +497,6 @@ def test_a_disk_without_room_is_refused_first(
     with pytest.raises(DestinationError, match=r"needs [\d,]+ bytes, the disk has 500,000 free"):
         convert_checkpoint(small_source, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-
-
-def test_room_that_an_unfinished_conversion_takes_counts_as_free(
-    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(Killed):
-        convert_checkpoint(small_source, tmp_path / "hf", progress=kill_after(0))
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    assert sum(path.stat().st_size for path in (tmp_path / "hf").iterdir()) > 4_000_000
-    convert_checkpoint(small_source, tmp_path / "hf")
 
 
 def test_weights_for_another_vocabulary_are_refused(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
@@ -624,13 +564,13 @@ def test_a_licence_of_the_source_goes_along_and_is_not_called_the_vendors(small_
     card = (tmp_path / "hf" / "README.md").read_text()
     for claim in ("mrl", "base_model", "Research License", "Instruct-2407"):
         assert claim not in card
-    export_checkpoint(tmp_path / "hf", tmp_path / "back")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
     assert (tmp_path / "back" / "LICENSE").read_text() == "Apache License, Version 2.0"
 
 
 def test_the_vendors_licence_stays_the_vendors_on_every_way(small_source: Path, tmp_path: Path) -> None:
     convert_checkpoint(small_source, tmp_path / "hf")
-    export_checkpoint(tmp_path / "hf", tmp_path / "back")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
     convert_checkpoint(tmp_path / "back", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "hf")
 

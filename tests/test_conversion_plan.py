@@ -86,7 +86,7 @@ def test_the_plan_of_the_123b_is_made_from_headers_alone(tmp_path: Path) -> None
     plan = plan_conversion(tmp_path)
     assert plan.tensor_bytes == 245_220_139_008
     assert [file.name for file in plan.files] == [f"model-{number:05}-of-00051.safetensors" for number in range(1, 52)]
-    assert [tensor.name for file in plan.files for tensor in file.tensors] == [tensor.hf for tensor in tensors]
+    assert [output.name for file in plan.files for output in file.outputs] == [tensor.hf for tensor in tensors]
     assert max(file.size for file in plan.files) < 5e9 + 1e5
     assert plan.index is not None
     assert plan.index["metadata"] == {"total_size": 245_220_139_008}

@@ -1,0 +1,78 @@
+"""A folder that a conversion has finished: whether it is of this one, and still as it was written."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from modeling_mistral_large.conversion.destination import json_bytes
+from modeling_mistral_large.conversion.manifest import Manifest, read_manifest
+from modeling_mistral_large.conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
+from modeling_mistral_large.conversion.source_files import file_finding
+from modeling_mistral_large.conversion.stream import Progress, checksums_of, file_checksum, run_threads
+from modeling_mistral_large.errors import DestinationError
+
+
+def refuse_another(folder: Path, plan: ConversionPlan, small_files: Mapping[str, bytes]) -> None:
+    """Refuse a finished folder whose manifest, headers or small files are not those of a plan.
+
+    Raises:
+        DestinationError: it is of another conversion.
+        CheckpointError: a manifest that cannot be read.
+    """
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    if (finding := next(_findings(folder, plan, small_files, manifest), None)) is not None:
+        raise DestinationError(f"{folder}: holds another finished conversion: {finding}; choose a new or empty folder")
+
+
+def _findings(
+    folder: Path, plan: ConversionPlan, small_files: Mapping[str, bytes], manifest: Manifest
+) -> Iterator[str]:
+    checksums = {name: tensor.checksum for name, tensor in manifest.tensors.items()}
+    if checksums.keys() != {output.name for file in plan.files for output in file.outputs}:
+        yield "its tensors have other names"
+    elif manifest != Manifest.of(plan, checksums):
+        yield "its tensors have other shapes, dtypes or files"
+    index = {} if plan.index is None else {plan.index_name: json_bytes(plan.index)}
+    for name, content in {**small_files, **index}.items():
+        if finding := file_finding(folder, name):
+            yield finding
+        elif (folder / name).read_bytes() != content:
+            yield f"its {name} is another"
+    for file in plan.files:
+        if finding := file_finding(folder, file.name):
+            yield finding
+        elif not _has_header_and_size(folder / file.name, file):
+            yield f"its {file.name} is another"
+
+
+def _has_header_and_size(path: Path, file: PlannedFile) -> bool:
+    header = file.header
+    with path.open("rb") as stream:
+        return stream.read(len(header)) == header and path.stat().st_size == file.size
+
+
+def verify_finished(folder: Path, plan: ConversionPlan, *, jobs: int, progress: Progress) -> None:
+    """Compare each tensor of a finished folder, its checksum in the manifest, and what the source gives now.
+
+    Raises:
+        DestinationError: a tensor that is another, and whether the folder or the source has changed.
+    """
+    manifest = read_manifest(folder)
+    assert manifest is not None
+
+    def verify(item: tuple[PlannedFile, PlannedTensor], advance: Progress) -> None:
+        file, tensor = item
+        for name, checksum in checksums_of(tensor, advance).items():
+            recorded = manifest.tensors[name]
+            if checksum != recorded.checksum:
+                raise DestinationError(
+                    f"{folder}: holds another finished conversion: the source gives another tensor {name!r}; choose a "
+                    "new or empty folder"
+                )
+            if file_checksum(folder / file.name, *file.places[name]) != recorded.checksum:
+                raise DestinationError(
+                    f"{folder / file.name}: tensor {name!r} has changed; remove the folder and convert again"
+                )
+
+    work = [(file, tensor) for file in plan.files for tensor in file.tensors]
+    run_threads(verify, work, jobs=jobs, progress=progress)

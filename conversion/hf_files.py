@@ -1,0 +1,123 @@
+"""The small files beside the weights, in either layout."""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
+from modeling_mistral_large.conversion.destination import json_bytes
+from modeling_mistral_large.conversion.model_card import ModelType, model_card
+from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_config
+from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
+from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES
+from modeling_mistral_large.conversion.tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_files
+
+ARCHITECTURES: dict[ModelType, str] = {"mistral_large": "MistralLargeForCausalLM", "mistral": "MistralForCausalLM"}
+TOKENIZER_CLASSES: dict[ModelType, str] = {
+    "mistral_large": "MistralLargeTokenizer",
+    # Every transformers has a class of this name that takes tokenizer.json as it is.
+    "mistral": "PreTrainedTokenizerFast",
+}
+# The tag `generation` is transformers' own: the template engines of other programs do not know it.
+CHAT_TEMPLATES: dict[ModelType, str] = {"mistral_large": CHAT_TEMPLATE, "mistral": PLAIN_CHAT_TEMPLATE}
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+MODEL_CARD_NAME = "README.md"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# What our classes have by themselves and stock ones must be told.
+STOCK_TOKENIZER_SETTINGS: dict[str, Any] = {
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+    "padding_side": "left",
+}
+
+
+def hf_files(
+    config: MistralLargeConfig,
+    *,
+    dtype: str,
+    model_type: ModelType,
+    source: Path,
+    licences: Mapping[str, bytes],
+    cast: tuple[str, str] | None = None,
+) -> dict[str, bytes]:
+    """Names and contents of all small files of the HF layout.
+
+    dtype: that of the weights, as safetensors names it: BF16.
+    cast: the dtypes of the source's weights and of these, where they differ.
+    model_type: `mistral` for stock transformers and engines that do not know us.
+    source: the folder with tokenizer.model.v3.
+    licences: see `model_card.licence_files`.
+
+    Raises:
+        CheckpointError, TokenizerFileError: the reasons of `tokenizer_files`.
+    """
+    config = deepcopy(config)
+    config.dtype = TORCH_NAMES[dtype]
+    tokenizer = tokenizer_files(source, vocab_size=config.vocab_size)
+    return {
+        **tokenizer,
+        **licences,
+        MODEL_CARD_NAME: model_card(licences, model_type=model_type, cast=cast).encode(),
+        CHAT_TEMPLATE_NAME: CHAT_TEMPLATES[model_type].encode(),
+        TOKENIZER_CONFIG_NAME: retag_tokenizer_config(tokenizer[TOKENIZER_CONFIG_NAME], model_type),
+        CONFIG_NAME: retag_config(config.to_json_string().encode(), model_type),
+        GENERATION_CONFIG_NAME: json_bytes({name: getattr(config, name) for name in SPECIAL_IDS}),
+    }
+
+
+def consolidated_files(
+    config: MistralLargeConfig,
+    *,
+    source: Path | None,
+    licences: Mapping[str, bytes],
+    cast: tuple[str, str] | None = None,
+) -> dict[str, bytes]:
+    """Names and contents of all small files of the consolidated layout; without `source`, there is no tokenizer.
+
+    The arguments are those of `hf_files`.
+    """
+    files = {
+        **licences,
+        MODEL_CARD_NAME: model_card(licences, model_type=None, cast=cast).encode(),
+        PARAMS_NAME: json_bytes(params_from_config(config)),
+    }
+    if source is not None:
+        files[TOKENIZER_NAME] = (source / TOKENIZER_NAME).read_bytes()
+    return files
+
+
+def retag_config(content: bytes, model_type: ModelType) -> bytes:
+    """A config.json for another model type; all else in it stays."""
+    settings: dict[str, Any] = json.loads(content)
+    settings |= {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
+    # Older files have it outside of rope_parameters only. So do older readers look for it, and take 10000 without it.
+    rope = settings.get("rope_parameters") or {}
+    if model_type == "mistral":
+        # Left out, the window would be 4096 there.
+        settings |= {**{name: rope[name] for name in rope if name == "rope_theta"}, "sliding_window": None}
+    else:
+        for name in ("sliding_window", *(name for name in rope if name == "rope_theta")):
+            settings.pop(name, None)
+    return json_bytes(dict(sorted(settings.items())))
+
+
+def retag_tokenizer_config(content: bytes, model_type: ModelType) -> bytes:
+    """A tokenizer_config.json for another model type; all else in it stays."""
+    settings: dict[str, Any] = json.loads(content)
+    settings["tokenizer_class"] = TOKENIZER_CLASSES[model_type]
+    if model_type == "mistral":
+        settings |= STOCK_TOKENIZER_SETTINGS
+    else:
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if name not in STOCK_TOKENIZER_SETTINGS or value != STOCK_TOKENIZER_SETTINGS[name]
+        }
+    return json_bytes(dict(sorted(settings.items())))

@@ -1,0 +1,42 @@
+"""Printing of `mistral-large verify`: one row for each check."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not checked", "yellow")}
+
+
+def verify(folder: Path, source: str | None, as_json: bool) -> None:
+    """Check `folder`, compare it with `source`, say so, and exit with 1 if anything is wrong.
+
+    Raises:
+        MistralLargeError: the reasons of `verify_checkpoint` and `resolve_source`.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from modeling_mistral_large.conversion import verify_checkpoint
+    from modeling_mistral_large.conversion.hub import resolve_source
+
+    origin = None if source is None else resolve_source(source)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    stderr = Console(stderr=True)
+    with Progress(TextColumn("verifying"), *columns, console=stderr, disable=not stderr.is_terminal) as bar:
+        # A folder with both layouts makes this too much, and the bar end early.
+        task = bar.add_task("verifying", total=sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        checks = verify_checkpoint(folder, origin, progress=lambda count: bar.advance(task, count))
+    is_ok = all(check.is_ok is not False for check in checks)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "ok": is_ok, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("check", "result", "detail", box=None, pad_edge=False)
+        for check in checks:
+            mark, style = MARKS[check.is_ok]
+            table.add_row(check.name, Text(mark, style=style), Text(check.detail))
+        Console(highlight=False, markup=False).print(table)
+    sys.exit(not is_ok)
