@@ -1,5 +1,6 @@
 """Configuration of Mistral Large; every default is the value of Mistral-Large-Instruct-2407."""
 
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +16,19 @@ ABSENT = {
     "sliding_window": None,
     "tie_word_embeddings": False,
 }
+# Options of `from_pretrained` that say how to come by the file: they are none of the config's own.
+OPTIONS_OF_FILES = (
+    "_from_auto",
+    "_from_pipeline",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -92,6 +106,24 @@ class MistralLargeConfig(PreTrainedConfig):
                 )
         super().__post_init__(**kwargs)
         self._check_geometry(self.rope_parameters)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json or, of a checkpoint in the consolidated layout, params.json; and what `kwargs` remain.
+
+        Raises:
+            CheckpointError: a params.json that is not a Mistral Large geometry.
+        """
+        # Imported here, because importing the package loads no more than stock Mistral does.
+        from .consolidated_loading import find_consolidated, read_config
+
+        folder = find_consolidated(pretrained_model_name_or_path, kwargs)
+        if folder is None:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        remaining = {name: value for name, value in kwargs.items() if name not in OPTIONS_OF_FILES}
+        return read_config(folder).to_dict(), remaining
 
     def _check_geometry(self, rope_parameters: dict[str, Any]) -> None:
         for name in POSITIVE:

@@ -4,12 +4,13 @@ Shapes are written as [batch, positions, features]; `heads` are the query heads,
 `group = heads / kv_heads` query heads share one key-value head. State-dict keys are those of transformers' Mistral.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.hub_kernels import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
@@ -206,6 +207,74 @@ class MistralLargePreTrainedModel(PreTrainedModel):
         "hidden_states": MistralLargeDecoderLayer,
         "attentions": MistralLargeAttention,
     }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a folder or a repository on the hub, of the HF layout or, as it is, of the vendor's consolidated layout.
+
+        All options are transformers'. Where a folder has both layouts, the consolidated one is read.
+
+        Raises:
+            CheckpointError: a consolidated checkpoint that is not complete and sound; nothing was loaded.
+        """
+        # Imported here, because importing the package loads no more than stock Mistral does.
+        from .consolidated_loading import (
+            default_generation_config,
+            find_consolidated,
+            index_of,
+            register_weight_conversions,
+        )
+        from .conversion.hub import CONSOLIDATED_FILES
+        from .conversion.plan import read_checkpoint
+
+        folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
+        if folder is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        register_weight_conversions()
+        weights_config, tensors = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
+        kwargs.pop("subfolder", None)
+        if kwargs.get("generation_config") is None:
+            # Otherwise transformers looks for the config.json that is not there.
+            kwargs["generation_config"] = default_generation_config(weights_config)
+        with index_of(tensors) as index_folder:
+            loaded: Any = super().from_pretrained(index_folder, *model_args, config=config or folder, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save in the HF layout, whatever layout the model was loaded from.
+
+        Raises:
+            ValueError: `save_original_format`, which is off unless it is asked for.
+        """
+        if kwargs.setdefault("save_original_format", False):
+            raise ValueError(
+                "save_original_format=True: the consolidated layout has files of its own, which transformers does not "
+                "write; call modeling_mistral_large.conversion.export_checkpoint(model, folder)"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Share a model among the ranks, as transformers does it.
+
+        Raises:
+            ValueError: key-value heads that cannot be shared evenly.
+        """
+        key_heads = model.config.num_key_value_heads
+        if distributed_config is not None and key_heads % (distributed_config.tp_size or 1):
+            raise ValueError(
+                f"tensor parallelism of {distributed_config.tp_size}: must divide the {key_heads} key-value heads, "
+                "which are not cut; use fewer ranks, or device_map in their place"
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
 
 class MistralLargeModel(MistralLargePreTrainedModel):

@@ -14,7 +14,7 @@ from transformers import __version__ as transformers_version
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.generic import PaddingStrategy, to_py_obj
 
-from .chat_templates import CHAT_TEMPLATE, RESPONSE_TEMPLATE
+from .chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, RESPONSE_TEMPLATE
 from .errors import ConversationError, TokenizerFileError
 from .instruct import Segment, build_prompt
 from .sentencepiece_bpe import (
@@ -92,7 +92,7 @@ class MistralLargeTokenizer(TokenizersBackend):
         # The base class would take it for the name of a repository, and speak of that.
         if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
             raise TokenizerFileError(f"{path}: no such file or folder; {RULE}; {WAY_OUT}")
-        # Importing it here breaks the cycle of imports: the conversion writes what this class reads.
+        # Imported here, because importing the package loads no more than stock Mistral does.
         from .consolidated_loading import find_tokenizer_file
 
         alone = find_tokenizer_file(pretrained_model_name_or_path, kwargs)
@@ -236,7 +236,7 @@ class MistralLargeTokenizer(TokenizersBackend):
 
         Raises ConversationError with the message index, the finding, the rule and the way out.
         """
-        if self.get_chat_template(chat_template, tools) != CHAT_TEMPLATE:
+        if self.get_chat_template(chat_template, tools) not in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE):
             if sanitize_control_tokens:
                 _check_sanitizer()
                 kwargs["sanitize_control_tokens"] = True
