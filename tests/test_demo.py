@@ -220,8 +220,12 @@ def test_the_control_tokens_are_coloured_on_a_terminal(
 def test_the_converted_checkpoint_is_kept_where_asked(tmp_path: Path) -> None:
     run_demo(tmp_path / "kept")
     assert (tmp_path / "kept" / "config.json").is_file()
+    # What is there already is as good, and anything else is in the way.
+    run_demo(tmp_path / "kept")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(DestinationError):
-        run_demo(tmp_path / "kept")
+        run_demo(tmp_path / "other")
 
 
 @pytest.mark.usefixtures("_noise_as_before")
