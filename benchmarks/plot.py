@@ -1,0 +1,109 @@
+"""Pictures of the result files in benchmarks/results; needs matplotlib, which nothing else here does.
+
+    python -m benchmarks.plot
+
+Bars are medians, dots the single turns.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+# The same file on every run.
+SETTINGS = {"svg.hashsalt": "modeling-mistral-large", "font.size": 9, "axes.spines.top": False}
+METADATA = {"Date": None}
+# The bytes of the published weights.
+FULL_GB = 245.2
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str) -> None:
+    """Draw groups of bars: a group has the single values of each way by its name."""
+    ways = list(dict.fromkeys(way for group in groups.values() for way in group))
+    width = 0.8 / len(ways)
+    for number, way in enumerate(ways):
+        places = [place + (number - (len(ways) - 1) / 2) * width for place in range(len(groups))]
+        values = [sorted(group.get(way, [])) for group in groups.values()]
+        medians = [each[len(each) // 2] if each else 0 for each in values]
+        axes.bar(places, medians, width * 0.92, label=way)
+        for place, each in zip(places, values, strict=True):
+            axes.plot([place] * len(each), each, ".", color="black", markersize=2)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def plot_convert() -> None:
+    """Speed of converting and of copying, and memory."""
+    results = read("convert.json")["results"]
+    speeds = {
+        f"{result['bytes'] / 1e9:.1f} GB\n{result['cache']} cache": {
+            way: [result["bytes"] / 1e6 / seconds for seconds in turns] for way, turns in result["seconds"].items()
+        }
+        for result in results
+    }
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(3, 1))
+    bars(left, speeds, "MB/s")
+    left.set_title(f"Converting beside copying ({FULL_GB:.0f} GB: minutes = {1000 * FULL_GB / 60:,.0f} ÷ MB/s)")
+    memory: dict[str, dict[str, list[float]]] = {
+        f"{result['bytes'] / 1e9:.1f} GB": {
+            way: [peak / 1e6] for way, peak in result["peak_bytes_above_imports"].items()
+        }
+        for result in results
+        if result["cache"] == "warm"
+    }
+    bars(right, memory, "MB above the imports, logarithmic")
+    right.set_yscale("log")
+    right.set_title("Peak memory")
+    save(figure, "convert.svg")
+
+
+def plot_load() -> None:
+    """Seconds to load and run a first forward from a cold cache."""
+    sizes = read("load.json")["sizes"]
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    bars(axes, {name: size["cold, each turn"] for name, size in sizes.items()}, "seconds, cold: load and first forward")
+    axes.set_title("Loading, beside stock transformers and reading the bytes")
+    save(figure, "load.svg")
+
+
+def plot_chat() -> None:
+    """Prompts a second, as multiples of the reference's."""
+    prompts = read("chat.json")["prompts"]
+    groups = {}
+    for workload, result in prompts.items():
+        ways = result["ways"]
+        reference = ways["mistral-common"]["conversations per second"]
+        groups[workload] = {way: [figures["conversations per second"] / reference] for way, figures in ways.items()}
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    bars(axes, groups, "conversations a second ÷ mistral-common's")
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.set_title("Building prompts")
+    save(figure, "chat.svg")
+
+
+def save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(RESULTS / name, metadata=METADATA)
+
+
+def main() -> None:
+    plt.rcParams.update(SETTINGS)
+    plot_convert()
+    plot_load()
+    plot_chat()
+
+
+if __name__ == "__main__":
+    main()
