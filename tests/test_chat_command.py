@@ -337,9 +337,14 @@ def test_at_a_terminal(demo_folder: Path) -> None:
         terminal.type("/help\n")
         terminal.wait_for("/reset         forget the conversation")
         terminal.wait_for("> ")
-        # Ctrl-C at the prompt neither.
-        process.send_signal(signal.SIGINT)
-        terminal.wait_for("/exit or ctrl-D leaves.")
+        # Ctrl-C at the prompt neither. Between showing the prompt and waiting, Python only takes note of it.
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+            with suppress(AssertionError):
+                terminal.wait_for("/exit or ctrl-D leaves.", seconds=5)
+                break
+        else:
+            pytest.fail(f"ctrl-C is not seen: {terminal.shown!r}")
         terminal.wait_for("> ")
         terminal.type("\x04")
         assert process.wait(timeout=60) == 0
