@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,24 +43,33 @@ LARGEST_STATE_DICT_GB = 5.0
 Cache = Literal["warm", "cold"]
 
 
+def params_of_size(gigabytes: float) -> dict[str, Any]:
+    """The params.json of a checkpoint that takes about so much in bf16."""
+    from modeling_mistral_large.conversion.names import expected_tensors
+    from modeling_mistral_large.conversion.params import config_from_params
+
+    def bytes_of(layers: int) -> int:
+        tensors = expected_tensors(config_from_params({**PARAMS, "n_layers": layers}))
+        return sum(2 * math.prod(tensor.shape) for tensor in tensors)
+
+    one, two = bytes_of(1), bytes_of(2)
+    return {**PARAMS, "n_layers": max(1, 1 + round((gigabytes * 1e9 - one) / (two - one)))}
+
+
 def make(folder: Path, gigabytes: float) -> None:
     """Write a consolidated checkpoint of about this size in two files, with noise for weights."""
     import numpy
 
+    from mistral_large_cli.demo import tokenizer_model_file
     from modeling_mistral_large.conversion.names import expected_tensors
     from modeling_mistral_large.conversion.params import config_from_params
     from modeling_mistral_large.conversion.safetensors_header import TensorEntry, encode_header
 
-    def tensors_of(layers: int) -> list[TensorEntry]:
-        config = config_from_params({**PARAMS, "n_layers": layers})
-        return [
-            TensorEntry(tensor.consolidated, "BF16", tensor.shape, 2 * math.prod(tensor.shape))
-            for tensor in expected_tensors(config)
-        ]
-
-    one, two = (sum(tensor.size for tensor in tensors_of(layers)) for layers in (1, 2))
-    layers = max(1, 1 + round((gigabytes * 1e9 - one) / (two - one)))
-    tensors = tensors_of(layers)
+    params = params_of_size(gigabytes)
+    tensors = [
+        TensorEntry(tensor.consolidated, "BF16", tensor.shape, 2 * math.prod(tensor.shape))
+        for tensor in expected_tensors(config_from_params(params))
+    ]
     noise = numpy.random.default_rng(0).bytes(2**24)
     for number in (1, 2):
         of_file = tensors[number - 1 :: 2]
@@ -70,12 +78,8 @@ def make(folder: Path, gigabytes: float) -> None:
             left = sum(tensor.size for tensor in of_file)
             while left:
                 left -= stream.write(noise[:left])
-    (folder / "params.json").write_text(json.dumps({**PARAMS, "n_layers": layers}))
-    spec = find_spec("mistral_common")
-    assert spec is not None, "pip install modeling-mistral-large[demo]: the tokenizer file is in mistral-common"
-    assert spec.origin is not None
-    tokenizer = Path(spec.origin).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
-    shutil.copy(tokenizer, folder / "tokenizer.model.v3")
+    (folder / "params.json").write_text(json.dumps(params))
+    shutil.copy(tokenizer_model_file(), folder / "tokenizer.model.v3")
 
 
 def convert(source: Path, destination: Path) -> None:

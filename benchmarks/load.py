@@ -39,24 +39,14 @@ from safetensors.torch import save_file
 from transformers import MistralConfig, MistralForCausalLM
 from transformers.utils import logging
 
+from benchmarks.convert import params_of_size
 from modeling_mistral_large import MistralLargeForCausalLM
 from modeling_mistral_large.conversion import convert_checkpoint
-from modeling_mistral_large.conversion.names import ExpectedTensor, expected_tensors
+from modeling_mistral_large.conversion.names import expected_tensors
 from modeling_mistral_large.conversion.params import config_from_params
 from tests.checkpoints import tokenizer_model_file
 
 BUFFER_BYTES = 8 * 2**20
-# Widths of a common 8B model; the number of layers follows from the size asked for.
-PARAMS = {
-    "dim": 4096,
-    "head_dim": 128,
-    "hidden_dim": 14336,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "norm_eps": 1e-5,
-    "vocab_size": 32768,
-    "rope_theta": 1e6,
-}
 TENSORS_OF_A_SHARD = 30
 PROMPT = [1, 3, 6312, 28709, 1526, 4, 1200, 2]
 # The folder that each way reads.
@@ -66,17 +56,12 @@ LOADING_WAYS = [way for way in WAYS if way != "reading once"]
 
 def make(folder: Path, gigabytes: float) -> None:
     """Write the three folders; stock's has its weights by links."""
-
-    def tensors_of(layers: int) -> list[ExpectedTensor]:
-        return expected_tensors(config_from_params({**PARAMS, "n_layers": layers}))
-
-    one, two = (sum(2 * math.prod(tensor.shape) for tensor in tensors_of(layers)) for layers in (1, 2))
-    layers = max(1, 1 + round((gigabytes * 1e9 - one) / (two - one)))
+    params = params_of_size(gigabytes)
     consolidated, hf, stock = (folder / name for name in ("consolidated", "hf", "stock"))
     consolidated.mkdir(parents=True)
     stock.mkdir()
     generator = torch.Generator().manual_seed(0)
-    tensors = tensors_of(layers)
+    tensors = expected_tensors(config_from_params(params))
     shards = [tensors[start : start + TENSORS_OF_A_SHARD] for start in range(0, len(tensors), TENSORS_OF_A_SHARD)]
     for number, shard in enumerate(shards, 1):
         weights = {
@@ -84,7 +69,7 @@ def make(folder: Path, gigabytes: float) -> None:
             for tensor in shard
         }
         save_file(weights, consolidated / f"consolidated-{number:05}-of-{len(shards):05}.safetensors")
-    (consolidated / "params.json").write_text(json.dumps({**PARAMS, "n_layers": layers}))
+    (consolidated / "params.json").write_text(json.dumps(params))
     (consolidated / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
     plan = convert_checkpoint(consolidated, hf, max_shard_size="2GB")
     own = {name: value for name, value in plan.config.to_dict().items() if name not in ("architectures", "model_type")}
@@ -117,7 +102,7 @@ def cached_share(path: Path) -> float:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mincore.argtypes = libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     descriptor = os.open(path, os.O_RDONLY)
     size = path.stat().st_size

@@ -141,13 +141,10 @@ def smallest_changes(
     changes = {}
     if length := largest_context(config, devices, **options):
         changes["context"] = f"--context {length}"
-    if options["batch"] > 1 and plan_sharding(config, devices, context=context, **{**options, "batch": 1})[0].fits:
-        fitting = [
-            batch
-            for batch in range(1, options["batch"])
-            if plan_sharding(config, devices, context=context, **{**options, "batch": batch})[0].fits
-        ]
-        changes["batch"] = f"--batch {fitting[-1]}"
+    for batch in range(options["batch"] - 1, 0, -1):
+        if plan_sharding(config, devices, context=context, **{**options, "batch": batch})[0].fits:
+            changes["batch"] = f"--batch {batch}"
+            break
     if count := fewest_devices(config, devices[0], context=context, **options):
         changes["gpus"] = f"--gpus {count}x{devices[0].name}"
     unlimited = plan_sharding(config, devices, context=context, **{**options, "host_memory": 2**63})

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import typer
 
-ARCHITECTURE = "MistralLargeForCausalLM"
 Engine = Literal["auto", "vllm", "transformers"]
 
 # Calls as tool_calls, and no tools in the prompt of a request that wants none called.
@@ -104,7 +103,8 @@ def serve_with_transformers(checkpoint: str, *, host: str, port: int, options: S
 
     import modeling_mistral_large
 
-    setattr(sys.modules["transformers"], ARCHITECTURE, getattr(modeling_mistral_large, ARCHITECTURE))
+    model_class = modeling_mistral_large.MistralLargeForCausalLM
+    setattr(sys.modules["transformers"], model_class.__name__, model_class)
     build_server = server.build_server
 
     def build_refusing_server(*arguments: Any, **options: Any) -> Any:

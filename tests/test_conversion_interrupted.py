@@ -90,6 +90,13 @@ def assert_whole_or_unnamed(folder: Path, expected: dict[str, bytes]) -> None:
     assert "model.safetensors.index.json" not in named or named == expected
 
 
+def assert_another_run_ends_it(source: Path, destination: Path, expected: dict[str, bytes]) -> None:
+    """What an error has left is whole or unnamed, and the same conversion ends as if nothing had been."""
+    assert_whole_or_unnamed(destination, expected)
+    convert_checkpoint(source, destination, max_shard_size=SHARDS)
+    assert contents(destination) == expected
+
+
 def run_and_kill(moment: int, run: Callable[[Callable[[int], None]], Any]) -> bool:
     """Run in a child process that dies by SIGKILL at its `moment`-th step; whether it got that far."""
     child = os.fork()
@@ -429,9 +436,7 @@ def test_a_disk_that_becomes_full_is_one_error_and_the_rerun_completes(
         patch.setattr(stream_module, "_write", write_while_there_is_room)
         with pytest.raises(DestinationError, match=r"not finished: .*No space left on device; .* run it again"):
             convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS)
-    assert_whole_or_unnamed(tmp_path / "hf", expected)
-    convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS)
-    assert contents(tmp_path / "hf") == expected
+    assert_another_run_ends_it(small_source, tmp_path / "hf", expected)
 
 
 def test_data_that_the_disk_refuses_at_last_is_one_error(
@@ -535,9 +540,7 @@ def test_a_read_error_is_one_error_and_the_rerun_completes(
         patch.setattr(FileTensor, "open", open_failing)
         with pytest.raises(CheckpointError, match=r"tensor '.*' cannot be read: .*Input/output error; .* run it again"):
             convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS)
-    assert_whole_or_unnamed(tmp_path / "hf", expected)
-    convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS)
-    assert contents(tmp_path / "hf") == expected
+    assert_another_run_ends_it(small_source, tmp_path / "hf", expected)
 
 
 def test_a_source_that_shrinks_meanwhile_is_one_error(small_source: Path, tmp_path: Path) -> None:
