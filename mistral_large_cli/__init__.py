@@ -50,6 +50,10 @@ def convert(
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Round the weights; else every bit stays.")
     ] = None,
+    quantize: Annotated[
+        Literal["fp8", "int4"] | None,
+        typer.Option(help="Round the weights of the linear layers to the nearest of 8 or 4 bits, without calibration."),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes are the same with any number.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source and print the plan only.")] = False,
     as_json: Annotated[
@@ -69,6 +73,7 @@ def convert(
         model_type=as_,
         max_shard_size=max_shard_size,
         dtype=dtype,
+        quantize=quantize,
         jobs=jobs,
         dry_run=dry_run,
         as_json=as_json,
@@ -132,6 +137,9 @@ def chat(
     device_map: Annotated[
         str, typer.Option(help="Where the weights go: auto, cpu, cuda, …; not under torchrun.")
     ] = "auto",
+    kv: Annotated[
+        Literal["auto", "fp8"], typer.Option(help="Numbers of the key-value cache: the model's, or 8 bits each.")
+    ] = "auto",
 ) -> None:
     """Talk with a model in the terminal, with tools; under torchrun with tensor parallelism."""
     from .chat import Sampling
@@ -146,6 +154,7 @@ def chat(
         max_rounds=max_rounds,
         dtype=dtype,
         device_map=device_map,
+        kv=kv,
     )
 
 

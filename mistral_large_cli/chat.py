@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import random
 import signal
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from modeling_mistral_large import MistralLargeTokenizer
-
-# Positions of a prompt that are read at once; that of modeling_mistral_large.sharding, which counts their memory.
-PREFILL_CHUNK = 2048
 
 Message = dict[str, Any]
 Tool = Callable[..., Any]
@@ -84,6 +82,7 @@ def chat(
     max_rounds: int,
     dtype: str,
     device_map: str,
+    kv: str,
 ) -> None:
     """Talk with a model until the input ends.
 
@@ -100,7 +99,7 @@ def chat(
     if load is not None:
         load_conversation(conversation, load)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    speaker = Speaker(model_name, sampling, dtype=dtype, device_map=device_map)
+    speaker = Speaker(model_name, sampling, dtype=dtype, device_map=device_map, kv=kv)
     if not speaker.is_first:
         speaker.follow()
         return
@@ -278,10 +277,13 @@ class Chat:
 class Speaker:
     """The model with its cache: what two prompts have in common is computed once."""
 
-    def __init__(self, model_name: str, sampling: Sampling, *, dtype: str, device_map: str) -> None:
+    def __init__(self, model_name: str, sampling: Sampling, *, dtype: str, device_map: str, kv: str) -> None:
         import torch
         import transformers
         from transformers import DynamicCache
+
+        from modeling_mistral_large.conversion.names import expected_tensors
+        from modeling_mistral_large.kv_cache import Fp8Cache
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._is_parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -291,14 +293,15 @@ class Speaker:
         place = {"tp_plan": "auto"} if self._is_parallel else {"device_map": device_map}
         self._model, self.tokenizer = load_model(model_name, dtype=dtype, **place)
         self._sampling = sampling
-        self._cache = DynamicCache(config=self._model.config)
+        config = self._model.config
+        self._cache: Any = Fp8Cache(config) if kv == "fp8" else DynamicCache(config=config)
         self._cached: list[int] = []
         self._random = torch.Generator()
         if sampling.seed is not None:
             self._random.manual_seed(sampling.seed)
         else:
             self._random.seed()
-        weights = sum(weight.numel() for weight in self._model.parameters())
+        weights = sum(math.prod(tensor.shape) for tensor in expected_tensors(config))
         self.description = f"{model_name}: {weights / 1e9:,.3g} B weights, {self._model.dtype}, {self._model.device}"
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
@@ -363,6 +366,8 @@ class Speaker:
         from transformers import StoppingCriteriaList
         from transformers.generation.streamers import BaseStreamer
 
+        from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
+
         class Streamer(BaseStreamer):
             is_prompt = True
 
@@ -387,7 +392,7 @@ class Speaker:
         input_ids = torch.tensor([prompt], device=self._model.device)
         torch.manual_seed(seed)
         try:
-            # A long prompt is read in parts, as the plan counts its memory.
+            # As `generate` reads a long prompt, but it can be stopped after each part.
             with torch.no_grad():
                 for start in range(common, len(prompt) - PREFILL_CHUNK, PREFILL_CHUNK):
                     if stop.is_set:

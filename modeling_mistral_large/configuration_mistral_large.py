@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ROPE_THETA = 1e6
+# Positions of a prompt that `generate` reads at once.
+PREFILL_CHUNK = 2048
 
 # What 2407 does not have, and the one value that says so: another value would need a different model.
 ABSENT = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.hub_kernels import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mistral_large import MistralLargeConfig
+from .long_prompts import LongPromptGenerationMixin
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -341,7 +342,7 @@ class MistralLargeModel(MistralLargePreTrainedModel):
         )
 
 
-class MistralLargeForCausalLM(MistralLargePreTrainedModel, GenerationMixin):
+class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationMixin):
     """The decoder with the output matrix that turns hidden states into logits over the vocabulary."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}

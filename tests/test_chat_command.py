@@ -21,8 +21,9 @@ from mistral_large_cli import app
 from mistral_large_cli.chat import Sampling, Speaker, load_tools
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from mistral_large_cli.marks import printable, with_marks
-from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer, sharding
+from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer, configuration_mistral_large
 from modeling_mistral_large.errors import MistralLargeError
+from modeling_mistral_large.kv_cache import Fp8Layer
 
 GOLDEN = golden_conversations()
 TOOLS = '''
@@ -75,10 +76,7 @@ def test_answers_are_the_golden_ones(demo_folder: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_long_prompts_are_read_in_parts(demo_folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    # The package's own `chat` is the command.
-    module = sys.modules[Speaker.__module__]
-    assert vars(module)["PREFILL_CHUNK"] == sharding.PREFILL_CHUNK
-    monkeypatch.setattr(module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(configuration_mistral_large, "PREFILL_CHUNK", chunk)
     read = []
     forward = MistralLargeForCausalLM.forward
 
@@ -89,6 +87,21 @@ def test_long_prompts_are_read_in_parts(demo_folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(MistralLargeForCausalLM, "forward", watched_forward)
     test_answers_are_the_golden_ones(demo_folder)
     assert max(read) == chunk
+
+
+def test_a_cache_of_8_bits_is_used(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updated = []
+    update = Fp8Layer.update
+
+    def watched_update(self: Any, *args: Any) -> Any:
+        updated.append(self)
+        return update(self, *args)
+
+    monkeypatch.setattr(Fp8Layer, "update", watched_update)
+    names = ("window_cleaner", "window_cleaner_follow_up")
+    printed = talk(demo_folder, *map(question, names), options=("--kv", "fp8"))
+    assert "\n".join(printed) == "\n".join(GOLDEN[name].answer for name in names)
+    assert updated
 
 
 def test_both_layouts_are_read(tmp_path: Path) -> None:
@@ -223,7 +236,7 @@ def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
 
 
 def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file: Path) -> None:
-    speaker = Speaker(str(demo_folder), Sampling(64, 0, 1, None), dtype="auto", device_map="cpu")
+    speaker = Speaker(str(demo_folder), Sampling(64, 0, 1, None), dtype="auto", device_map="cpu", kv="auto")
     (tool,) = load_tools(tools_file)
     messages = GOLDEN["weather_call"].messages
     before = signal.getsignal(signal.SIGINT)
