@@ -11,9 +11,11 @@ version = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_mistral_large/_
 assert version is not None
 
 demo = ["mistral-common>=1.13"]
+quantized = ["compressed-tensors>=0.15"]
 structured = ["llguidance>=1.3,<2"]
 test = [
     *demo,
+    *quantized,
     *structured,
     "hypothesis>=6.100",
     "jsonschema>=4.21",
@@ -68,7 +70,7 @@ setup(
         "rich",
         "xxhash>=3",
     ],
-    extras_require={"demo": demo, "structured": structured, "test": test},
+    extras_require={"demo": demo, "quantized": quantized, "structured": structured, "test": test},
     entry_points={
         "console_scripts": ["mistral-large=mistral_large_cli:main"],
         "vllm.general_plugins": ["mistral_large=modeling_mistral_large.vllm_plugin:register"],

@@ -22,6 +22,7 @@ from modeling_mistral_large.conversion.plan import (
     plan_conversion,
     plan_export,
 )
+from modeling_mistral_large.conversion.quantize import Quantization
 from modeling_mistral_large.conversion.safetensors_header import LENGTH_BYTES, FileTensor
 from modeling_mistral_large.conversion.source_files import file_finding
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, write_weights
@@ -118,6 +119,7 @@ def prepare_conversion(
     to: Layout = "hf",
     model_type: ModelType = "mistral_large",
     dtype: OutputDtype | None = None,
+    quantize: Quantization | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> Conversion:
     """Check a source and make ready all that `convert_checkpoint` does with it; nothing is written.
@@ -128,7 +130,7 @@ def prepare_conversion(
     if to == "consolidated" and model_type != "mistral_large":
         raise CheckpointError(f"model type {model_type!r}: the consolidated layout has none; leave it out")
     folder = resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES)
-    plan = plan_conversion(folder, to=to, dtype=dtype, max_shard_size=max_shard_size)
+    plan = plan_conversion(folder, to=to, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
     licences = licence_files(folder)
     if to == "hf":
         small_files = hf_files(
@@ -146,6 +148,7 @@ def convert_checkpoint(
     to: Layout = "hf",
     model_type: ModelType = "mistral_large",
     dtype: OutputDtype | None = None,
+    quantize: Quantization | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -158,16 +161,24 @@ def convert_checkpoint(
 
     model_type: of the HF layout; `mistral` for stock transformers and engines that do not know us.
     dtype: rounds the weights to another one; without it, every bit stays.
+    quantize: writes a quantized checkpoint of the HF layout, see `quantize`; the source may have the HF layout, too.
+        Weights are rounded to the nearest, without any calibration.
     jobs: threads; the bytes are the same with any number.
     progress: is told the bytes of tensors to be written as they come, by one thread at a time.
 
     Raises:
-        CheckpointError: a source that is not a complete, sound checkpoint.
+        CheckpointError: a source that is not a complete, sound checkpoint, or options that do not fit together.
         TokenizerFileError: a tokenizer file that is not the v3 one.
         DestinationError: a destination that is not new, empty or of the same conversion, or has no room.
     """
     conversion = prepare_conversion(
-        source, destination, to=to, model_type=model_type, dtype=dtype, max_shard_size=max_shard_size
+        source,
+        destination,
+        to=to,
+        model_type=model_type,
+        dtype=dtype,
+        quantize=quantize,
+        max_shard_size=max_shard_size,
     )
     conversion.run(jobs=jobs, progress=progress)
     return conversion.plan

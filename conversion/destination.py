@@ -178,7 +178,11 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 
 def _bytes_on_disk(path: Path) -> int:
-    status = path.lstat()
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        # Another run that writes into the folder has just renamed it.
+        return 0
     # Windows does not tell.
     return min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
 

@@ -12,6 +12,7 @@ from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.model_card import ModelType, model_card
 from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_config
 from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
+from modeling_mistral_large.conversion.quantize import quantization_of
 from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES
 from modeling_mistral_large.conversion.tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_files
 
@@ -49,6 +50,7 @@ def hf_files(
 ) -> dict[str, bytes]:
     """Names and contents of all small files of the HF layout.
 
+    config: also says how the weights are quantized, if they are.
     dtype: that of the weights, as safetensors names it: BF16.
     cast: the dtypes of the source's weights and of these, where they differ.
     model_type: `mistral` for stock transformers and engines that do not know us.
@@ -64,7 +66,12 @@ def hf_files(
     return {
         **tokenizer,
         **licences,
-        MODEL_CARD_NAME: model_card(licences, model_type=model_type, cast=cast).encode(),
+        MODEL_CARD_NAME: model_card(
+            licences,
+            model_type=model_type,
+            cast=cast,
+            quantization=quantization_of(getattr(config, "quantization_config", None)),
+        ).encode(),
         CHAT_TEMPLATE_NAME: CHAT_TEMPLATES[model_type].encode(),
         TOKENIZER_CONFIG_NAME: retag_tokenizer_config(tokenizer[TOKENIZER_CONFIG_NAME], model_type),
         CONFIG_NAME: retag_config(config.to_json_string().encode(), model_type),
@@ -82,6 +89,9 @@ def consolidated_files(
     """Names and contents of all small files of the consolidated layout; without `source`, there is no tokenizer.
 
     The arguments are those of `hf_files`.
+
+    Raises:
+        CheckpointError, TokenizerFileError: the reasons of `tokenizer_files`.
     """
     files = {
         **licences,
@@ -89,6 +99,8 @@ def consolidated_files(
         PARAMS_NAME: json_bytes(params_from_config(config)),
     }
     if source is not None:
+        # Proven as on the way there; what is made of it is not wanted here.
+        tokenizer_files(source, vocab_size=config.vocab_size)
         files[TOKENIZER_NAME] = (source / TOKENIZER_NAME).read_bytes()
     return files
 

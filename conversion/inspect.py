@@ -31,8 +31,17 @@ from modeling_mistral_large.conversion.model_card import (
     is_research_licence,
     licence_files,
 )
+from modeling_mistral_large.conversion.names import expected_tensors
 from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_config
-from modeling_mistral_large.conversion.plan import CONFIG_NAMES, TOKENIZER_NAME, WEIGHTS_STEM, Layout, read_checkpoint
+from modeling_mistral_large.conversion.plan import (
+    CONFIG_NAMES,
+    TOKENIZER_NAME,
+    WEIGHTS_STEM,
+    Layout,
+    quantization_in,
+    read_checkpoint,
+)
+from modeling_mistral_large.conversion.quantize import FORMATS, Quantization, is_part, is_quantized, quantization_of
 from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES, FileTensor
 from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
 from modeling_mistral_large.errors import CheckpointError
@@ -65,7 +74,26 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        return next(iter(self.tensors.values())).dtype
+        """That of the weights, or of those that are not quantized."""
+        return self.tensors[getattr(expected_tensors(self.config)[0], self.layout)].dtype
+
+    @property
+    def quantization(self) -> tuple[Quantization, int] | None:
+        """How the weights are quantized and in groups of how many, or None."""
+        return quantization_in(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has, quantized or not."""
+        return sum(math.prod(tensor.shape) for tensor in expected_tensors(self.config))
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits in the file, with scales, of a quantized weight, or None if none is."""
+        if self.quantization is None:
+            return None
+        weights = sum(math.prod(tensor.shape) for tensor in expected_tensors(self.config) if is_quantized(tensor.hf))
+        return 8 * sum(tensor.size for tensor in self.tensors.values() if is_part(tensor.name)) / weights
 
 
 @dataclass(frozen=True)
@@ -73,6 +101,7 @@ class Inspection:
     """What a folder is, what it holds, what loads it and what is wrong with it.
 
     geometry: under the names of params.json, or None if nothing sound says it.
+    bits_per_weight: in the file, with scales, of the weights that are quantized as we do it; else None.
     dtypes: numbers of tensors by dtype, as safetensors names it.
     file_bytes: of the files of weights; `None` for one that cannot be read.
     """
@@ -80,6 +109,7 @@ class Inspection:
     name: str
     kind: str
     geometry: dict[str, Any] | None
+    bits_per_weight: float | None
     dtypes: dict[str, int]
     tensors: int
     parameters: int
@@ -107,7 +137,9 @@ def load_headers(folder: Path, layout: Layout | None = None, *, may_mix_dtypes: 
     if layout is None:
         layouts = layouts_of(folder) if folder.is_dir() else []
         layout = layouts[0] if layouts else "consolidated"
-    config, tensors = read_checkpoint(folder, layout, needs_tokenizer=False, may_mix_dtypes=may_mix_dtypes)
+    config, tensors = read_checkpoint(
+        folder, layout, needs_tokenizer=False, may_mix_dtypes=may_mix_dtypes, may_be_quantized=True
+    )
     return Checkpoint(folder, layout, config, {tensor.name: tensor for tensor in tensors})
 
 
@@ -133,7 +165,7 @@ def _inspect(folder: Path, name: str) -> Inspection:
         quantization = _quantization(config, layouts)
         dtypes, parameters, file_bytes, file_findings = _weights(folder, layouts)
         checkpoint = None
-        if layouts and quantization is None:
+        if layouts and (quantization is None or quantization_of((config or {}).get("quantization_config"))):
             try:
                 checkpoint = load_headers(folder, layouts[0])
             except CheckpointError as error:
@@ -158,9 +190,10 @@ def _inspect(folder: Path, name: str) -> Inspection:
         name=name,
         kind=_kind(layouts, model_type, quantization, is_unfinished),
         geometry=None if checkpoint is None else params_from_config(checkpoint.config),
+        bits_per_weight=None if checkpoint is None else checkpoint.bits_per_weight,
         dtypes=dict(dtypes),
         tensors=sum(dtypes.values()),
-        parameters=parameters,
+        parameters=parameters if checkpoint is None else checkpoint.parameters,
         file_bytes=file_bytes,
         tokenizer=tuple(file for file in TOKENIZER_NAMES if (folder / file).exists()),
         licence=_licence(folder),
@@ -263,7 +296,11 @@ def _quantization(config: dict[str, Any] | None, layouts: Sequence[Layout]) -> s
     if not settings or not layouts:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    return str(method or "by an unknown method")
+    ours = quantization_of(settings)
+    if ours is None:
+        return str(method or "by an unknown method")
+    groups = f", groups of {ours[1]}" if ours[0] == "int4" else ""
+    return f"{ours[0]}{groups} ({method}, {FORMATS[ours[0]]})"
 
 
 def _weights(folder: Path, layouts: Sequence[Layout]) -> tuple[Counter[str], int, dict[str, int | None], list[str]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from modeling_mistral_large.conversion.quantize import DESCRIPTIONS, Quantization
 from modeling_mistral_large.conversion.source_files import file_finding
 from modeling_mistral_large.errors import CheckpointError
 
@@ -67,6 +68,11 @@ It was converted from the layout of Hugging Face transformers to the vendor's co
 and the rows of the query and key weights were put into another order. {values}"""
 SAME_VALUES = "No value was changed."
 CAST_VALUES = "All values were rounded from {} to {}."
+QUANTIZED_VALUES = """\
+The weights of the linear layers of the decoder were quantized {how},
+each rounded to the nearest, without any calibration. {others}"""
+SAME_OTHER_VALUES = "No other value was changed."
+CAST_OTHER_VALUES = "All other values were rounded from {} to {}."
 # What differs between the layouts and model types; None is the consolidated layout.
 READERS: dict[ModelType | None, dict[str, str]] = {
     "mistral_large": {
@@ -113,11 +119,18 @@ def is_research_licence(files: Mapping[str, bytes]) -> bool:
     return any(NOTICE_LINE.encode() in content for content in files.values())
 
 
-def model_card(files: Mapping[str, bytes], *, model_type: ModelType | None, cast: tuple[str, str] | None = None) -> str:
+def model_card(
+    files: Mapping[str, bytes],
+    *,
+    model_type: ModelType | None,
+    cast: tuple[str, str] | None = None,
+    quantization: tuple[Quantization, int] | None = None,
+) -> str:
     """The README.md of a converted checkpoint with these licence files.
 
     model_type: None for the consolidated layout.
     cast: the dtypes of the source's weights and of these, as safetensors names them, where they differ.
+    quantization: how the weights are quantized and in groups of how many, if they are.
     """
     if is_research_licence(files):
         title, front_matter, licence = "Mistral-Large-Instruct-2407, converted", RESEARCH_FRONT_MATTER, RESEARCH_LICENCE
@@ -125,6 +138,10 @@ def model_card(files: Mapping[str, bytes], *, model_type: ModelType | None, cast
         names = ", ".join(f"`{name}`" for name in files)
         title, front_matter, licence = "Converted checkpoint", OWN_FRONT_MATTER, OWN_LICENCE.format(names=names)
     values = CAST_VALUES.format(*cast) if cast else SAME_VALUES
+    if quantization is not None:
+        how = DESCRIPTIONS[quantization[0]].format(group_size=quantization[1])
+        others = CAST_OTHER_VALUES.format(*cast) if cast else SAME_OTHER_VALUES
+        values = QUANTIZED_VALUES.format(how=how, others=others)
     reader = READERS[model_type]
     return CARD.format(
         front_matter=front_matter,

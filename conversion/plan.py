@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -19,8 +19,21 @@ from modeling_mistral_large.conversion.params import (
     params_findings,
     params_from_hf_config,
 )
+from modeling_mistral_large.conversion.quantize import (
+    CANNOT_UNDO,
+    Quantization,
+    Quantize,
+    choose_group_size,
+    is_part,
+    is_quantized,
+    quantization_config,
+    quantization_of,
+    quantized_entries,
+    shape_tensor,
+)
 from modeling_mistral_large.conversion.safetensors_header import (
     BYTES_OF,
+    FLOATS,
     FileTensor,
     MemoryTensor,
     StoredTensor,
@@ -50,13 +63,25 @@ MOST_FINDINGS = 1000
 LONGEST_FINDING = 400
 
 
+class ExpectedEntry(NamedTuple):
+    """One tensor that the files of a checkpoint must hold, with one of these dtypes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor on its way: its rows go through the steps, a few at a time, and become those of the outputs."""
+    """One tensor on its way: its rows go through the steps, a few at a time, and become those of the outputs.
+
+    quantize: makes the rows of several outputs of what comes out of the steps.
+    """
 
     source: StoredTensor
     steps: tuple[Step, ...]
     outputs: tuple[TensorEntry, ...]
+    quantize: Quantize | None = None
 
     @property
     def rows_at_once(self) -> int:
@@ -72,7 +97,7 @@ class PlannedTensor:
         """The rows of each output that come of these rows of the source."""
         for step in self.steps:
             rows = step(rows)
-        return (rows,)
+        return (rows,) if self.quantize is None else self.quantize(rows)
 
 
 @dataclass(frozen=True)
@@ -110,7 +135,8 @@ class ConversionPlan:
     """All that moving the weights needs to know.
 
     to: the layout that is written.
-    dtype, source_dtypes: what is written, and what there is.
+    config: what the config.json will say.
+    dtype, source_dtypes: what is written, and what there is; quantized weights are of other dtypes.
     """
 
     to: Layout
@@ -118,6 +144,11 @@ class ConversionPlan:
     dtype: str
     source_dtypes: tuple[str, ...]
     files: tuple[PlannedFile, ...]
+
+    @property
+    def quantization(self) -> tuple[Quantization, int] | None:
+        """How the weights are quantized and in groups of how many, or None."""
+        return quantization_in(self.config)
 
     @property
     def cast(self) -> tuple[str, str] | None:
@@ -152,25 +183,58 @@ def plan_conversion(
     *,
     to: Layout = "hf",
     dtype: OutputDtype | None = None,
+    quantize: Quantization | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> ConversionPlan:
     """Plan the way from the other layout to layout `to`, from the headers of the folder `source`.
 
     Only the files of that other layout are looked at: the second copy of the weights in the vendor's folder is ignored.
-    `dtype` is that of the output; without it, the source must have one, which stays.
+    `dtype` is that of the output; without it, the source must have one, which stays. A source that is to be quantized
+    may have the HF layout, too.
 
     Raises:
         CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
-            error.
+            error; options that do not fit together.
     """
-    config, tensors = read_checkpoint(source, OTHER_LAYOUT[to], may_mix_dtypes=dtype is not None)
-    return _plan(tensors, config, to, dtype, max_shard_size)
+    if quantize is None:
+        config, tensors = read_checkpoint(source, OTHER_LAYOUT[to], may_mix_dtypes=dtype is not None)
+        return _plan(tensors, config, OTHER_LAYOUT[to], to, dtype, max_shard_size)
+    if to != "hf":
+        raise CheckpointError(f"quantizing to {quantize}: only the HF layout has a place for it; leave `to` out")
+    if dtype not in (None, "bf16"):
+        raise CheckpointError(
+            f"quantizing to {quantize}: what is not quantized is bf16, not {dtype}; leave `dtype` out"
+        )
+    layout = source_layout(source)
+    config, tensors = read_checkpoint(source, layout, may_mix_dtypes=True)
+    quantized_shapes = [tensor.shape for tensor in expected_tensors(config) if is_quantized(tensor.hf)]
+    config.quantization_config = quantization_config(quantize, choose_group_size(quantized_shapes, quantize))
+    return _plan(tensors, config, layout, to, "bf16", max_shard_size)
+
+
+def source_layout(source: Path | str) -> Layout:
+    """The layout from which a folder is quantized: the vendor's, unless there is only the other one."""
+    folder = Path(source)
+    has = {layout: any(folder.glob(f"{stem}*.safetensors")) for layout, stem in WEIGHTS_STEM.items()}
+    return "hf" if has["hf"] and not has["consolidated"] else "consolidated"
+
+
+def quantization_in(config: MistralLargeConfig) -> tuple[Quantization, int] | None:
+    """How the weights of a checkpoint with this config are quantized and in groups of how many, or None."""
+    return quantization_of(getattr(config, "quantization_config", None))
 
 
 def read_checkpoint(
-    source: Path | str, layout: Layout, *, needs_tokenizer: bool = True, may_mix_dtypes: bool = False
+    source: Path | str,
+    layout: Layout,
+    *,
+    needs_tokenizer: bool = True,
+    may_mix_dtypes: bool = False,
+    may_be_quantized: bool = False,
 ) -> tuple[MistralLargeConfig, list[FileTensor]]:
     """The geometry of the checkpoint of this layout in a folder, and where each of its tensors is, from the headers.
+
+    The config of a quantized checkpoint has its `quantization_config`.
 
     Raises:
         CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
@@ -179,17 +243,21 @@ def read_checkpoint(
     folder = Path(source)
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         raise CheckpointError(f"{folder}: no folder that can be read; give the one that holds {CONFIG_NAMES[layout]}")
-    params, findings = _read_params(folder, layout)
+    params, quantization, findings = _read_params(folder, layout)
+    if quantization is not None and not may_be_quantized:
+        raise CheckpointError(f"{folder}: {CANNOT_UNDO}")
     tensors, weight_findings = _read_weights(folder, WEIGHTS_STEM[layout])
     findings += weight_findings
     if needs_tokenizer and (finding := file_finding(folder, TOKENIZER_NAME)):
         findings.append(finding)
     config = None if params is None else config_from_params(params)
     if config is not None:
+        if quantization is not None:
+            config.quantization_config = quantization_config(*quantization)
         # Without a readable file, every tensor of it would be listed as missing too.
         findings += _tensor_findings(tensors, config, layout, are_complete=not weight_findings)
     if not may_mix_dtypes:
-        findings += _dtype_findings(tensors)
+        findings += _dtype_findings(tensor for tensor in tensors if quantization is None or not is_part(tensor.name))
     _refuse(findings, f"{folder} is not a complete {layout} checkpoint")
     assert config is not None
     return config, tensors
@@ -209,6 +277,8 @@ def plan_export(
     Raises:
         CheckpointError: as for `plan_conversion`.
     """
+    if quantization_of(config.get("quantization_config")) is not None:
+        raise CheckpointError(f"the model: {CANNOT_UNDO}")
     params, findings = params_from_hf_config(config)
     findings += params_findings(params)
     _refuse([f"config: {finding}" for finding in findings], "the config is not that of a Mistral Large")
@@ -223,7 +293,7 @@ def plan_export(
     if dtype is None:
         findings += _dtype_findings(tensors)
     _refuse(findings, "the state dict does not fit its config")
-    return _plan(tensors, own_config, "consolidated", dtype, max_shard_size)
+    return _plan(tensors, own_config, "hf", "consolidated", dtype, max_shard_size)
 
 
 def _refuse(findings: Sequence[str], what: str) -> None:
@@ -235,20 +305,25 @@ def _refuse(findings: Sequence[str], what: str) -> None:
     raise CheckpointError("\n".join([f"{what}; nothing was done, mend or download it again:", *listed]))
 
 
-def _read_params(folder: Path, layout: Layout) -> tuple[dict[str, Any] | None, list[str]]:
-    """The geometry under the names of params.json, or None with the reasons."""
+def _read_params(
+    folder: Path, layout: Layout
+) -> tuple[dict[str, Any] | None, tuple[Quantization, int] | None, list[str]]:
+    """The geometry under the names of params.json and the quantization, or no geometry and the reasons."""
     name = CONFIG_NAMES[layout]
     if finding := file_finding(folder, name):
-        return None, [finding]
+        return None, None, [finding]
     try:
         params = read_json_object(folder / name)
     except (OSError, ValueError) as error:
-        return None, [f"{name}: {error}"]
+        return None, None, [f"{name}: {error}"]
     findings: list[str] = []
+    quantization = None
     if layout == "hf":
+        if (quantization := quantization_of(params.get("quantization_config"))) is not None:
+            del params["quantization_config"]
         params, findings = params_from_hf_config(params)
     findings += params_findings(params)
-    return (None if findings else params), [f"{name}: {finding}" for finding in findings]
+    return (None if findings else params), quantization, [f"{name}: {finding}" for finding in findings]
 
 
 def _read_weights(folder: Path, stem: str) -> tuple[list[FileTensor], list[str]]:
@@ -309,7 +384,7 @@ def _index_findings(folder: Path, index_name: str, tensors: Iterable[FileTensor]
 def _tensor_findings(
     tensors: Sequence[StoredTensor], config: MistralLargeConfig, layout: Layout, *, are_complete: bool
 ) -> list[str]:
-    expected = {getattr(tensor, layout): tensor.shape for tensor in expected_tensors(config)}
+    expected = {entry.name: entry for entry in expected_entries(config, layout)}
     seen: set[str] = set()
     findings = []
     for tensor in tensors:
@@ -317,10 +392,11 @@ def _tensor_findings(
             findings.append(f"tensor {tensor.name!r} is there twice")
         elif tensor.name not in expected:
             findings.append(f"tensor {tensor.name!r} is extra: this geometry has none of that name")
-        elif tensor.dtype not in BYTES_OF:
-            findings.append(f"tensor {tensor.name!r} has dtype {tensor.dtype}, must be one of {', '.join(BYTES_OF)}")
-        elif tensor.shape != expected[tensor.name]:
-            needed = list(expected[tensor.name])
+        elif tensor.dtype not in expected[tensor.name].dtypes:
+            dtypes = ", ".join(expected[tensor.name].dtypes)
+            findings.append(f"tensor {tensor.name!r} has dtype {tensor.dtype}, must be one of {dtypes}")
+        elif tensor.shape != expected[tensor.name].shape:
+            needed = list(expected[tensor.name].shape)
             findings.append(f"tensor {tensor.name!r} has shape {list(tensor.shape)}, this geometry needs {needed}")
         seen.add(tensor.name)
     if are_complete:
@@ -335,26 +411,59 @@ def _dtype_findings(tensors: Iterable[TensorEntry]) -> list[str]:
     return [f"tensors of dtypes {', '.join(dtypes)}: a checkpoint has one; ask for a dtype to have them converted"]
 
 
+def expected_entries(config: MistralLargeConfig, layout: Layout) -> list[ExpectedEntry]:
+    """All tensors that the files of a checkpoint of this layout must hold, in order."""
+    quantization = quantization_in(config)
+    entries: list[ExpectedEntry] = []
+    for tensor in expected_tensors(config):
+        name = getattr(tensor, layout)
+        if quantization is not None and is_quantized(name):
+            parts = quantized_entries(name, tensor.shape, *quantization)
+            entries += [ExpectedEntry(part.name, part.shape, (part.dtype,)) for part in parts]
+        else:
+            entries.append(ExpectedEntry(name, tensor.shape, FLOATS))
+    return entries
+
+
+def planned_tensors(
+    stored: Mapping[str, StoredTensor], config: MistralLargeConfig, layout: Layout, to: Layout, dtype: str
+) -> list[PlannedTensor]:
+    """The way of each tensor of a checkpoint of `layout` to layout `to`, in the order of the forward pass.
+
+    dtype: of what is not quantized, as safetensors names it; `config` says what is.
+    """
+    quantization = quantization_in(config)
+    planned = []
+    for expected in expected_tensors(config):
+        source, name = stored[getattr(expected, layout)], getattr(expected, to)
+        steps: list[Step] = []
+        if expected.has_rope_pairs and layout != to:
+            steps.append(RegroupRopePairs(to, config.head_dim))
+        if quantization is not None and is_quantized(name):
+            codes, scales, *shapes = quantized_entries(name, expected.shape, *quantization)
+            planned.append(PlannedTensor(source, tuple(steps), (codes, scales), Quantize(source.dtype, *quantization)))
+            planned += [PlannedTensor(shape_tensor(entry, expected.shape), (), (entry,)) for entry in shapes]
+            continue
+        if source.dtype != dtype:
+            steps.append(Cast(source.dtype, dtype))
+        size = source.size // BYTES_OF[source.dtype] * BYTES_OF[dtype]
+        planned.append(PlannedTensor(source, tuple(steps), (TensorEntry(name, dtype, source.shape, size),)))
+    return planned
+
+
 def _plan(
     tensors: Sequence[StoredTensor],
     config: MistralLargeConfig,
+    layout: Layout,
     to: Layout,
     dtype: OutputDtype | None,
     max_shard_size: int | str,
 ) -> ConversionPlan:
-    stored = {tensor.name: tensor for tensor in tensors}
     written_dtype = tensors[0].dtype if dtype is None else OUTPUT_DTYPES[dtype]
-    planned = {}
-    for expected in expected_tensors(config):
-        source = stored[getattr(expected, OTHER_LAYOUT[to])]
-        steps: list[Step] = []
-        if expected.has_rope_pairs:
-            steps.append(RegroupRopePairs(to, config.head_dim))
-        if source.dtype != written_dtype:
-            steps.append(Cast(source.dtype, written_dtype))
-        name = getattr(expected, to)
-        size = source.size // BYTES_OF[source.dtype] * BYTES_OF[written_dtype]
-        planned[name] = PlannedTensor(source, tuple(steps), (TensorEntry(name, written_dtype, source.shape, size),))
+    planned = {
+        tensor.outputs[0].name: tensor
+        for tensor in planned_tensors({tensor.name: tensor for tensor in tensors}, config, layout, to, written_dtype)
+    }
     split = split_state_dict_into_shards_factory(
         {name: tensor.size for name, tensor in planned.items()},
         get_storage_size=int,

@@ -17,18 +17,23 @@ from modeling_mistral_large.conversion.source_files import parse_json_object
 if TYPE_CHECKING:
     import torch
 
-# Bytes of one number. Quantised checkpoints hold others, and more tensors than these layouts have names for.
-BYTES_OF = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 TORCH_NAMES = {
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "I32": "int32",
+    "I64": "int64",
 }
+# Bytes of one number. Weights are of the first five; the integers are codes of quantized ones.
+BYTES_OF = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I32": 4, "I64": 8}
+FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # The limit of the safetensors library.
 LARGEST_HEADER = 100_000_000
 LENGTH_BYTES = 8
+# What every file of a checkpoint for PyTorch says of itself; transformers asks for it.
+METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,13 @@ def read_header(path: Path) -> tuple[list[FileTensor], list[str]]:
     return tensors, findings
 
 
+def read_metadata(path: Path) -> object:
+    """What a file with a sound header says of itself beside its tensors."""
+    with path.open("rb") as stream:
+        header = parse_json_object(stream.read(int.from_bytes(stream.read(LENGTH_BYTES), "little")))
+    return header.get("__metadata__")
+
+
 def _tensor(path: Path, data_start: int, name: str, entry: object) -> FileTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError("has another entry than dtype, shape and data_offsets")
@@ -149,7 +161,7 @@ def _layout_findings(tensors: Iterable[FileTensor], data_start: int, file_size: 
 
 def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
     """The first bytes of a file that holds these tensors in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": METADATA}
     start = 0
     for tensor in tensors:
         end = start + tensor.size

@@ -1,7 +1,6 @@
 """The tokenizer of a converted checkpoint, written and proven to have SentencePiece's ids."""
 
 import json
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
-from modeling_mistral_large.errors import CheckpointError, TokenizerFileError
+from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -44,13 +43,19 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
         CheckpointError: the tokenizer has another number of pieces than the weights have rows, or its conversion is
             not exact.
         TokenizerFileError: the file is not a v3 tokenizer.
+        DestinationError: the folder for temporary files is full.
     """
-    with TemporaryDirectory() as scratch:
-        alone, folder = Path(scratch, "alone"), Path(scratch, "converted")
-        alone.mkdir()
-        # The vendor's folder also has a tokenizer.json and a template of its own, which are not exact.
-        shutil.copyfile(source / TOKENIZER_NAME, alone / TOKENIZER_NAME)
-        MistralLargeTokenizer.from_pretrained(alone).save_pretrained(folder)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        # Of this file alone: the vendor's folder also has a tokenizer.json and a template, which are not exact.
+        tokenizer = MistralLargeTokenizer(vocab_file=str(source / TOKENIZER_NAME))
+        try:
+            tokenizer.save_pretrained(folder)
+        # The Rust library raises nothing more specific when the disk is full.
+        except Exception as error:
+            raise DestinationError(
+                f"{folder}: the tokenizer cannot be written: {error}; make room there or set TMPDIR"
+            ) from error
         tokenizer = MistralLargeTokenizer.from_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     settings = json.loads(files[TOKENIZER_CONFIG_NAME])

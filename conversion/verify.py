@@ -1,8 +1,9 @@
 """Proof that a folder holds a checkpoint: whole by itself, and tensor by tensor the one it was made of."""
 
 import filecmp
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,20 @@ from modeling_mistral_large.conversion.inspect import (
     load_headers,
     unfinished_findings,
 )
-from modeling_mistral_large.conversion.manifest import Manifest, ManifestTensor, read_manifest
-from modeling_mistral_large.conversion.names import ExpectedTensor, expected_tensors
-from modeling_mistral_large.conversion.plan import CONFIG_NAMES, TOKENIZER_NAME, PlannedTensor
-from modeling_mistral_large.conversion.safetensors_header import BYTES_OF, TORCH_NAMES
+from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, ManifestTensor, read_manifest
+from modeling_mistral_large.conversion.names import expected_tensors
+from modeling_mistral_large.conversion.plan import CONFIG_NAMES, TOKENIZER_NAME, PlannedTensor, planned_tensors
+from modeling_mistral_large.conversion.safetensors_header import (
+    BYTES_OF,
+    METADATA,
+    TORCH_NAMES,
+    FileTensor,
+    read_metadata,
+)
 from modeling_mistral_large.conversion.source_files import file_finding
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, file_checksum, transformed
 from modeling_mistral_large.conversion.tokenizer import tokenizer_findings
-from modeling_mistral_large.conversion.transforms import Cast, RegroupRopePairs, Rows, Step
+from modeling_mistral_large.conversion.transforms import Rows
 from modeling_mistral_large.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -69,7 +76,9 @@ def verify_checkpoint(
         checks += [Check(name, None, "needs sound headers") for name in ("config", "tensors", "tokenizer")]
     else:
         count = len(checkpoint.tensors)
-        checks.append(_check("headers", [], f"{count} tensors, {checkpoint.dtype}, as the geometry says"))
+        # With a source, its tensors are the question, and the files may have been written anew.
+        findings = _metadata_findings(checkpoint) if origin is None else []
+        checks.append(_check("headers", findings, f"{count} tensors, {checkpoint.dtype}, as the geometry says"))
         checks.append(_check("config", config_findings(checkpoint, origin), "says what the weights are"))
         checks.append(_tensor_check(checkpoint, origin, progress))
         checks.append(_check("tokenizer", _tokenizer_findings(checkpoint, origin), "SentencePiece's ids"))
@@ -81,6 +90,14 @@ def verify_checkpoint(
 
 def _check(name: str, findings: Sequence[str], detail: str) -> Check:
     return Check(name, not findings, "; ".join(findings) or detail)
+
+
+def _metadata_findings(checkpoint: Checkpoint) -> list[str]:
+    """Of files that a conversion wrote, what their headers say beside the tensors, which no checksum covers."""
+    if not (checkpoint.folder / MANIFEST_NAME).exists():
+        return []
+    paths = sorted({tensor.path for tensor in checkpoint.tensors.values()})
+    return [f"{path.name}: the metadata in its header has changed" for path in paths if read_metadata(path) != METADATA]
 
 
 def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
@@ -102,8 +119,8 @@ def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> li
 
 def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: Progress | None) -> Check:
     """Compare every byte of the weights with the source's, or with the checksums of the manifest."""
-    tensors = expected_tensors(checkpoint.config)
-    compare: Callable[[ExpectedTensor], str | None]
+    count = len(checkpoint.tensors)
+    compare: Callable[[PlannedTensor], str | None]
     if origin is None:
         try:
             manifest = read_manifest(checkpoint.folder)
@@ -111,22 +128,31 @@ def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: P
             return Check("tensors", False, str(error))
         if manifest is None:
             return Check("tensors", None, "not compared: the folder has no manifest; give the source")
-        compare, agreement = (
-            partial(_manifest_difference, checkpoint=checkpoint, manifest=manifest),
-            "manifest's checksums",
-        )
+        compare, agreement = partial(_manifest_difference, manifest=manifest), "manifest's checksums"
+        tensors = [_as_it_is(tensor, tensor) for tensor in checkpoint.tensors.values()]
     else:
-        if (tensors, checkpoint.config.head_dim) != (expected_tensors(origin.config), origin.config.head_dim):
+        shapes = [(expected_tensors(each.config), each.config.head_dim) for each in (checkpoint, origin)]
+        if shapes[0] != shapes[1]:
             return Check("tensors", False, "not compared: the source has other shapes")
-        compare, agreement = partial(_difference, checkpoint=checkpoint, origin=origin), "source's bits"
-        if {tensor.dtype for tensor in origin.tensors.values()} != {checkpoint.dtype}:
-            agreement += f", rounded to {checkpoint.dtype}"
+        compare, agreement = partial(_difference, stored=checkpoint.tensors), "source's bits"
+        if origin.quantization is not None:
+            if (origin.quantization, origin.dtype) != (checkpoint.quantization, checkpoint.dtype):
+                return Check("tensors", False, "not compared: the source is quantized; give the one it was made of")
+            tensors = [_as_it_is(origin.tensors[name], own) for name, own in checkpoint.tensors.items()]
+        else:
+            tensors = planned_tensors(
+                origin.tensors, checkpoint.config, origin.layout, checkpoint.layout, checkpoint.dtype
+            )
+            if checkpoint.quantization is not None:
+                agreement += f", quantized to {checkpoint.quantization[0]}"
+            elif {tensor.dtype for tensor in origin.tensors.values()} != {checkpoint.dtype}:
+                agreement += f", rounded to {checkpoint.dtype}"
 
-    def compare_and_count(tensor: ExpectedTensor) -> str | None:
+    def compare_and_count(tensor: PlannedTensor) -> str | None:
         difference = compare(tensor)
         if progress is not None:
             with lock:
-                progress(checkpoint.tensors[getattr(tensor, checkpoint.layout)].size)
+                progress(tensor.size)
         return difference
 
     lock = Lock()
@@ -136,41 +162,43 @@ def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: P
     except OSError as error:
         raise CheckpointError(f"{checkpoint.folder}: cannot be compared: {error}") from error
     if differences:
-        return Check("tensors", False, f"{len(differences)} of {len(tensors)} differ, first {differences[0]}")
-    return Check("tensors", True, f"all {len(tensors)} have the {agreement}")
+        return Check("tensors", False, f"{len(differences)} of {count} differ, first {differences[0]}")
+    return Check("tensors", True, f"all {count} have the {agreement}")
 
 
-def _manifest_difference(tensor: ExpectedTensor, *, checkpoint: Checkpoint, manifest: Manifest) -> str | None:
+def _as_it_is(source: FileTensor, own: FileTensor) -> PlannedTensor:
+    return PlannedTensor(source, (), (own,))
+
+
+def _manifest_difference(tensor: PlannedTensor, *, manifest: Manifest) -> str | None:
     """What the manifest says otherwise of a tensor, or None."""
-    own = checkpoint.tensors[getattr(tensor, checkpoint.layout)]
+    own = tensor.source
+    assert isinstance(own, FileTensor)
     entry = manifest.tensors.get(own.name)
     checksum = file_checksum(own.path, own.offset, own.size)
     found = ManifestTensor(own.path.name, own.dtype, own.shape, checksum or "")
     return None if found == entry else f"{own.name}: {found}, the manifest has {entry}"
 
 
-def _difference(tensor: ExpectedTensor, *, checkpoint: Checkpoint, origin: Checkpoint) -> str | None:
-    """Where a tensor first differs from the source's, or None."""
-    own, others = checkpoint.tensors[getattr(tensor, checkpoint.layout)], origin.tensors[getattr(tensor, origin.layout)]
-    steps: list[Step] = []
-    if tensor.has_rope_pairs and checkpoint.layout != origin.layout:
-        steps.append(RegroupRopePairs(checkpoint.layout, checkpoint.config.head_dim))
-    if own.dtype != others.dtype:
-        steps.append(Cast(others.dtype, own.dtype))
+def _difference(tensor: PlannedTensor, *, stored: Mapping[str, FileTensor]) -> str | None:
+    """Where what is stored first differs from what the source gives, or None."""
+    own = [stored[output.name] for output in tensor.outputs]
     start = 0
-    with own.open() as stream:
-        for (wanted,) in transformed(PlannedTensor(others, tuple(steps), (own,))):
-            found = numpy.frombuffer(stream.read(wanted.nbytes), numpy.uint8)
-            if found.size != wanted.size:
-                raise CheckpointError(f"tensor {own.name!r} ends early: its file has changed since it was checked")
-            found = found.reshape(wanted.shape)
-            if not numpy.array_equal(found, wanted):
-                row, byte = numpy.argwhere(found != wanted)[0].tolist()
-                column = byte // BYTES_OF[own.dtype]
-                place = [start + row, column][: len(own.shape)]
-                values = (_numbers(rows[row], own.dtype)[column].item() for rows in (found, wanted))
-                return "{} at {}: {!r}, the source has {!r}".format(own.name, place, *values)
-            start += len(wanted)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(part.open()) for part in own]
+        for blocks in transformed(tensor):
+            for part, stream, wanted in zip(own, streams, blocks, strict=True):
+                found = numpy.frombuffer(stream.read(wanted.nbytes), numpy.uint8)
+                if found.size != wanted.size:
+                    raise CheckpointError(f"tensor {part.name!r} ends early: its file has changed since it was checked")
+                found = found.reshape(wanted.shape)
+                if not numpy.array_equal(found, wanted):
+                    row, byte = numpy.argwhere(found != wanted)[0].tolist()
+                    column = byte // BYTES_OF[part.dtype]
+                    place = [start + row, column][: len(part.shape)]
+                    values = (_numbers(rows[row], part.dtype)[column].item() for rows in (found, wanted))
+                    return "{} at {}: {!r}, the source has {!r}".format(part.name, place, *values)
+            start += len(blocks[0])
     return None
 
 

@@ -41,6 +41,7 @@ def convert(
     model_type: Literal["mistral_large", "mistral"],
     max_shard_size: str,
     dtype: Literal["bf16", "fp16", "fp32"] | None,
+    quantize: Literal["fp8", "int4"] | None,
     jobs: int | None,
     dry_run: bool,
     as_json: bool,
@@ -53,17 +54,26 @@ def convert(
     from rich.console import Console
 
     from modeling_mistral_large.conversion import prepare_conversion
+    from modeling_mistral_large.conversion.quantize import ConstantTensor
 
     # With JSON, people read standard error.
     console = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
     conversion = prepare_conversion(
-        source, destination, to=to, model_type=model_type, dtype=dtype, max_shard_size=max_shard_size
+        source,
+        destination,
+        to=to,
+        model_type=model_type,
+        dtype=dtype,
+        quantize=quantize,
+        max_shard_size=max_shard_size,
     )
     state = conversion.check_destination()
     plan = conversion.plan
-    tensors = sum(len(file.tensors) for file in plan.files)
+    tensors = sum(not isinstance(tensor.source, ConstantTensor) for file in plan.files for tensor in file.tensors)
     dtypes = ", ".join(plan.source_dtypes)
     rounded = f", rounded to {plan.dtype}" if plan.cast else ""
+    if quantize is not None:
+        rounded += f", linear layers quantized to {quantize}"
     report: dict[str, Any] = {
         "source": source,
         "destination": str(destination),
@@ -71,6 +81,7 @@ def convert(
         "model_type": model_type if to == "hf" else None,
         "source_dtypes": list(plan.source_dtypes),
         "dtype": plan.dtype,
+        "quantization": quantize,
         "tensors": tensors,
         "tensor_bytes": plan.tensor_bytes,
         "needed_bytes": conversion.needed_bytes,

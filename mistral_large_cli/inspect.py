@@ -26,6 +26,7 @@ def inspect(source: str, as_json: bool) -> None:
         "tensors": [
             f"{inspection.tensors} tensors, {inspection.parameters:,} parameters, "
             + ", ".join(f"{dtype} × {count}" for dtype, count in inspection.dtypes.items())
+            + (f"; {inspection.bits_per_weight:.3f} bits a quantized weight" if inspection.bits_per_weight else "")
         ],
         "files": [f"{len(inspection.file_bytes)} × *.safetensors, {sum(sizes):,} bytes"],
         "tokenizer": [", ".join(inspection.tokenizer) or "none"],

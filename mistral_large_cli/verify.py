@@ -25,7 +25,9 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
     stderr = Console(stderr=True)
     with Progress(TextColumn("verifying"), *columns, console=stderr, disable=not stderr.is_terminal) as bar:
         # A folder with both layouts makes this too much, and the bar end early.
-        task = bar.add_task("verifying", total=sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        task = bar.add_task(
+            "verifying", total=sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+        )
         checks = verify_checkpoint(folder, origin, progress=lambda count: bar.advance(task, count))
     is_ok = all(check.is_ok is not False for check in checks)
     if as_json:

@@ -116,14 +116,22 @@ class MistralLargeConfig(PreTrainedConfig):
         """Read config.json or, of a checkpoint in the consolidated layout, params.json; and what `kwargs` remain.
 
         Raises:
-            CheckpointError: a params.json that is not a Mistral Large geometry.
+            CheckpointError: no config.json, or a params.json that is not a Mistral Large geometry.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
         from .consolidated_loading import find_consolidated, read_config
+        from .errors import CheckpointError
 
         folder = find_consolidated(pretrained_model_name_or_path, kwargs)
         if folder is None:
-            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            found, remaining = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if not found.keys() - {"_commit_hash"}:
+                # The defaults would be taken for the geometry of that checkpoint.
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path}: neither params.json nor config.json has a geometry; pass the "
+                    "folder of a checkpoint, or make a MistralLargeConfig()"
+                )
+            return found, remaining
         remaining = {name: value for name, value in kwargs.items() if name not in OPTIONS_OF_FILES}
         return read_config(folder).to_dict(), remaining
 

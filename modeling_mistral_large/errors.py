@@ -25,6 +25,10 @@ class PlanError(MistralLargeError, ValueError):
     """Devices or a demand that no plan can be made for."""
 
 
+class SettingError(MistralLargeError, ValueError):
+    """A setting of this package whose value means nothing."""
+
+
 class TokenizerFileError(MistralLargeError, OSError):
     """A tokenizer file that is missing, unreadable or not the v3 SentencePiece model."""
 

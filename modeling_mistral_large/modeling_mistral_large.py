@@ -26,7 +26,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mistral_large import MistralLargeConfig
+from .cpu_decode import Linear, grouped_attention_forward, takes_grouped_attention
 from .long_prompts import LongPromptGenerationMixin
+from .masked_attention import masked_attention_forward, takes_masked_attention
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -120,10 +122,10 @@ class MistralLargeAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -147,6 +149,10 @@ class MistralLargeAttention(nn.Module):
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if takes_grouped_attention(self, query, kwargs):
+            attention_interface = grouped_attention_forward
+        elif takes_masked_attention(self, query, attention_mask, kwargs):
+            attention_interface = masked_attention_forward
         attended, weights = attention_interface(
             self,
             query,
@@ -165,9 +171,9 @@ class MistralLargeMLP(nn.Module):
 
     def __init__(self, config: MistralLargeConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gated = nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
@@ -219,10 +225,12 @@ class MistralLargePreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a folder or a repository on the hub, of the HF layout or, as it is, of the vendor's consolidated layout.
 
-        All options are transformers'. Where a folder has both layouts, the consolidated one is read.
+        All options are transformers'. Where a folder has both layouts, the consolidated one is read. A checkpoint that
+        `convert --quantize` wrote stays quantized in memory, see `quantized`.
 
         Raises:
             CheckpointError: a consolidated checkpoint that is not complete and sound; nothing was loaded.
+            MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
         from .consolidated_loading import (
@@ -233,9 +241,11 @@ class MistralLargePreTrainedModel(PreTrainedModel):
         )
         from .conversion.hub import CONSOLIDATED_FILES
         from .conversion.plan import read_checkpoint
+        from .quantized import config_for_loading
 
         folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
+            config = config_for_loading(cls, pretrained_model_name_or_path, config, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         register_weight_conversions()
         weights_config, tensors = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
@@ -353,7 +363,7 @@ class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationM
         super().__init__(config)
         self.model = MistralLargeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]  # transformers does not type it

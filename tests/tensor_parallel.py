@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_mistral_large import MistralLargeForCausalLM
@@ -31,7 +32,9 @@ def main(folder: str, result: str) -> None:
         prompt = torch.tensor(PROMPT)
         with torch.no_grad():
             logits = model(prompt).logits
-        rows = model.model.layers[0].self_attn.k_proj.weight.to_local().shape[0]
+        # Codes of quantized weights are there as the plain tensors that their kernel takes.
+        weight = next(model.model.layers[0].self_attn.k_proj.parameters())
+        rows = (weight.to_local() if isinstance(weight, DTensor) else weight).shape[0]
         found = {"logits": logits, "tokens": model.generate(prompt, **GREEDY), "key_rows": rows}
     if torch.distributed.get_rank() == 0:
         torch.save(found, Path(result))

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
 from modeling_mistral_large import MistralLargeConfig
+from modeling_mistral_large.errors import CheckpointError
 
 
 def test_config_round_trip_and_old_keys(tmp_path: Path) -> None:
@@ -18,6 +19,14 @@ def test_config_round_trip_and_old_keys(tmp_path: Path) -> None:
     assert config.dtype is torch.bfloat16
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_a_folder_without_a_geometry_has_not_the_default_one(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="neither params.json nor config.json has a geometry"):
+        MistralLargeConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

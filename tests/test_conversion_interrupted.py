@@ -8,12 +8,9 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from modeling_mistral_large.conversion.safetensors_header import FileTensor
 from modeling_mistral_large.errors import CheckpointError, DestinationError
 
 from .checkpoints import contents, write_consolidated
+from .interruptions import FailingFile, can_mount, is_whole_or_unnamed, kill_at_random_moments, open_failing, small_disk
 
 SHARDS = "300KB"
 
@@ -81,18 +79,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def assert_whole_or_unnamed(folder: Path, expected: dict[str, bytes]) -> None:
-    """Whatever has its name is whole, and the index comes when all else is there."""
-    found = contents(folder) if folder.exists() else {}
-    named = {name: content for name, content in found.items() if not name.endswith(".partial")}
-    named.pop(UNFINISHED_NAME, None)
-    assert all(expected[name] == content for name, content in named.items())
-    assert "model.safetensors.index.json" not in named or named == expected
-
-
 def assert_another_run_ends_it(source: Path, destination: Path, expected: dict[str, bytes]) -> None:
     """What an error has left is whole or unnamed, and the same conversion ends as if nothing had been."""
-    assert_whole_or_unnamed(destination, expected)
+    assert is_whole_or_unnamed(destination, expected)
     convert_checkpoint(source, destination, max_shard_size=SHARDS)
     assert contents(destination) == expected
 
@@ -138,7 +127,7 @@ def test_killed_at_any_step_a_rerun_ends_byte_identical(
         lambda step: convert_checkpoint(small_source, destination, max_shard_size=SHARDS, jobs=jobs, progress=step),
     ):
         moments += 1
-        assert_whole_or_unnamed(destination, expected)
+        assert is_whole_or_unnamed(destination, expected)
         # Every third time another run is killed on top of it, the other times it may finish.
         if moments % 3:
             convert_checkpoint(small_source, destination, max_shard_size=SHARDS)
@@ -161,18 +150,19 @@ def test_killed_at_random_moments_a_rerun_ends_byte_identical(
     duration = time.monotonic() - started
     expected = contents(tmp_path / "whole")
     destination, moments = tmp_path / "killed", random.Random(0)
-    count = kept = 0
-    while count < kills:
+    kept = 0
+
+    def start() -> int:
         child = os.fork()
         if child == 0:
             try:
                 convert_checkpoint(tmp_path / "source", destination, max_shard_size="9MB")
             finally:
                 os._exit(0)
-        time.sleep(moments.uniform(0, duration))
-        os.kill(child, signal.SIGKILL)
-        count += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        assert_whole_or_unnamed(destination, expected)
+        return child
+
+    for _ in kill_at_random_moments(start, kills, duration, moments):
+        assert is_whole_or_unnamed(destination, expected)
         kept += any(destination.glob("*.safetensors"))
         # Half of the kills hit what another one has left.
         if moments.random() < 0.5:
@@ -335,6 +325,22 @@ def test_a_rerun_over_a_finished_folder_compares_and_writes_nothing(
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (tmp_path / "hf").iterdir()} == before
 
 
+def test_what_another_run_renames_meanwhile_takes_no_room(
+    small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(small_source, tmp_path / "hf")
+    assert list((tmp_path / "hf").glob("*.partial"))
+    state_of = Path.lstat
+
+    def rename_first(path: Path) -> os.stat_result:
+        if path.suffix == ".partial":
+            path.rename(path.with_suffix(""))
+        return state_of(path)
+
+    monkeypatch.setattr(Path, "lstat", rename_first)
+    assert check_destination(small_source, tmp_path / "hf", 0) == "unfinished"
+
+
 def flip_last_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -474,23 +480,9 @@ def test_a_limit_on_the_size_of_files_is_one_error_and_the_rerun_completes(
     assert contents(tmp_path / "hf") == expected
 
 
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
-    """A file system of so many bytes, which can be given another size; skips where none can be mounted."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk can be mounted by the superuser only, where the system lets it")
-
-    def resize(size: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
-
-    try:
-        yield resize
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
+@pytest.mark.skipif(
+    not can_mount(), reason="a small disk can be mounted by the superuser only, where the system lets it"
+)
 @pytest.mark.parametrize("room", [4_400_000, 4_600_000, 4_800_000])
 def test_a_full_disk_is_one_error_and_the_rerun_completes(
     small_source: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, room: int
@@ -508,33 +500,16 @@ def test_a_full_disk_is_one_error_and_the_rerun_completes(
             patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**9))
             with pytest.raises(DestinationError, match=r"not finished: .*No space left on device"):
                 convert_checkpoint(small_source, destination, max_shard_size=SHARDS)
-        assert_whole_or_unnamed(destination, expected)
+        assert is_whole_or_unnamed(destination, expected)
         resize(10 * needed)
         convert_checkpoint(small_source, destination, max_shard_size=SHARDS)
         assert contents(destination) == expected
-
-
-class FailingFile(FileIO):
-    """A file that cannot be read to its end."""
-
-    reads_left = 3
-
-    def readinto(self, buffer: Any) -> int:
-        FailingFile.reads_left -= 1
-        if FailingFile.reads_left < 0:
-            raise OSError(errno.EIO, "Input/output error")
-        return super().readinto(memoryview(buffer)[:40_000]) or 0
 
 
 @pytest.mark.parametrize("reads", [0, 1, 9, 22])
 def test_a_read_error_is_one_error_and_the_rerun_completes(
     small_source: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, reads: int
 ) -> None:
-    def open_failing(self: FileTensor) -> FileIO:
-        stream = FailingFile(self.path)
-        stream.seek(self.offset)
-        return stream
-
     monkeypatch.setattr(FailingFile, "reads_left", reads)
     with monkeypatch.context() as patch:
         patch.setattr(FileTensor, "open", open_failing)

@@ -42,6 +42,7 @@ def test_a_consolidated_folder(source: Path) -> None:
         name=str(source),
         kind="the vendor's consolidated layout",
         geometry=json.loads((source / "params.json").read_text()),
+        bits_per_weight=None,
         dtypes={"BF16": 30},
         tensors=30,
         parameters=sum(tensor.numel() for path in source.glob("*.safetensors") for tensor in load_file(path).values()),

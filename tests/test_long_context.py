@@ -1,15 +1,18 @@
 """Long prompts are read in parts, at full length too, and the cache can be kept in 8 bits."""
 
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.kv_cache import Fp8Cache, pack, unpack
+from modeling_mistral_large.masked_attention import masked_attention_forward
 from modeling_mistral_large.sharding import Demand, activation_bytes, cache_bytes_of_layer
 
 from .models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
@@ -120,6 +123,51 @@ def test_parts_need_a_cache(tiny_config: MistralLargeConfig, lengths: list[int])
     assert lengths[0] == 20
     with pytest.raises(ValueError, match="chunking without a cache"):
         model.generate(ids, **GREEDY, use_cache=False, prefill_chunk_size=8)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask_heads", [1, 6])
+@pytest.mark.parametrize("is_added", [False, True], ids=["bool", "added"])
+def test_masked_attention_is_transformers_bit_for_bit(dtype: torch.dtype, mask_heads: int, is_added: bool) -> None:
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    query = torch.randn(2, 6, 19, 32, dtype=dtype)
+    key, value = torch.randn(2, 2, 2, 40, 32, dtype=dtype)
+    mask: Any = torch.rand(2, mask_heads, 19, 40) < 0.7
+    mask[..., 0] = True
+    if is_added:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    asked: Any = (module, query, key, value, mask)
+    found, _ = masked_attention_forward(*asked, scaling=0.2)
+    assert torch.equal(found, sdpa_attention_forward(*asked, scaling=0.2)[0])
+
+
+def test_masked_attention_does_not_repeat_the_cache() -> None:
+    query = torch.randn(1, 24, 64, 16)
+    key, value = torch.randn(2, 1, 2, 4096, 16)
+    asked: Any = (SimpleNamespace(num_key_value_groups=12), query, key, value, torch.ones(1, 1, 64, 4096).bool())
+    peaks = []
+    for attention in (masked_attention_forward, sdpa_attention_forward):
+        with PeakMemory() as memory:
+            attention(*asked, scaling=0.2)
+        peaks.append(memory.peak)
+    ours, stock = peaks
+    assert ours < key.nbytes + value.nbytes + 2 * query.nbytes
+    assert stock > 12 * (key.nbytes + value.nbytes)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_through_masked_attention_are_stock_mistrals(tiny_config: MistralLargeConfig, attention: str) -> None:
+    stock, ours = stock_and_ours(tiny_config, attention)
+    ids, mask = left_padded(tiny_config, [17, 9])
+    labels = ids.where(mask.bool(), -100)
+    for model in (stock, ours):
+        model.train()(ids, attention_mask=mask, labels=labels).loss.backward()
+    theirs = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
 
 
 # Full length

@@ -61,6 +61,16 @@ def flip_bit(folder: Path, name: str, byte: int) -> None:
     path.write_bytes(content)
 
 
+def test_a_changed_word_in_a_header_is_found_where_a_conversion_wrote_it(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'{"format":"pt"}', b'{"format":"pu"}', 1))
+    finding = "model.safetensors: the metadata in its header has changed"
+    assert wrong(verify_checkpoint(folder)) == {"headers": finding}
+    # A folder of another program has its own.
+    (folder / "conversion.manifest.json").unlink()
+    assert wrong(verify_checkpoint(folder)) == {}
+
+
 def test_every_way_between_the_layouts_is_verified(demo_source: Path, demo_folder: Path, back_folder: Path) -> None:
     for folder, source in [
         (demo_folder, demo_source),
