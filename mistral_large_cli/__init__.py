@@ -158,6 +158,29 @@ def chat(
     )
 
 
+@app.command()
+def show(
+    conversation: Annotated[
+        Path,
+        typer.Argument(help="JSON as /save of the chat and clients of OpenAI's API write it; - reads stdin."),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub repository whose tokenizer counts the tokens.")
+    ] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="Tools instead of the file's own: functions in a Python file, or JSON.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Print the ids of each part; needs --model.")] = False,
+    mask: Annotated[bool, typer.Option("--mask", help="Underline what the assistant says.")] = False,
+    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write what is printed as a page, too.")] = None,
+    svg: Annotated[Path | None, typer.Option(dir_okay=False, help="Write what is printed as a picture, too.")] = None,
+) -> None:
+    """Print the exact prompt of a conversation, its control tokens coloured by role."""
+    from .show import show as run
+
+    run(conversation, model=model, tools=tools, ids=ids, mask=mask, html=html, svg=svg)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,
@@ -184,7 +207,13 @@ def plan(
     ] = "auto",
     context: Annotated[int, typer.Option(min=1, help="Positions of prompt and answer together.")] = 8192,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of weights and cache: bfloat16, float16 or float32.")] = "bfloat16",
+    weights: Annotated[
+        Literal["bf16", "fp16", "fp32", "fp8", "int4"] | None,
+        typer.Option(help="Those of the folder, or bf16; fp8 and int4 are those of convert --quantize."),
+    ] = None,
+    kv: Annotated[
+        Literal["auto", "fp8"], typer.Option(help="Numbers of the key-value cache: the model's, or 8 bits each.")
+    ] = "auto",
     prefill_chunk: Annotated[int, typer.Option(min=1, help="Positions of a prompt that are read at once.")] = 2048,
     host: Annotated[str, typer.Option(help="Memory of the host for weights, such as 512GB; 0 offloads nothing.")] = "0",
     svg: Annotated[Path | None, typer.Option(dir_okay=False, help="Write what is printed as a picture, too.")] = None,
@@ -198,7 +227,8 @@ def plan(
         gpus,
         context=context,
         batch=batch,
-        dtype=dtype,
+        weights=weights,
+        kv=kv,
         chunk=prefill_chunk,
         host=host,
         svg=svg,

@@ -17,15 +17,19 @@ PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
 # The parts of a bar, and how they look.
 PARTS = {"weights": ("█", "blue"), "cache": ("▓", "green"), "activations": ("▒", "yellow"), "reserve": ("░", "magenta")}
 BAR_WIDTH = 40
-PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}"
+CONVERT = "mistral-large convert {model} {folder} --quantize {weights}"
+TALK = "mistral-large chat {model} --device-map cuda{kv}"
+PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{kv}"
 MAPPED = """\
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.sharding import detect_devices, device_map_for
 
 config = MistralLargeConfig.from_pretrained({model!r})
-device_map = device_map_for(config, detect_devices(), context={context}, batch={batch}{host})
+device_map = device_map_for(config, detect_devices(), {demand})
 model = MistralLargeForCausalLM.from_pretrained({model!r}, dtype={dtype!r}, device_map=device_map)
-model.generate(..., prefill_chunk_size={chunk})"""
+model.generate(...{options})"""
+# For quantized weights, activations.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16", "int4": "bfloat16"}
 
 
 def plan(
@@ -34,7 +38,8 @@ def plan(
     *,
     context: int,
     batch: int,
-    dtype: str,
+    weights: str | None,
+    kv: str,
     chunk: int,
     host: str,
     svg: Path | None,
@@ -43,27 +48,54 @@ def plan(
     """Print the ways to run a model and return whether one of them fits.
 
     model: a folder or repository, of which the geometry is read; None is the published model.
+    weights: None for those that the folder has, bf16 where they are not quantized.
 
     Raises:
         PlanError, CheckpointError: what is asked for makes no sense, or the model has no geometry of ours.
     """
     from rich.console import Console
 
-    from modeling_mistral_large.sharding import Sizes, detect_devices, parse_devices, plan_sharding
+    from modeling_mistral_large.conversion.quantize import quantization_of
+    from modeling_mistral_large.errors import PlanError
+    from modeling_mistral_large.sharding import (
+        QUANTIZED,
+        Demand,
+        Sizes,
+        cache_bytes_of_layer,
+        detect_devices,
+        parse_devices,
+        plan_sharding,
+    )
 
     config = read_config(model)
+    found = quantization_of(getattr(config, "quantization_config", None))
+    if found is not None and weights not in (None, found[0]):
+        raise PlanError(f"{model} has {found[0]} weights, not {weights}; leave --weights out")
+    weights = weights or (found[0] if found else "bf16")
     devices = detect_devices() if gpus == "auto" else parse_devices(gpus)
     host_memory = parse_host(host)
-    options: dict[str, Any] = {"batch": batch, "dtype": dtype, "prefill_chunk": chunk, "host_memory": host_memory}
+    options: dict[str, Any] = {
+        "batch": batch,
+        "weights": weights,
+        "kv": kv,
+        "prefill_chunk": chunk,
+        "host_memory": host_memory,
+    }
     plans = plan_sharding(config, devices, context=context, **options)
     best = plans[0]
+    smaller = QUANTIZED if weights not in QUANTIZED else ()
+    # What could be asked for instead is shown beside it.
+    others = [plan_sharding(config, devices, context=context, **{**options, "weights": each})[0] for each in smaller]
+    plans += [plan for plan in others if plan.fits]
     changes = {} if best.fits else smallest_changes(config, devices, context, options)
-    cache = cache_bytes(config, context, batch, dtype)
-    weights = Sizes.of(config, dtype).weights
-    command = None if not best.fits else how_to_run(best, model or PUBLISHED_NAME, context, options)
+    cache = config.num_hidden_layers * cache_bytes_of_layer(config, Demand(context, batch, weights, kv))
+    weight_bytes = Sizes.of(config, weights).weights
+    command = None
+    if best.fits:
+        command = how_to_run(best, model or PUBLISHED_NAME, context, options, is_converted=found is not None)
     if as_json:
         report = {
-            "weights_bytes": weights,
+            "weights_bytes": weight_bytes,
             "cache_bytes": cache,
             "context": context,
             **options,
@@ -76,7 +108,7 @@ def plan(
         return best.fits
     console = Console(highlight=False, markup=False, soft_wrap=True, record=svg is not None)
     console.print(
-        f"{model or PUBLISHED_NAME}: {gib(weights)} of weights in {dtype}, {gib(cache)} of cache for {batch} × "
+        f"{model or PUBLISHED_NAME}: {gib(weight_bytes)} of weights in {weights}, {gib(cache)} of cache for {batch} × "
         f"{context:,} positions, prompts read {min(chunk, context):,} positions at a time"
     )
     console.print(ways_table(plans))
@@ -85,7 +117,7 @@ def plan(
     if best.host_weights:
         console.print(f"host  {gib(best.host_weights)} of weights, read for every token")
     legend = "  ".join(f"{mark} {part}" for part, (mark, _) in PARTS.items())
-    console.print(legend, style="dim")
+    console.print(f"{legend}  tokens/s: at most", style="dim")
     if command is not None:
         console.print("\nRun it:\n")
         console.print(command)
@@ -105,9 +137,6 @@ def read_config(model: str | None) -> "MistralLargeConfig":
 
     if model is None:
         return MistralLargeConfig()
-    if Path(model).is_dir() and not any((Path(model) / name).exists() for name in ("params.json", "config.json")):
-        # transformers would take the geometry of another model for it: the default one.
-        raise CheckpointError(f"{model}: neither params.json nor config.json; pass a checkpoint, or no name")
     try:
         config: MistralLargeConfig = MistralLargeConfig.from_pretrained(model)
     except MistralLargeError:
@@ -126,24 +155,28 @@ def parse_host(size: str) -> int:
     return 0 if size == "0" else parse_size(size)
 
 
-def cache_bytes(config: "MistralLargeConfig", context: int, batch: int, dtype: str) -> int:
-    from modeling_mistral_large.sharding import Demand, cache_bytes_of_layer
-
-    return config.num_hidden_layers * cache_bytes_of_layer(config, Demand(context, batch, dtype))
-
-
 def smallest_changes(
     config: "MistralLargeConfig", devices: "Sequence[Device]", context: int, options: dict[str, Any]
 ) -> dict[str, str]:
     """Return what could be asked for instead, one thing changed at a time, by its name."""
-    from modeling_mistral_large.sharding import fewest_devices, largest_context, plan_sharding
+    from modeling_mistral_large.sharding import QUANTIZED, fewest_devices, largest_context, plan_sharding
 
     changes = {}
+    for name, values in {"kv": ("fp8",), "weights": QUANTIZED if options["weights"] not in QUANTIZED else ()}.items():
+        for value in values:
+            if plan_sharding(config, devices, context=context, **{**options, name: value})[0].fits:
+                changes[name] = f"--{name} {value}"
+                break
     if length := largest_context(config, devices, **options):
         changes["context"] = f"--context {length}"
     for batch in range(options["batch"] - 1, 0, -1):
         if plan_sharding(config, devices, context=context, **{**options, "batch": batch})[0].fits:
             changes["batch"] = f"--batch {batch}"
+            break
+    for chunk in (1024, 512, 256):
+        smaller = {**options, "prefill_chunk": min(chunk, options["prefill_chunk"])}
+        if plan_sharding(config, devices, context=context, **smaller)[0].fits:
+            changes["prefill_chunk"] = f"--prefill-chunk {chunk}"
             break
     if count := fewest_devices(config, devices[0], context=context, **options):
         changes["gpus"] = f"--gpus {count}x{devices[0].name}"
@@ -156,30 +189,57 @@ def smallest_changes(
     return changes
 
 
-def how_to_run(plan: "ShardingPlan", model: str, context: int, options: dict[str, Any]) -> str:
-    """Return the command or the code that runs a plan."""
+def how_to_run(plan: "ShardingPlan", model: str, context: int, options: dict[str, Any], *, is_converted: bool) -> str:
+    """Return the commands or the code that run a plan; `is_converted` if the model has its quantized weights."""
+    from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
+    from modeling_mistral_large.sharding import QUANTIZED
+
+    steps = []
+    if plan.weights in QUANTIZED and not is_converted:
+        folder = f"{Path(model).name}-{plan.weights}"
+        steps.append(CONVERT.format(model=model, folder=folder, weights=plan.weights))
+        model = folder
+    kv = " --kv fp8" if options["kv"] == "fp8" else ""
     if plan.way == "tensor parallel":
-        return PARALLEL.format(count=len(plan.loads), model=model)
-    host = f", host_memory={options['host_memory']}" if plan.host_weights else ""
-    chunk = min(options["prefill_chunk"], context)
-    return MAPPED.format(
-        model=model, context=context, batch=options["batch"], dtype=options["dtype"], chunk=chunk, host=host
-    )
+        steps.append(PARALLEL.format(count=len(plan.loads), model=model, kv=kv))
+    elif plan.way == "one device":
+        steps.append(TALK.format(model=model, kv=kv))
+    else:
+        wanted = {name: options[name] for name in ("weights", "kv", "prefill_chunk", "host_memory")}
+        usual = {"weights": "bf16", "kv": "auto", "prefill_chunk": PREFILL_CHUNK, "host_memory": 0}
+        demand = {"context": context, "batch": options["batch"]}
+        demand |= {name: value for name, value in wanted.items() if value != usual[name]}
+        generate = ""
+        if kv:
+            generate += ", past_key_values=Fp8Cache(config)"
+        if wanted["prefill_chunk"] != PREFILL_CHUNK:
+            generate += f", prefill_chunk_size={wanted['prefill_chunk']}"
+        code = MAPPED.format(
+            model=model,
+            demand=", ".join(f"{name}={value!r}" for name, value in demand.items()),
+            dtype=DTYPES[plan.weights],
+            options=generate,
+        )
+        if kv:
+            code = f"from modeling_mistral_large.kv_cache import Fp8Cache\n{code}"
+        steps.append(code)
+    return "\n\n".join(steps)
 
 
 def ways_table(plans: "Sequence[ShardingPlan]") -> Any:
     from rich.table import Table
 
-    table = Table("way", "devices", "fits", "tokens/s at most", "fullest device", box=None, pad_edge=False)
+    table = Table("way", "weights", "devices", "fits", "tokens/s", "fullest device", box=None, pad_edge=False)
     for way in plans:
         fullest = min(way.loads, key=lambda load: load.free)
         rate = "?" if way.tokens_per_second is None and way.fits else f"{way.tokens_per_second or 0:.3g}"
         table.add_row(
             way.way,
+            way.weights,
             str(len(way.loads)),
-            "yes" if way.fits else f"no, {gib(way.missing)} too much",
+            "yes" if way.fits else f"no, by {gib(way.missing)}",
             rate if way.fits else "",
-            f"{gib(fullest.total)} of {gib(fullest.device.memory)}",
+            f"{fullest.total / 2**30:.1f} of {gib(fullest.device.memory)}",
         )
     return table
 

@@ -1,7 +1,8 @@
 """Where a model runs: what each device has to hold, decided from the geometry before a weight is read.
 
 `plan_sharding` is a pure function of sizes. Weights are counted exactly, the cache exactly; activations are those of
-transformers' sdpa attention, as `tests/test_sharding.py` measures them. Sizes are bytes, rates are bytes a second.
+transformers' sdpa attention, as `tests/test_sharding.py` measures them. Quantized weights and an 8-bit cache are ours:
+`quantized_linear` and `kv_cache`. Sizes are bytes, rates are bytes a second.
 """
 
 import math
@@ -10,12 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .configuration_mistral_large import MistralLargeConfig
+from .configuration_mistral_large import PREFILL_CHUNK, MistralLargeConfig
 from .conversion.names import expected_tensors
+from .conversion.quantize import Quantization, choose_group_size, is_quantized, run_time_bytes
 from .errors import PlanError
 
 GIB = 2**30
-BYTES_OF_DTYPE = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Weights of a dtype, which activations and cache have too, and quantized ones, with activations in bf16.
+BYTES_OF_NUMBER = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2, "int4": 2}
+QUANTIZED: tuple[Quantization, ...] = ("fp8", "int4")
+CACHES = ("auto", "fp8")
+# Each vector of a head in an 8-bit cache has a scale.
+SCALE_BYTES = 2
 
 # Name, memory as the driver reports it in GiB, bandwidth in TB/s as the vendor's sheet has it.
 CARDS: dict[str, tuple[float, float]] = {
@@ -41,10 +48,12 @@ CARDS_BY_SIZE = {
 REACHED_BANDWIDTH = 0.9
 # Weights that lie in the host's memory cross the bus for every token: PCIe 4 × 16, as measured on most hosts.
 HOST_BANDWIDTH = 25e9
+# Weights of 4 bits that are expanded at once for more than a few positions, as `quantized` does it on GPUs.
+EXPANDED_AT_ONCE = 2**27
+# Tensor parallelism cuts these along the features they read, and the others along those they write.
+CUT_COLUMNS = ("o_proj.weight", "down_proj.weight")
 # What the driver, the libraries and the allocator's gaps take of each device.
 RESERVE = 2 * GIB
-# Positions that are read at once of a long prompt.
-PREFILL_CHUNK = 2048
 
 Way = Literal["one device", "device_map", "tensor parallel", "device_map with offload"]
 
@@ -60,16 +69,22 @@ class Device:
 
 @dataclass(frozen=True)
 class Demand:
-    """What is to be run: positions and sequences at once, and the dtype of weights and cache."""
+    """What is to be run: positions and sequences at once.
+
+    weights: bf16, fp16, fp32, fp8 or int4; the last two are those of `mistral-large convert --quantize`.
+    kv: the cache's numbers, "auto" for those of the activations or "fp8".
+    """
 
     context: int
     batch: int = 1
-    dtype: str = "bfloat16"
+    weights: str = "bf16"
+    kv: str = "auto"
     prefill_chunk: int = PREFILL_CHUNK
 
     @property
     def number_bytes(self) -> int:
-        return BYTES_OF_DTYPE[self.dtype]
+        """Bytes of a number that is not quantized."""
+        return BYTES_OF_NUMBER[self.weights]
 
     @property
     def chunk(self) -> int:
@@ -101,6 +116,7 @@ class DeviceLoad:
 class ShardingPlan:
     """One way to run the model.
 
+    weights: as in `Demand`.
     device_map: what `from_pretrained` takes, or None for tensor parallelism.
     host_weights: bytes of weights in the host's memory.
     missing: bytes for which there is no room, 0 where the model fits.
@@ -109,6 +125,7 @@ class ShardingPlan:
     """
 
     way: Way
+    weights: str
     loads: tuple[DeviceLoad, ...]
     device_map: dict[str, int | str] | None
     host_weights: int
@@ -122,7 +139,7 @@ class ShardingPlan:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the parts of a model."""
+    """Bytes of the parts of a model, or of the share of them that one of several ranks has."""
 
     embedding: int
     layer: int
@@ -135,16 +152,34 @@ class Sizes:
         return self.embedding + self.layers * self.layer + self.norm + self.head
 
     @classmethod
-    def of(cls, config: MistralLargeConfig, dtype: str) -> "Sizes":
-        number = BYTES_OF_DTYPE[dtype]
-        size = {tensor.hf: number * math.prod(tensor.shape) for tensor in expected_tensors(config)}
+    def of(cls, config: MistralLargeConfig, weights: str, *, ranks: int = 1) -> "Sizes":
+        shapes = {tensor.hf: tensor.shape for tensor in expected_tensors(config)}
+        first = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
+        # As the converter chooses it.
+        quantized = [shape for name, shape in first.items() if is_quantized(name)]
+        group_size = choose_group_size(quantized, weights) if weights in QUANTIZED else 0
+
+        def size(name: str) -> int:
+            shape = _shard(name, shapes[name], ranks)
+            if weights in QUANTIZED and is_quantized(name):
+                return run_time_bytes(shape, weights, group_size)
+            return BYTES_OF_NUMBER[weights] * math.prod(shape)
+
         return cls(
-            embedding=size["model.embed_tokens.weight"],
-            layer=sum(value for name, value in size.items() if name.startswith("model.layers.0.")),
-            norm=size["model.norm.weight"],
-            head=size["lm_head.weight"],
+            embedding=size("model.embed_tokens.weight"),
+            layer=sum(map(size, first)),
+            norm=size("model.norm.weight"),
+            head=size("lm_head.weight"),
             layers=config.num_hidden_layers,
         )
+
+
+def _shard(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """The shape of one rank's share of a tensor, as the tensor-parallel plans of the classes cut it."""
+    if name == "model.embed_tokens.weight" or len(shape) == 1:
+        return shape
+    rows, columns = shape
+    return (rows, columns // ranks) if name.endswith(CUT_COLUMNS) else (rows // ranks, columns)
 
 
 def plan_sharding(
@@ -153,25 +188,27 @@ def plan_sharding(
     *,
     context: int,
     batch: int = 1,
-    dtype: str = "bfloat16",
+    weights: str = "bf16",
+    kv: str = "auto",
     prefill_chunk: int = PREFILL_CHUNK,
     host_memory: int = 0,
 ) -> list[ShardingPlan]:
     """Return every way to run the model on these devices, the best first: those that fit, then the fastest.
 
     context: positions of prompt and answer together; batch: sequences at once.
+    weights, kv: as in `Demand`.
     prefill_chunk: positions of a prompt that are read at once, the `prefill_chunk_size` of `generate`.
-    host_memory: bytes of the host that weights may lie in; 0 offloads nothing.
+    host_memory: bytes of the host that weights may lie in; 0 offloads nothing. Quantized ones are not offloaded.
 
     Raises:
         PlanError: no devices, or a number that makes no sense.
     """
-    demand = Demand(context, batch, dtype, prefill_chunk)
+    demand = Demand(context, batch, weights, kv, prefill_chunk)
     _check(config, devices, demand, host_memory)
     plans = [_plan_device_map(config, devices, demand)]
     if _can_be_parallel(config, devices):
         plans.append(_plan_tensor_parallel(config, devices, demand))
-    if host_memory and not plans[0].fits:
+    if host_memory and not plans[0].fits and weights not in QUANTIZED:
         plans.append(_plan_offload(config, devices, demand, host_memory))
     return sorted(plans, key=lambda plan: (plan.missing, -(plan.tokens_per_second or 0)))
 
@@ -194,8 +231,10 @@ def device_map_for(config: MistralLargeConfig, devices: Sequence[Device], **opti
 def _check(config: MistralLargeConfig, devices: Sequence[Device], demand: Demand, host_memory: int) -> None:
     if not devices:
         raise PlanError("no devices: a plan needs at least one; name them as in 8x80GB")
-    if demand.dtype not in BYTES_OF_DTYPE:
-        raise PlanError(f"dtype {demand.dtype!r}: weights are {', '.join(BYTES_OF_DTYPE)}; choose one of them")
+    if demand.weights not in BYTES_OF_NUMBER:
+        raise PlanError(f"weights {demand.weights!r}: must be one of {', '.join(BYTES_OF_NUMBER)}")
+    if demand.kv not in CACHES:
+        raise PlanError(f"kv {demand.kv!r}: must be one of {', '.join(CACHES)}")
     if not 1 <= demand.context <= config.max_position_embeddings:
         raise PlanError(f"context {demand.context}: the model has 1 to {config.max_position_embeddings} positions")
     for name, value in {"batch": demand.batch, "prefill_chunk": demand.prefill_chunk}.items():
@@ -207,8 +246,8 @@ def _check(config: MistralLargeConfig, devices: Sequence[Device], demand: Demand
 
 def cache_bytes_of_layer(config: MistralLargeConfig, demand: Demand) -> int:
     """Bytes of one layer's keys and values for all positions of all sequences."""
-    features = 2 * config.num_key_value_heads * config.head_dim
-    return features * demand.number_bytes * demand.context * demand.batch
+    vector = config.head_dim + SCALE_BYTES if demand.kv == "fp8" else config.head_dim * demand.number_bytes
+    return 2 * config.num_key_value_heads * vector * demand.context * demand.batch
 
 
 def activation_bytes(config: MistralLargeConfig, demand: Demand, *, ranks: int = 1) -> int:
@@ -228,12 +267,22 @@ def activation_bytes(config: MistralLargeConfig, demand: Demand, *, ranks: int =
     mask = 0
     if chunk < context or batch > 1:
         # All but the first chunk have a mask, and so has a batch with padding: of one byte a pair and then of one
-        # number. Keys and values are repeated for every query head then.
-        attention += 2 * query * context + chunk * context
+        # number.
+        attention += chunk * context
         mask = batch * chunk * context
+    if demand.kv == "fp8":
+        # Keys and values of all positions are unpacked.
+        attention += 2 * config.num_key_value_heads * config.head_dim // ranks * context
+    if demand.weights == "fp8":
+        # What goes into the last product, in fp32 and then as codes.
+        feed_forward = max(feed_forward, (2 * hidden + intermediate) * chunk + 5 * intermediate * chunk // number)
+    expanded = 0
+    if demand.weights == "int4":
+        # At most, while some rows are expanded and those before are still there.
+        expanded = 8 * min(EXPANDED_AT_ONCE, hidden * intermediate)
     # The last position's logits, in fp32 too.
     logits = batch * config.vocab_size * (number + 2 * 4)
-    return mask + number * batch * (angles + max(feed_forward, attention)) + logits
+    return mask + expanded + number * batch * (angles + max(feed_forward, attention)) + logits
 
 
 def _plan_device_map(
@@ -243,7 +292,7 @@ def _plan_device_map(
 
     Offloaded layers run on the first device, which holds their cache, and the weights of one at a time.
     """
-    sizes, cache = Sizes.of(config, demand.dtype), cache_bytes_of_layer(config, demand)
+    sizes, cache = Sizes.of(config, demand.weights), cache_bytes_of_layer(config, demand)
     activations = activation_bytes(config, demand)
     per_layer = sizes.layer + cache
     used = list(range(len(devices)))
@@ -291,6 +340,7 @@ def _plan_device_map(
     device_map |= dict.fromkeys(host_modules, "cpu")
     return ShardingPlan(
         way="device_map with offload" if offloaded else "one device" if len(loads) == 1 else "device_map",
+        weights=demand.weights,
         loads=tuple(loads),
         device_map=None if missing else device_map,
         host_weights=offloaded * sizes.layer,
@@ -308,14 +358,13 @@ def _can_be_parallel(config: MistralLargeConfig, devices: Sequence[Device]) -> b
 
 def _plan_tensor_parallel(config: MistralLargeConfig, devices: Sequence[Device], demand: Demand) -> ShardingPlan:
     """An equal share of every layer and of the head on every device; embedding and norms whole."""
-    sizes, ranks = Sizes.of(config, demand.dtype), len(devices)
-    norms = 2 * sizes.norm * sizes.layers
-    shared = sizes.layers * sizes.layer - norms + sizes.head
+    ranks = len(devices)
+    sizes = Sizes.of(config, demand.weights, ranks=ranks)
     loads = [
         DeviceLoad(
             device=device,
             modules=(),
-            weights=sizes.embedding + norms + sizes.norm + shared // ranks,
+            weights=sizes.weights,
             cache=sizes.layers * cache_bytes_of_layer(config, demand) // ranks,
             activations=activation_bytes(config, demand, ranks=ranks),
         )
@@ -327,6 +376,7 @@ def _plan_tensor_parallel(config: MistralLargeConfig, devices: Sequence[Device],
     slowest = math.nan if any(map(math.isnan, seconds)) else max(seconds)
     return ShardingPlan(
         way="tensor parallel",
+        weights=demand.weights,
         loads=tuple(loads),
         device_map=None,
         host_weights=0,

@@ -25,7 +25,7 @@ def test_config_round_trip_and_old_keys(tmp_path: Path) -> None:
 def test_a_folder_without_a_geometry_has_not_the_default_one(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="neither params.json nor config.json has a geometry"):
+    with pytest.raises(CheckpointError, match=r"neither params\.json nor config\.json has a geometry"):
         MistralLargeConfig.from_pretrained(tmp_path)
 
 

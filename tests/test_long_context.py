@@ -139,7 +139,7 @@ def test_masked_attention_is_transformers_bit_for_bit(dtype: torch.dtype, mask_h
     mask[..., 0] = True
     if is_added:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    asked: Any = (module, query, key, value, mask)
+    asked: tuple[Any, Any, Any, Any, Any] = (module, query, key, value, mask)
     found, _ = masked_attention_forward(*asked, scaling=0.2)
     assert torch.equal(found, sdpa_attention_forward(*asked, scaling=0.2)[0])
 
@@ -147,7 +147,8 @@ def test_masked_attention_is_transformers_bit_for_bit(dtype: torch.dtype, mask_h
 def test_masked_attention_does_not_repeat_the_cache() -> None:
     query = torch.randn(1, 24, 64, 16)
     key, value = torch.randn(2, 1, 2, 4096, 16)
-    asked: Any = (SimpleNamespace(num_key_value_groups=12), query, key, value, torch.ones(1, 1, 64, 4096).bool())
+    module, mask = SimpleNamespace(num_key_value_groups=12), torch.ones(1, 1, 64, 4096).bool()
+    asked: tuple[Any, Any, Any, Any, Any] = (module, query, key, value, mask)
     peaks = []
     for attention in (masked_attention_forward, sdpa_attention_forward):
         with PeakMemory() as memory:

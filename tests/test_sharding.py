@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app, main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, quantized, sharding
+from modeling_mistral_large.conversion.quantize import Quantization
 from modeling_mistral_large.errors import PlanError
+from modeling_mistral_large.quantized import quantize_modules_, use_kernels_
 from modeling_mistral_large.sharding import (
     GIB,
     RESERVE,
@@ -49,28 +51,28 @@ def by_way(plans: list[ShardingPlan]) -> dict[str, ShardingPlan]:
 # device has room for. Of tensor parallelism, where 8 heads can be shared: GiB left on each device, and tokens/s.
 BY_HAND: list[tuple[str, int, int, bool, list[int], tuple[float, float] | None]] = [
     ("8x80GB", 4096, 1, True, [29] * 8, (48.03, 98.1)),
-    ("8x80GB", 131072, 1, True, [22] * 8, (41.29, 82.7)),
-    ("8x80GB", 131072, 4, False, [10] * 8, (19.97, 222.6)),
-    ("8x80GB", 8192, 32, True, [16] * 8, (30.98, 2277.3)),
+    ("8x80GB", 131072, 1, True, [24] * 8, (42.04, 82.7)),
+    ("8x80GB", 131072, 4, True, [15, *[16] * 6, 15], (22.97, 222.6)),
+    ("8x80GB", 8192, 32, True, [17] * 8, (31.04, 2277.3)),
     ("4x80GB", 4096, 1, True, [29] * 4, (19.36, 49.0)),
-    ("4x80GB", 131072, 1, True, [22] * 4, (6.57, 41.3)),
-    ("4x80GB", 65536, 4, False, [17] * 4, (-7.03, 0)),
+    ("4x80GB", 131072, 1, True, [24] * 4, (8.07, 41.3)),
+    ("4x80GB", 65536, 4, False, [20, 21, 21, 20], (-4.03, 0)),
     ("3x80GB", 4096, 1, False, [29] * 3, None),
     ("5x80GB", 4096, 1, True, [29] * 5, None),
     ("2x80GB", 4096, 1, False, [29] * 2, (-37.97, 0)),
     ("2x141GB", 4096, 1, True, [52] * 2, (22.83, 35.1)),
-    ("2x141GB", 65536, 1, True, [47] * 2, (10.82, 32.2)),
-    ("2x141GB", 131072, 1, False, [42] * 2, (-2.06, 0)),
+    ("2x141GB", 65536, 1, True, [48] * 2, (12.32, 32.2)),
+    ("2x141GB", 131072, 1, True, [44] * 2, (0.94, 29.6)),
     ("141GB", 4096, 1, False, [52], None),
-    ("4x141GB", 131072, 4, True, [24] * 4, (27.27, 159.5)),
-    ("2x180GB", 131072, 1, True, [55] * 2, (36.64, 47.5)),
-    ("4xA100", 32768, 1, True, [27, 28, 28, 27], (16.51, 28.6)),
-    ("8x48GB", 32768, 1, True, [14, *[15] * 6, 14], (11.94, 24.3)),
+    ("4x141GB", 131072, 4, True, [29] * 4, (33.27, 159.5)),
+    ("2x180GB", 131072, 1, True, [56] * 2, (39.64, 47.5)),
+    ("4xA100", 32768, 1, True, [28] * 4, (16.88, 28.6)),
+    ("8x48GB", 32768, 1, True, [15] * 8, (12.12, 24.3)),
     ("8x24GB", 4096, 1, False, [8] * 8, (-7.57, 0)),
     ("8x40GB", 8192, 1, True, [13, *[14] * 6, 13], (7.85, 45.3)),
     ("141GB+2x80GB", 8192, 1, True, [52, 29, 29], None),
     ("12x24GB", 4096, 1, True, [8] * 12, None),
-    ("6x80GB", 32768, 2, True, [25, *[26] * 4, 25], None),
+    ("6x80GB", 32768, 2, True, [26, *[27] * 4, 26], None),
 ]
 
 
@@ -102,9 +104,36 @@ def test_plans_are_those_worked_out_by_hand(
     assert round(shared.tokens_per_second or 0, 1) == rate
 
 
+# Layers of 1,384,120,320 numbers: a byte or half of one each, and 4 bytes for each of 96,256 rows or each of 10,813,440
+# groups of 128; 49,152 bytes of norms; embedding and head as above. A cache of 8 bits: 183,040 bytes a position.
+@pytest.mark.parametrize(
+    ("text", "weights", "kv", "context", "weight_bytes", "cache_bytes", "room"),
+    [
+        ("141GB", "fp8", "auto", 4096, 123451432960, 360448, 104),
+        ("141GB", "fp8", "auto", 65536, 123451432960, 360448, 88),
+        ("141GB", "fp8", "fp8", 131072, 123451432960, 183040, 87),
+        ("141GB", "int4", "auto", 131072, 66322587648, 360448, 114),
+        ("80GB", "int4", "auto", 8192, 66322587648, 360448, 105),
+        ("2x80GB", "fp8", "auto", 8192, 123451432960, 360448, 114),
+        ("4x24GB", "int4", "auto", 4096, 66322587648, 360448, 118),
+    ],
+)
+def test_plans_of_quantized_weights_are_those_worked_out_by_hand(
+    text: str, weights: str, kv: str, context: int, weight_bytes: int, cache_bytes: int, room: int
+) -> None:
+    layer = {"fp8": 1384554496, "int4": 735363072}[weights]
+    assert Sizes.of(CONFIG, weights).weights == weight_bytes == 88 * layer + 2 * 805306368 + 24576
+    assert 88 * cache_bytes_of_layer(CONFIG, Demand(1, weights=weights, kv=kv)) == cache_bytes
+    plans = by_way(plan_sharding(CONFIG, parse_devices(text), context=context, weights=weights, kv=kv))
+    mapped = plans.get("device_map") or plans["one device"]
+    assert mapped.weights == weights
+    assert mapped.fits == (room >= 88)
+    assert mapped.missing == max(0, 88 - room) * (layer + cache_bytes // 88 * context)
+
+
 def test_the_weights_are_the_published_ones() -> None:
-    assert Sizes.of(CONFIG, "bfloat16").weights == 245220139008
-    assert Sizes.of(CONFIG, "float32").weights == 2 * 245220139008
+    assert Sizes.of(CONFIG, "bf16").weights == 245220139008
+    assert Sizes.of(CONFIG, "fp32").weights == 2 * 245220139008
     assert 88 * cache_bytes_of_layer(CONFIG, Demand(131072)) == 47244640256
 
 
@@ -243,7 +272,7 @@ def test_memory_is_what_is_allocated(
         for start in range(0, context, chunk):
             end = start + chunk
             model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
-    demand = Demand(context, batch, "bfloat16", chunk)
+    demand = Demand(context, batch, prefill_chunk=chunk)
     planned = 3 * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
     assert planned == pytest.approx(memory.peak, rel=0.1)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -262,6 +291,58 @@ def test_planned_weights_are_the_allocated_ones(tiny_config: MistralLargeConfig)
     for load in plan.loads:
         held = sum(weight.nbytes for name in load.modules for weight in modules[name].parameters())
         assert held == load.weights
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+def test_planned_quantized_weights_are_the_allocated_ones(quantization: Quantization) -> None:
+    config = MistralLargeConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=3,
+    )
+    model = model_of(config)
+    quantize_modules_(model, quantization)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("packed", "scale")) or tensor.dtype == torch.float8_e4m3fn:
+            tensor.zero_()
+    use_kernels_(model)
+    assert sum(tensor.nbytes for tensor in model.parameters()) == Sizes.of(config, quantization).weights
+    ranks = [Sizes.of(config, quantization, ranks=2).weights] * 2
+    shared = sum(ranks) - 1024 * 256 * 2 - 7 * 256 * 2
+    # Each rank has the embedding, the norms, and the scales of the rows it reads a part of.
+    again = 3 * 2 * 256 * 4 if quantization == "fp8" else 0
+    assert shared == Sizes.of(config, quantization).weights + again
+
+
+def test_int4_takes_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantized.EXPANDED_AT_ONCE, "cpu", 2**14)
+    monkeypatch.setattr(sharding, "EXPANDED_AT_ONCE", 2**14)
+    config = MistralLargeConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=2,
+    )
+    model = model_of(config)
+    quantize_modules_(model, "int4")
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("packed", "scale")):
+            tensor.zero_()
+    use_kernels_(model)
+    cache: Any = DynamicCache(config=config)
+    memory = PeakMemory()
+    with torch.no_grad(), memory:
+        model(torch.randint(0, 1000, (1, 256)), past_key_values=cache, logits_to_keep=1)
+    demand = Demand(256, weights="int4")
+    planned = 2 * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
+    assert planned * 0.75 < memory.peak < planned * 1.1
 
 
 # What people write
@@ -298,7 +379,8 @@ def test_what_names_no_devices(text: str) -> None:
         ({"context": 1, "batch": 0}, "batch 0"),
         ({"context": 1, "prefill_chunk": 0}, "prefill_chunk 0"),
         ({"context": 1, "host_memory": -1}, "host_memory -1"),
-        ({"context": 1, "dtype": "int3"}, "dtype 'int3': weights are bfloat16, float16, float32"),
+        ({"context": 1, "weights": "int3"}, "weights 'int3': must be one of bf16, fp16, fp32, fp8, int4"),
+        ({"context": 1, "kv": "int3"}, "kv 'int3': must be one of auto, fp8"),
     ],
 )
 def test_demands_that_make_no_sense(options: dict[str, Any], finding: str) -> None:
@@ -336,7 +418,7 @@ def run(*arguments: str) -> tuple[int, str]:
 def test_the_command_says_how_to_run_what_fits(tmp_path: Path) -> None:
     code, printed = run("--gpus", "4x80GB", "--context", "32768", "--svg", str(tmp_path / "plan.svg"))
     assert code == 0
-    assert "228.4 GiB of weights in bfloat16, 11.0 GiB of cache for 1 × 32,768 positions" in printed
+    assert "228.4 GiB of weights in bf16, 11.0 GiB of cache for 1 × 32,768 positions" in printed
     assert "torchrun --nproc-per-node 4 --no-python mistral-large chat mistralai/Mistral-Large-Instruct-2407" in printed
     assert printed.count("80GB") == 4
     assert (tmp_path / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
@@ -346,7 +428,8 @@ def test_the_command_says_what_would_fit() -> None:
     code, printed = run("--gpus", "2x141GB", "--context", "131072", "--batch", "2")
     assert code == 1
     changes = dict(line.split()[:2] for line in printed.splitlines() if line.startswith("  --"))
-    assert set(changes) == {"--context", "--gpus", "--host"}
+    assert set(changes) == {"--batch", "--context", "--gpus", "--host", "--weights"}
+    assert run("--gpus", "2x141GB", "--context", "131072", "--batch", "2", "--weights", changes["--weights"])[0] == 0
     assert run("--gpus", "2x141GB", "--context", changes["--context"], "--batch", "2")[0] == 0
     assert run("--gpus", changes["--gpus"], "--context", "131072", "--batch", "2")[0] == 0
     asked = ("--gpus", "2x141GB", "--context", "131072", "--batch", "2", "--host")
@@ -354,12 +437,26 @@ def test_the_command_says_what_would_fit() -> None:
     assert run(*asked, "10GB")[0] == 1
 
 
+def test_smaller_parts_of_the_prompt_and_a_smaller_cache_may_help() -> None:
+    whole = ("--gpus", "141GB", "--context", "131072", "--weights", "fp8")
+    assert run(*whole)[0] == 1
+    code, printed = run(*whole, "--kv", "fp8")
+    assert code == 1
+    assert "  --prefill-chunk 1024\n" in printed
+    assert run(*whole, "--kv", "fp8", "--prefill-chunk", "1024")[0] == 0
+    code, printed = run("--gpus", "141GB", "--context", "90000", "--weights", "fp8")
+    assert (code, "  --kv fp8\n" in printed) == (1, True)
+    assert run("--gpus", "141GB", "--context", "90000", "--weights", "fp8", "--kv", "fp8")[0] == 0
+
+
 def test_the_command_prints_every_figure() -> None:
     code, printed = run("--gpus", "8x80GB", "--context", "4096", "--json")
     report = json.loads(printed)
     assert code == 0
     assert (report["weights_bytes"], report["cache_bytes"], report["fits"]) == (245220139008, 360448 * 4096, True)
-    assert [way["way"] for way in report["ways"]] == ["tensor parallel", "device_map"]
+    ways = [(way["way"], way["weights"]) for way in report["ways"]]
+    parallel = "tensor parallel"
+    assert ways == [(parallel, "bf16"), ("device_map", "bf16"), (parallel, "fp8"), (parallel, "int4")]
     assert len(report["ways"][1]["device_map"]) == len(MODULES)
     code, printed = run("--gpus", "80GB", "--json")
     report = json.loads(printed)
@@ -371,10 +468,36 @@ def test_the_command_reads_geometries(tmp_path: Path) -> None:
     folder = assemble_demo_checkpoint(tmp_path / "demo")
     code, printed = run(str(folder), "--gpus", "24GB", "--json")
     assert code == 0
-    sizes = Sizes.of(MistralLargeConfig.from_pretrained(folder), "bfloat16")
+    sizes = Sizes.of(MistralLargeConfig.from_pretrained(folder), "bf16")
     assert json.loads(printed)["weights_bytes"] == sizes.weights < 10**7
-    code, printed = run(str(folder), "--gpus", "24GB", "--host", "1GB")
-    assert f"MistralLargeForCausalLM.from_pretrained('{folder}', dtype='bfloat16', device_map=device_map)" in printed
+    code, printed = run(str(folder), "--gpus", "24GB", "--kv", "fp8")
+    assert f"mistral-large chat {folder} --device-map cuda --kv fp8\n" in printed
+
+
+def test_the_code_it_prints_makes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--gpus", "5x80GB", "--context", "9000", "--batch", "2", "--kv", "fp8", "--prefill-chunk", "512")
+    _, printed = run(*asked)
+    lines = printed.partition("Run it:\n\n")[2].splitlines()
+    planned = next(line for line in lines if line.startswith("device_map = "))
+    config: Any = MistralLargeConfig()
+    found: dict[str, Any] = {"config": config, "device_map_for": device_map_for}
+    found["detect_devices"] = lambda: parse_devices("5x80GB")
+    exec(planned, found)
+    report = json.loads(run(*asked, "--json")[1])
+    assert found["device_map"] == report["ways"][0]["device_map"]
+    assert lines[-1] == "model.generate(..., past_key_values=Fp8Cache(config), prefill_chunk_size=512)"
+    compile("\n".join(lines), "printed", "exec")
+
+
+def test_quantized_weights_are_converted_first() -> None:
+    code, printed = run("--gpus", "141GB", "--weights", "int4")
+    steps = printed.partition("Run it:\n\n")[2].splitlines()
+    assert code == 0
+    name = "Mistral-Large-Instruct-2407"
+    assert steps[0] == f"mistral-large convert mistralai/{name} {name}-int4 --quantize int4"
+    assert steps[-1] == f"mistral-large chat {name}-int4 --device-map cuda"
+    # And are not offloaded.
+    assert run("--gpus", "24GB", "--weights", "int4", "--host", "999GB")[0] == 1
 
 
 def test_errors_of_the_command_are_one_line(
