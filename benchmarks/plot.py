@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 # The same file on every run.
 SETTINGS = {"svg.hashsalt": "modeling-mistral-large", "font.size": 9, "axes.spines.top": False}
 METADATA = {"Date": None}
+plt.rcParams.update(SETTINGS)
 # The bytes of the published weights.
 FULL_GB = 245.2
 
@@ -93,16 +94,71 @@ def plot_chat() -> None:
     save(figure, "chat.svg")
 
 
-def save(figure: Any, name: str) -> None:
+def plot_generate() -> None:
+    """Decoding beside stock transformers and beside the bandwidth, and reading prompts."""
+    results = read("generate.json")
+    left, right = {}, {}
+    for case in results["decode"]:
+        ways, name = case["ways"], f"{case['batch']} × {case['context']}"
+        left[f"decode\n{name}"] = as_fast_as_first(ways)
+        if case["batch"] == 1:
+            share = {
+                way: [figures["read GB a step"] / case["bandwidth GB/s"] / seconds for seconds in figures["each turn"]]
+                for way, figures in ways.items()
+            }
+            right[f"decode\n{name}"] = share
+    for case in results["prefill"]:
+        left[f"prompt\n{case['batch']} × {case['context']}"] = as_fast_as_first(case["ways"])
+    figure, (ratios, shares) = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(7, 3))
+    bars(ratios, left, "times as fast as stock, bf16")
+    ratios.axhline(1, color="black", linewidth=0.5)
+    ratios.set_title(f"CPU, {results['layers']} layers, sequences × context")
+    bars(shares, right, "bytes read a second ÷ measured bandwidth")
+    shares.axhline(1, color="black", linewidth=0.5)
+    shares.get_legend().remove()
+    shares.set_title("Share of the bandwidth")
+    save(figure, "generate.svg")
+
+
+def as_fast_as_first(ways: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Of each way, the ratio to the first one in each turn."""
+    first = next(iter(ways.values()))["each turn"]
+    return {
+        way: [theirs / mine for theirs, mine in zip(first, figures["each turn"], strict=True)]
+        for way, figures in ways.items()
+    }
+
+
+def plot_gpu(folder: Path) -> None:
+    """Decoding on a GPU, compiled, by the results of `benchmarks/gpu.sh` in a folder."""
+    runs = json.loads((folder / "generate-gpu.json").read_text(encoding="utf-8"))["runs"]
+    speeds: dict[str, dict[str, list[float]]] = {}
+    for name, run in runs.items():
+        for case in run["decode, compiled"] if run else []:
+            for way, figures in case["ways"].items():
+                group = speeds.setdefault(f"{name}\n{way.removesuffix(', compiled')}", {})
+                case_name = f"{case['batch']} × {case['context']}"
+                group[case_name] = [case["batch"] / seconds for seconds in figures["each turn"]]
+    figure, axes = plt.subplots(figsize=(9, 3.8))
+    bars(axes, speeds, "tokens a second")
+    axes.set_title("Decoding on one GPU, sequences × context")
+    save(figure, "generate-gpu.svg", folder)
+
+
+def save(figure: Any, name: str, folder: Path = RESULTS) -> None:
     figure.tight_layout()
-    figure.savefig(RESULTS / name, metadata=METADATA)
+    figure.savefig(folder / name, metadata=METADATA)
 
 
 def main() -> None:
-    plt.rcParams.update(SETTINGS)
     plot_convert()
     plot_load()
     plot_chat()
+    # Not every machine can measure these.
+    if (RESULTS / "generate.json").exists():
+        plot_generate()
+    if (RESULTS / "generate-gpu.json").exists():
+        plot_gpu(RESULTS)
 
 
 if __name__ == "__main__":
