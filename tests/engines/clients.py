@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ def stream(client: OpenAI, request: dict[str, Any]) -> Answer:
         call_ids=[call["id"] for call in ordered],
         finish_reason=finish_reason,
     )
+
+
+def hang_up(client: OpenAI, request: dict[str, Any], *, pieces: int) -> None:
+    """Ask for an answer in pieces and close the connection after some of them."""
+    with client.chat.completions.create(**request, stream=True) as answer:
+        for _ in islice(answer, pieces):
+            pass
 
 
 def run_tools(client: OpenAI, request: dict[str, Any], how: Asking) -> list[Any]:

@@ -19,11 +19,13 @@ from modeling_mistral_large.conversion import convert_checkpoint
 
 from .clients import (
     GOLDEN,
+    Answer,
     Asking,
     ask,
     client_of,
     documented_client,
     expected_answer,
+    hang_up,
     request_of,
     run_tools,
     stream,
@@ -129,6 +131,25 @@ def test_many_clients_at_once_get_their_own_answers(served: Served) -> None:
         answers = threads.map(lambda golden: stream(served.client, request_of(golden, served.model)), chosen)
         for golden, answer in zip(chosen, answers, strict=True):
             assert (answer.content, answer.calls) == expected_answer(golden), golden.name
+
+
+@our_folder
+def test_clients_that_hang_up_leave_the_others_their_answers(served: Served) -> None:
+    """Of 32 at once every second one closes its connection after none to three pieces."""
+    chosen = (list(GOLDEN.values()) * 2)[:32]
+
+    def one(number: int) -> Answer | None:
+        request = request_of(chosen[number], served.model)
+        if number % 2:
+            hang_up(served.client, request, pieces=number // 2 % 4)
+            return None
+        return (stream if number % 4 else ask)(served.client, request)
+
+    with ThreadPoolExecutor(len(chosen)) as threads:
+        for golden, answer in zip(chosen, threads.map(one, range(len(chosen))), strict=True):
+            assert answer is None or (answer.content, answer.calls) == expected_answer(golden), golden.name
+    golden = GOLDEN["pirate"]
+    assert ask(served.client, request_of(golden, served.model)).content == golden.answer
 
 
 @our_folder
