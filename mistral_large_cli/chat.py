@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from .conversation_file import read_conversation
 from .marks import printable, with_marks
 
 if TYPE_CHECKING:
@@ -532,22 +533,12 @@ def save_conversation(conversation: Conversation, name: str) -> Path:
 
 
 def load_conversation(conversation: Conversation, path: Path) -> None:
-    """Take over the messages of a file: `{"messages": […]}` or the list alone; tools stay as they are.
+    """Take over the messages of a file; tools stay as they are.
 
     Raises:
         ConversationError: no such file, or no conversation in it.
     """
-    from modeling_mistral_large.errors import ConversationError
-    from modeling_mistral_large.instruct import build_prompt
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversationError(f"{path}: {error}; a conversation is JSON as /save writes it; name one") from error
-    messages = content.get("messages") if isinstance(content, dict) else content
-    if not isinstance(messages, list):
-        raise ConversationError(f"{path}: no messages; a conversation is JSON as /save writes it; name one")
-    build_prompt(messages)
+    messages, _ = read_conversation(path)
     system = None
     if isinstance(messages[0], dict) and messages[0].get("role") == "system":
         system, *messages = messages

@@ -11,7 +11,19 @@ if TYPE_CHECKING:
 
     from modeling_mistral_large import MistralLargeTokenizer
 
-CONTROL_STYLE = "bold magenta"
+# Whose part a control token begins or ends.
+ROLES = {
+    "<s>": "prompt",
+    "[AVAILABLE_TOOLS]": "tools",
+    "[/AVAILABLE_TOOLS]": "tools",
+    "[INST]": "user",
+    "[/INST]": "user",
+    "[TOOL_CALLS]": "assistant",
+    "</s>": "assistant",
+    "[TOOL_RESULTS]": "results",
+    "[/TOOL_RESULTS]": "results",
+}
+COLOURS = {"prompt": "white", "tools": "blue", "user": "green", "assistant": "magenta", "results": "cyan"}
 # Everything that can move the cursor or change the terminal: what is left are line ends and tabs.
 _TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -21,6 +33,11 @@ def printable(text: str) -> str:
     return _TERMINAL_CONTROLS.sub("\ufffd", text)
 
 
+def control_style(token: str) -> str:
+    """How a control token looks: bold, in the colour of its role."""
+    return f"bold {COLOURS[ROLES.get(token, 'prompt')]}"
+
+
 def with_marks(tokenizer: "MistralLargeTokenizer", ids: "Sequence[int]") -> "Text":
     """Return the text of ids, its control tokens set apart."""
     from rich.text import Text
@@ -28,8 +45,7 @@ def with_marks(tokenizer: "MistralLargeTokenizer", ids: "Sequence[int]") -> "Tex
     control_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = []
     for is_control, group in groupby(ids, key=control_ids.__contains__):
-        pieces += [
-            Text(printable(str(tokenizer.decode(part))), style=CONTROL_STYLE if is_control else "")
-            for part in (group if is_control else [list(group)])
-        ]
+        for part in group if is_control else [list(group)]:
+            text = printable(str(tokenizer.decode(part)))
+            pieces.append(Text(text, style=control_style(text) if is_control else ""))
     return Text(" ").join(pieces)

@@ -12,7 +12,8 @@ import pytest
 from mistral_large_cli.demo import assemble_demo_checkpoint
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
 # Blocks under this comment are run by .ci/run, each in a fresh virtual environment, or need what is not at hand.
 NOT_HERE = re.compile(r"<!-- (command: \w+|needs .+) -->$")
 LANGUAGES_WITHOUT_CODE = {"", "text"}
@@ -45,10 +46,12 @@ BLOCKS = [block for document in DOCUMENTS if document != "CONTRIBUTING.md" for b
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
-    """A folder in which the README's names are the demo's checkpoints."""
+    """A folder in which the README's names, and those of the quickstart, are the demo's checkpoints."""
     folder = tmp_path_factory.mktemp("readme")
-    assemble_demo_checkpoint(folder / "Mistral-Large-Instruct-2407")
-    (folder / "converted").symlink_to(demo_folder)
+    for name in ("Mistral-Large-Instruct-2407", "toy"):
+        assemble_demo_checkpoint(folder / name)
+    for name in ("converted", "toy-hf"):
+        (folder / name).symlink_to(demo_folder)
     return folder
 
 

@@ -1,0 +1,24 @@
+"""Links out of docs/: pictures come with the site, and of anything else the name is left, as it is no page of it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+LINK_OUT = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)]+)\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Take every picture that a page shows."""
+    for page in files.documentation_pages():
+        for is_picture, _, name in LINK_OUT.findall(page.content_string):
+            if is_picture and files.get_file_from_path(name) is None:
+                files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Let a page show the pictures of the site, and name the rest."""
+    return LINK_OUT.sub(lambda link: f"![{link[2]}]({link[3]})" if link[1] else link[2], markdown)

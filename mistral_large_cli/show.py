@@ -1,0 +1,173 @@
+"""A conversation as the model reads it: the exact prompt, its control tokens coloured by role."""
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .conversation_file import read_conversation
+from .marks import COLOURS, ROLES, control_style, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from modeling_mistral_large.instruct import Segment
+
+PICTURE_WIDTH = 100
+MASK_STYLE = "underline"
+# A picture must not ask the network for its letters.
+_WEB_FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
+
+
+def show(
+    conversation: Path,
+    *,
+    model: str | None,
+    tools: Path | None,
+    ids: bool,
+    mask: bool,
+    html: Path | None,
+    svg: Path | None,
+) -> None:
+    """Print the prompt of a conversation, and write it to the files that are named.
+
+    model: a folder or a repository whose tokenizer counts the tokens and gives their ids.
+    tools: a Python file with functions, or JSON with definitions; those of the conversation's own file stand back.
+    mask: underline what the assistant says, which is what a model is trained on.
+
+    Raises:
+        MistralLargeError: no such file, no conversation in it, one that the format refuses, ids without a tokenizer,
+            or a file that cannot be written.
+    """
+    from rich.console import Console
+
+    from modeling_mistral_large.errors import ConversationError
+    from modeling_mistral_large.instruct import build_prompt
+
+    if ids and model is None:
+        raise ConversationError("--ids: no tokenizer; ids are those of a model's; name its folder with --model")
+    messages, own_tools = read_conversation(conversation)
+    prompt = build_prompt(messages, own_tools if tools is None else read_tools(tools))
+    segment_ids = None if model is None else encode(model, prompt)
+
+    def print_on(console: Console) -> None:
+        if segment_ids is not None and ids:
+            console.print(with_ids(prompt, segment_ids, mask=mask))
+        else:
+            # Into a file or a pipe goes the prompt to the letter; a terminal breaks lines by itself.
+            console.print(flowing(prompt, mask=mask), soft_wrap=not console.record)
+        console.print()
+        console.print(legend(None if segment_ids is None else sum(map(len, segment_ids)), mask=mask))
+
+    print_on(Console(highlight=False, markup=False))
+    if html is None and svg is None:
+        return
+    picture = Console(
+        record=True, file=StringIO(), width=PICTURE_WIDTH, highlight=False, markup=False, force_terminal=True
+    )
+    print_on(picture)
+    if html is not None:
+        write(html, picture.export_html(clear=False, inline_styles=True))
+    if svg is not None:
+        write(svg, _WEB_FONTS.sub("", picture.export_svg(title=conversation.name)))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a picture.
+
+    Raises:
+        DestinationError: it cannot be written.
+    """
+    from modeling_mistral_large.errors import DestinationError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror}; choose another name") from error
+
+
+def read_tools(path: Path) -> "Sequence[Any]":
+    """Return the tools in a Python file, or in a JSON file: a list of definitions, alone or under `tools`.
+
+    Raises:
+        ConversationError: no such file, or no tools in it.
+    """
+    from modeling_mistral_large.errors import ConversationError
+
+    if path.suffix != ".json":
+        from .chat import load_tools
+
+        return load_tools(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversationError(f"{path}: {error}; tools are JSON definitions or a Python file; name one") from error
+    tools = content.get("tools") if isinstance(content, dict) else content
+    if not isinstance(tools, list) or not tools:
+        raise ConversationError(f"{path}: no tools; they are a list of definitions as OpenAI has them; name one")
+    return tools
+
+
+def encode(model: str, prompt: "Sequence[Segment]") -> list[list[int]]:
+    """Return the ids of each segment.
+
+    Raises:
+        TokenizerFileError: no tokenizer of ours in the folder or repository.
+    """
+    from modeling_mistral_large import MistralLargeTokenizer
+    from modeling_mistral_large.sentencepiece_bpe import CONTROL_TOKENS
+
+    tokenizer = MistralLargeTokenizer.from_pretrained(model)
+    texts = iter(tokenizer.encode_texts([segment.text for segment in prompt if not segment.is_control]))
+    return [[CONTROL_TOKENS[segment.text]] if segment.is_control else next(texts) for segment in prompt]
+
+
+def flowing(prompt: "Sequence[Segment]", *, mask: bool) -> "Text":
+    """The prompt as one text, as `apply_chat_template(…, tokenize=False)` gives it."""
+    from rich.text import Text
+
+    return Text.assemble(*((_written(segment), style) for segment, style in styled(prompt, mask=mask)))
+
+
+def with_ids(prompt: "Sequence[Segment]", segment_ids: "Sequence[Sequence[int]]", *, mask: bool) -> "RenderableType":
+    """The prompt as a table: a row for each control token and for each text that is encoded on its own."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("text", "ids", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for (segment, style), ids in zip(styled(prompt, mask=mask), segment_ids, strict=True):
+        table.add_row(Text(printable(segment.text), style=style), Text(" ".join(map(str, ids)), style="dim"))
+    return table
+
+
+def legend(token_count: int | None, *, mask: bool) -> "Text":
+    from rich.text import Text
+
+    parts = [(f"{role}  ", colour) for role, colour in COLOURS.items()]
+    parts += [("underlined: what the assistant says  ", MASK_STYLE)] if mask else []
+    parts += [] if token_count is None else [(f"{token_count:,} tokens", "dim")]
+    return Text.assemble(*parts)
+
+
+def styled(prompt: "Sequence[Segment]", *, mask: bool) -> "Iterator[tuple[Segment, str]]":
+    """Each segment and how it looks: texts have the colour of the control token before them."""
+    role = "prompt"
+    for segment in prompt:
+        if segment.is_control:
+            style = control_style(segment.text)
+            role = ROLES[segment.text]
+            if segment.text.startswith("[/"):
+                # What follows the instruction or the results, and is not in marks itself, is the assistant's.
+                role = "assistant"
+        else:
+            style = COLOURS[role]
+        yield segment, f"{style} {MASK_STYLE}" if mask and segment.is_generated else style
+
+
+def _written(segment: "Segment") -> str:
+    """As a rendered prompt has it: a text, unless it is empty, comes after the space that its dummy ▁ is."""
+    return segment.text if segment.is_control or not segment.text else f" {printable(segment.text)}"
