@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SettingError
+from .masked_attention import OTHER_OPTIONS
 
 PATHS = frozenset({"attention", "linear"})
 OFF_VARIABLE = "MISTRAL_LARGE_CPU_DECODE_OFF"
 # The function is torch's own, and not in all its versions.
 HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-# Options of transformers' sdpa attention that the grouped one does not have.
-SDPA_OPTIONS = frozenset({"cache", "is_causal", "position_bias", "softcap"})
 
 
 def _known(paths: Iterable[str], asked_by: str) -> frozenset[str]:
@@ -114,7 +113,7 @@ def takes_grouped_attention(module: Any, query: Tensor, options: Iterable[str]) 
         module.config._attn_implementation == "sdpa"
         and _takes("attention", module, query)
         and query.shape[2] == 1
-        and SDPA_OPTIONS.isdisjoint(options)
+        and OTHER_OPTIONS.isdisjoint(options)
     )
 
 

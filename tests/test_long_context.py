@@ -159,6 +159,15 @@ def test_masked_attention_does_not_repeat_the_cache() -> None:
     assert stock > 12 * (key.nbytes + value.nbytes)
 
 
+@pytest.mark.parametrize("option", ["position_bias", "is_causal"])
+def test_options_of_transformers_attention_are_left_to_it(tiny_config: MistralLargeConfig, option: str) -> None:
+    stock, ours = stock_and_ours(tiny_config, "sdpa")
+    ids, mask = left_padded(tiny_config, [17, 9])
+    asked = {"attention_mask": mask, option: torch.randn(1, 6, 17, 17) if option == "position_bias" else False}
+    with torch.no_grad():
+        assert torch.equal(ours(ids, **asked).logits, stock(ids, **asked).logits)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_gradients_through_masked_attention_are_stock_mistrals(tiny_config: MistralLargeConfig, attention: str) -> None:
     stock, ours = stock_and_ours(tiny_config, attention)
