@@ -140,6 +140,7 @@ def chat(
     kv: Annotated[
         Literal["auto", "fp8"], typer.Option(help="Numbers of the key-value cache: the model's, or 8 bits each.")
     ] = "auto",
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Positions of a prompt that are read at once.")] = 2048,
 ) -> None:
     """Talk with a model in the terminal, with tools; under torchrun with tensor parallelism."""
     from .chat import Sampling
@@ -155,6 +156,7 @@ def chat(
         dtype=dtype,
         device_map=device_map,
         kv=kv,
+        prefill_chunk=prefill_chunk,
     )
 
 

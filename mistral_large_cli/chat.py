@@ -84,6 +84,7 @@ def chat(
     dtype: str,
     device_map: str,
     kv: str,
+    prefill_chunk: int,
 ) -> None:
     """Talk with a model until the input ends.
 
@@ -100,7 +101,7 @@ def chat(
     if load is not None:
         load_conversation(conversation, load)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    speaker = Speaker(model_name, sampling, dtype=dtype, device_map=device_map, kv=kv)
+    speaker = Speaker(model_name, sampling, dtype=dtype, device_map=device_map, kv=kv, prefill_chunk=prefill_chunk)
     if not speaker.is_first:
         speaker.follow()
         return
@@ -278,7 +279,9 @@ class Chat:
 class Speaker:
     """The model with its cache: what two prompts have in common is computed once."""
 
-    def __init__(self, model_name: str, sampling: Sampling, *, dtype: str, device_map: str, kv: str) -> None:
+    def __init__(
+        self, model_name: str, sampling: Sampling, *, dtype: str, device_map: str, kv: str, prefill_chunk: int
+    ) -> None:
         import torch
         import transformers
         from transformers import DynamicCache
@@ -297,6 +300,7 @@ class Speaker:
         config = self._model.config
         self._cache: Any = Fp8Cache(config) if kv == "fp8" else DynamicCache(config=config)
         self._cached: list[int] = []
+        self._prefill_chunk = prefill_chunk
         self._random = torch.Generator()
         if sampling.seed is not None:
             self._random.manual_seed(sampling.seed)
@@ -367,8 +371,6 @@ class Speaker:
         from transformers import StoppingCriteriaList
         from transformers.generation.streamers import BaseStreamer
 
-        from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
-
         class Streamer(BaseStreamer):
             is_prompt = True
 
@@ -395,10 +397,10 @@ class Speaker:
         try:
             # As `generate` reads a long prompt, but it can be stopped after each part.
             with torch.no_grad():
-                for start in range(common, len(prompt) - PREFILL_CHUNK, PREFILL_CHUNK):
+                for start in range(common, len(prompt) - self._prefill_chunk, self._prefill_chunk):
                     if stop.is_set:
                         return
-                    part = input_ids[:, start : start + PREFILL_CHUNK]
+                    part = input_ids[:, start : start + self._prefill_chunk]
                     self._model(input_ids=part, past_key_values=self._cache, logits_to_keep=1)
             self._model.generate(
                 input_ids=input_ids,

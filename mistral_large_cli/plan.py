@@ -18,8 +18,8 @@ PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
 PARTS = {"weights": ("█", "blue"), "cache": ("▓", "green"), "activations": ("▒", "yellow"), "reserve": ("░", "magenta")}
 BAR_WIDTH = 40
 CONVERT = "mistral-large convert {model} {folder} --quantize {weights}"
-TALK = "mistral-large chat {model} --device-map cuda{kv}"
-PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{kv}"
+TALK = "mistral-large chat {model} --device-map cuda{options}"
+PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{options}"
 MAPPED = """\
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.sharding import detect_devices, device_map_for
@@ -200,10 +200,12 @@ def how_to_run(plan: "ShardingPlan", model: str, context: int, options: dict[str
         steps.append(CONVERT.format(model=model, folder=folder, weights=plan.weights))
         model = folder
     kv = " --kv fp8" if options["kv"] == "fp8" else ""
+    chunk = options["prefill_chunk"]
+    chat_options = kv + (f" --prefill-chunk {chunk}" if chunk != PREFILL_CHUNK else "")
     if plan.way == "tensor parallel":
-        steps.append(PARALLEL.format(count=len(plan.loads), model=model, kv=kv))
+        steps.append(PARALLEL.format(count=len(plan.loads), model=model, options=chat_options))
     elif plan.way == "one device":
-        steps.append(TALK.format(model=model, kv=kv))
+        steps.append(TALK.format(model=model, options=chat_options))
     else:
         wanted = {name: options[name] for name in ("weights", "kv", "prefill_chunk", "host_memory")}
         usual = {"weights": "bf16", "kv": "auto", "prefill_chunk": PREFILL_CHUNK, "host_memory": 0}
@@ -212,8 +214,8 @@ def how_to_run(plan: "ShardingPlan", model: str, context: int, options: dict[str
         generate = ""
         if kv:
             generate += ", past_key_values=Fp8Cache(config)"
-        if wanted["prefill_chunk"] != PREFILL_CHUNK:
-            generate += f", prefill_chunk_size={wanted['prefill_chunk']}"
+        if chunk != PREFILL_CHUNK:
+            generate += f", prefill_chunk_size={chunk}"
         code = MAPPED.format(
             model=model,
             demand=", ".join(f"{name}={value!r}" for name, value in demand.items()),

@@ -21,7 +21,7 @@ from mistral_large_cli import app
 from mistral_large_cli.chat import Sampling, Speaker, load_tools
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from mistral_large_cli.marks import printable, with_marks
-from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer, configuration_mistral_large
+from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.errors import MistralLargeError
 from modeling_mistral_large.kv_cache import Fp8Layer
 
@@ -76,7 +76,6 @@ def test_answers_are_the_golden_ones(demo_folder: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_long_prompts_are_read_in_parts(demo_folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(configuration_mistral_large, "PREFILL_CHUNK", chunk)
     read = []
     forward = MistralLargeForCausalLM.forward
 
@@ -85,7 +84,9 @@ def test_long_prompts_are_read_in_parts(demo_folder: Path, monkeypatch: pytest.M
         return forward(self, **inputs)
 
     monkeypatch.setattr(MistralLargeForCausalLM, "forward", watched_forward)
-    test_answers_are_the_golden_ones(demo_folder)
+    names = ("window_cleaner", "window_cleaner_follow_up")
+    printed = talk(demo_folder, *map(question, names), options=("--prefill-chunk", str(chunk)))
+    assert "\n".join(printed) == "\n".join(GOLDEN[name].answer for name in names)
     assert max(read) == chunk
 
 
@@ -236,7 +237,9 @@ def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
 
 
 def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file: Path) -> None:
-    speaker = Speaker(str(demo_folder), Sampling(64, 0, 1, None), dtype="auto", device_map="cpu", kv="auto")
+    speaker = Speaker(
+        str(demo_folder), Sampling(64, 0, 1, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
+    )
     (tool,) = load_tools(tools_file)
     messages = GOLDEN["weather_call"].messages
     before = signal.getsignal(signal.SIGINT)

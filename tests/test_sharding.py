@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from mistral_large_cli import app, main
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, quantized, sharding
+from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
 from modeling_mistral_large.conversion.quantize import Quantization
 from modeling_mistral_large.errors import PlanError
 from modeling_mistral_large.quantized import quantize_modules_, use_kernels_
@@ -443,10 +445,18 @@ def test_smaller_parts_of_the_prompt_and_a_smaller_cache_may_help() -> None:
     code, printed = run(*whole, "--kv", "fp8")
     assert code == 1
     assert "  --prefill-chunk 1024\n" in printed
-    assert run(*whole, "--kv", "fp8", "--prefill-chunk", "1024")[0] == 0
+    code, printed = run(*whole, "--kv", "fp8", "--prefill-chunk", "1024")
+    assert code == 0
+    assert printed.endswith("-fp8 --device-map cuda --kv fp8 --prefill-chunk 1024\n")
     code, printed = run("--gpus", "141GB", "--context", "90000", "--weights", "fp8")
     assert (code, "  --kv fp8\n" in printed) == (1, True)
     assert run("--gpus", "141GB", "--context", "90000", "--weights", "fp8", "--kv", "fp8")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["chat", "plan"])
+def test_the_commands_read_as_much_at_once_as_the_model(command: str) -> None:
+    commands = {each.callback.__name__: each.callback for each in app.registered_commands if each.callback}
+    assert signature(commands[command]).parameters["prefill_chunk"].default == PREFILL_CHUNK
 
 
 def test_the_command_prints_every_figure() -> None:
