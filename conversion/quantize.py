@@ -40,6 +40,9 @@ GROUP_SIZE = GROUP_SIZES[0]
 # Rows and columns that the kernels for FP8 need.
 FP8_TILE = 16
 CODES_PER_WORD = 8
+# Weights that are expanded at once where a product has no kernel: what stays in a processor's cache, and what keeps a
+# GPU busy.
+EXPANDED_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 LARGEST_FP8 = 448.0
 # Half the distance between the least and the greatest code, -8 and 7, as compressed-tensors divides.
 HALF_INT4_RANGE = 7.5

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from rich.text import Text
 
@@ -162,22 +162,19 @@ def smallest_changes(
     from modeling_mistral_large.sharding import QUANTIZED, fewest_devices, largest_context, plan_sharding
 
     changes = {}
-    for name, values in {"kv": ("fp8",), "weights": QUANTIZED if options["weights"] not in QUANTIZED else ()}.items():
+
+    def add_first_that_fits(name: str, values: "Iterable[Any]") -> None:
         for value in values:
             if plan_sharding(config, devices, context=context, **{**options, name: value})[0].fits:
-                changes[name] = f"--{name} {value}"
-                break
+                changes[name] = f"--{name.replace('_', '-')} {value}"
+                return
+
+    add_first_that_fits("kv", ["fp8"])
+    add_first_that_fits("weights", QUANTIZED if options["weights"] not in QUANTIZED else [])
     if length := largest_context(config, devices, **options):
         changes["context"] = f"--context {length}"
-    for batch in range(options["batch"] - 1, 0, -1):
-        if plan_sharding(config, devices, context=context, **{**options, "batch": batch})[0].fits:
-            changes["batch"] = f"--batch {batch}"
-            break
-    for chunk in (1024, 512, 256):
-        smaller = {**options, "prefill_chunk": min(chunk, options["prefill_chunk"])}
-        if plan_sharding(config, devices, context=context, **smaller)[0].fits:
-            changes["prefill_chunk"] = f"--prefill-chunk {chunk}"
-            break
+    add_first_that_fits("batch", range(options["batch"] - 1, 0, -1))
+    add_first_that_fits("prefill_chunk", [chunk for chunk in (1024, 512, 256) if chunk < options["prefill_chunk"]])
     if count := fewest_devices(config, devices[0], context=context, **options):
         changes["gpus"] = f"--gpus {count}x{devices[0].name}"
     unlimited = plan_sharding(config, devices, context=context, **{**options, "host_memory": 2**63})

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SettingError
-from .masked_attention import OTHER_OPTIONS
+from .masked_attention import is_plain_sdpa
 
 PATHS = frozenset({"attention", "linear"})
 OFF_VARIABLE = "MISTRAL_LARGE_CPU_DECODE_OFF"
@@ -108,13 +108,8 @@ class Linear(nn.Linear):
 
 def takes_grouped_attention(module: Any, query: Tensor, options: Iterable[str]) -> bool:
     """Whether [batch, heads, queries, head_dim] are the queries of single tokens that sdpa would be slow with."""
-    return (
-        # First, as other attentions may call with what is no tensor.
-        module.config._attn_implementation == "sdpa"
-        and _takes("attention", module, query)
-        and query.shape[2] == 1
-        and OTHER_OPTIONS.isdisjoint(options)
-    )
+    # sdpa first, as other attentions may call with what is no tensor.
+    return is_plain_sdpa(module, options) and _takes("attention", module, query) and query.shape[2] == 1
 
 
 def grouped_attention_forward(

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 OTHER_OPTIONS = frozenset({"cache", "is_causal", "position_bias", "softcap"})
 
 
+def is_plain_sdpa(module: Any, options: Iterable[str]) -> bool:
+    """Whether an attention layer is to run transformers' sdpa attention, without options that only that one has."""
+    return module.config._attn_implementation == "sdpa" and OTHER_OPTIONS.isdisjoint(options)
+
+
 def takes_masked_attention(module: Any, query: Tensor, attention_mask: Any, options: Iterable[str]) -> bool:
     """Whether several positions [batch, heads, queries, head_dim] are to be masked by a tensor, in sdpa."""
+    # sdpa first, as other attentions may call with what is no tensor.
     return (
-        # First, as other attentions may call with what is no tensor.
-        module.config._attn_implementation == "sdpa"
+        is_plain_sdpa(module, options)
         and isinstance(attention_mask, Tensor)
         and query.shape[2] > 1
         and module.num_key_value_groups > 1
-        and OTHER_OPTIONS.isdisjoint(options)
     )
 
 

@@ -25,14 +25,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_mistral_large import OPTIONS_OF_FILES
-from .conversion.quantize import CODES_PER_WORD, GROUP_SIZE, LARGEST_FP8, QUANT_METHOD, Quantization, quantization_of
+from .conversion.quantize import (
+    CODES_PER_WORD,
+    EXPANDED_AT_ONCE,
+    GROUP_SIZE,
+    LARGEST_FP8,
+    QUANT_METHOD,
+    Quantization,
+    quantization_of,
+)
 from .errors import MissingLibraryError
 
 # Under this name transformers finds the classes below; in files it is compressed-tensors.
 LOADED_METHOD = "mistral_large"
 LINEAR_NAME = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj")
-# Weights that are expanded at once: what stays in a processor's cache, and what keeps a GPU busy.
-EXPANDED_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 # The kernel for 4 bits reads the weights anew for each few positions: for more of them, expanding is faster.
 MOST_POSITIONS_OF_KERNEL = 32
 # Bits of E4M3 moved to those of BF16 are a number that is smaller by the difference of the exponents' offsets.

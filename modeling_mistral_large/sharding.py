@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .configuration_mistral_large import PREFILL_CHUNK, MistralLargeConfig
 from .conversion.names import expected_tensors
-from .conversion.quantize import Quantization, choose_group_size, is_quantized, run_time_bytes
+from .conversion.quantize import EXPANDED_AT_ONCE, Quantization, choose_group_size, is_quantized, run_time_bytes
 from .errors import PlanError
 
 GIB = 2**30
@@ -48,8 +48,6 @@ CARDS_BY_SIZE = {
 REACHED_BANDWIDTH = 0.9
 # Weights that lie in the host's memory cross the bus for every token: PCIe 4 × 16, as measured on most hosts.
 HOST_BANDWIDTH = 25e9
-# Weights of 4 bits that are expanded at once for more than a few positions, as `quantized` does it on GPUs.
-EXPANDED_AT_ONCE = 2**27
 # Tensor parallelism cuts these along the features they read, and the others along those they write.
 CUT_COLUMNS = ("o_proj.weight", "down_proj.weight")
 # What the driver, the libraries and the allocator's gaps take of each device.
@@ -279,7 +277,7 @@ def activation_bytes(config: MistralLargeConfig, demand: Demand, *, ranks: int =
     expanded = 0
     if demand.weights == "int4":
         # At most, while some rows are expanded and those before are still there.
-        expanded = 8 * min(EXPANDED_AT_ONCE, hidden * intermediate)
+        expanded = 8 * min(EXPANDED_AT_ONCE["cuda"], hidden * intermediate)
     # The last position's logits, in fp32 too.
     logits = batch * config.vocab_size * (number + 2 * 4)
     return mask + expanded + number * batch * (angles + max(feed_forward, attention)) + logits

@@ -22,6 +22,7 @@ from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversation
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.conversion import convert_checkpoint
 from modeling_mistral_large.conversion.quantize import (
+    EXPANDED_AT_ONCE,
     FORMATS,
     Quantization,
     is_quantized,
@@ -30,7 +31,6 @@ from modeling_mistral_large.conversion.quantize import (
 )
 from modeling_mistral_large.errors import MissingLibraryError
 from modeling_mistral_large.quantized import (
-    EXPANDED_AT_ONCE,
     MOST_POSITIONS_OF_KERNEL,
     Fp8Linear,
     Int4Linear,

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app, main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, quantized, sharding
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
-from modeling_mistral_large.conversion.quantize import Quantization
+from modeling_mistral_large.conversion.quantize import EXPANDED_AT_ONCE, Quantization
 from modeling_mistral_large.errors import PlanError
 from modeling_mistral_large.quantized import quantize_modules_, use_kernels_
 from modeling_mistral_large.sharding import (
@@ -295,8 +295,8 @@ def test_planned_weights_are_the_allocated_ones(tiny_config: MistralLargeConfig)
         assert held == load.weights
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "int4"])
-def test_planned_quantized_weights_are_the_allocated_ones(quantization: Quantization) -> None:
+def quantized_model(quantization: Quantization) -> Any:
+    """A model with weights of zero, in the form they have in memory."""
     config = MistralLargeConfig(
         vocab_size=1024,
         hidden_size=256,
@@ -312,6 +312,13 @@ def test_planned_quantized_weights_are_the_allocated_ones(quantization: Quantiza
         if name.endswith(("packed", "scale")) or tensor.dtype == torch.float8_e4m3fn:
             tensor.zero_()
     use_kernels_(model)
+    return model
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+def test_planned_quantized_weights_are_the_allocated_ones(quantization: Quantization) -> None:
+    model = quantized_model(quantization)
+    config = model.config
     assert sum(tensor.nbytes for tensor in model.parameters()) == Sizes.of(config, quantization).weights
     ranks = [Sizes.of(config, quantization, ranks=2).weights] * 2
     shared = sum(ranks) - 1024 * 256 * 2 - 7 * 256 * 2
@@ -321,29 +328,16 @@ def test_planned_quantized_weights_are_the_allocated_ones(quantization: Quantiza
 
 
 def test_int4_takes_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quantized.EXPANDED_AT_ONCE, "cpu", 2**14)
-    monkeypatch.setattr(sharding, "EXPANDED_AT_ONCE", 2**14)
-    config = MistralLargeConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_hidden_layers=2,
-    )
-    model = model_of(config)
-    quantize_modules_(model, "int4")
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("packed", "scale")):
-            tensor.zero_()
-    use_kernels_(model)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(EXPANDED_AT_ONCE, device, 2**14)
+    model = quantized_model("int4")
+    config = model.config
     cache: Any = DynamicCache(config=config)
     memory = PeakMemory()
     with torch.no_grad(), memory:
         model(torch.randint(0, 1000, (1, 256)), past_key_values=cache, logits_to_keep=1)
     demand = Demand(256, weights="int4")
-    planned = 2 * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
+    planned = config.num_hidden_layers * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
     assert planned * 0.75 < memory.peak < planned * 1.1
 
 
