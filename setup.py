@@ -10,6 +10,13 @@ ROOT = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_mistral_large/__init__.py").read_text(), re.MULTILINE)
 assert version is not None
 
+# The minor versions of transformers that the whole suite has passed on, see .ci/versions.
+supported = dict(
+    re.findall(r'^(\w+) = "(.+)"$', (ROOT / "modeling_mistral_large/supported.py").read_text(), re.MULTILINE)
+)
+major, minor = supported["NEWEST_TRANSFORMERS"].split(".")
+transformers_range = f">={supported['OLDEST_TRANSFORMERS']},<{major}.{int(minor) + 1}"
+
 demo = ["mistral-common>=1.13"]
 quantized = ["compressed-tensors>=0.15"]
 structured = ["llguidance>=1.3,<2"]
@@ -61,11 +68,12 @@ setup(
         "accelerate>=1.1",
         "huggingface-hub>=1.0",
         "jinja2>=3.1",
+        "packaging>=23",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.22",
         "torch>=2.5",
-        "transformers>=5.17,<6",
+        f"transformers{transformers_range}",
         "typer",
         "rich",
         "xxhash>=3",
