@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mistral_large import MistralLargeConfig
-from .cpu_decode import Linear, grouped_attention_forward, takes_grouped_attention
+from .cpu_decode import grouped_attention_forward, takes_grouped_attention
 from .long_prompts import LongPromptGenerationMixin
 from .masked_attention import masked_attention_forward, takes_masked_attention
 from .transformers_api import (
@@ -133,10 +133,10 @@ class MistralLargeAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     @layer_forward
     def forward(
@@ -183,9 +183,9 @@ class MistralLargeMLP(nn.Module):
 
     def __init__(self, config: MistralLargeConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gated = nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
@@ -231,7 +231,8 @@ class MistralLargePreTrainedModel(HostedModel):
         `convert --quantize` wrote stays quantized in memory, see `quantized`.
 
         Raises:
-            CheckpointError: a consolidated checkpoint that is not complete and sound; nothing was loaded.
+            CheckpointError: a consolidated checkpoint that is not complete and sound, where nothing was loaded; a
+                quantization that transformers does not know, or one that has quantized nothing.
             MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
@@ -243,12 +244,15 @@ class MistralLargePreTrainedModel(HostedModel):
         )
         from .conversion.hub import CONSOLIDATED_FILES
         from .conversion.plan import read_checkpoint
-        from .quantized import config_for_loading
+        from .quantized import config_for_loading, refuse_failed_quantization
 
         folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
             config = config_for_loading(cls, pretrained_model_name_or_path, config, kwargs)
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            model = loaded[0] if kwargs.get("output_loading_info") else loaded
+            refuse_failed_quantization(model, pretrained_model_name_or_path)
+            return loaded
         register_weight_conversions()
         weights_config, tensors = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
         kwargs.pop("subfolder", None)
@@ -256,8 +260,9 @@ class MistralLargePreTrainedModel(HostedModel):
             # Otherwise transformers looks for the config.json that is not there.
             kwargs["generation_config"] = default_generation_config(weights_config)
         with index_of(tensors) as index_folder:
-            loaded: Any = super().from_pretrained(index_folder, *model_args, config=config or folder, **kwargs)
+            loaded = super().from_pretrained(index_folder, *model_args, config=config or folder, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        refuse_failed_quantization(model, pretrained_model_name_or_path)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
@@ -362,7 +367,7 @@ class MistralLargeForCausalLM(HeadedModel, MistralLargePreTrainedModel, LongProm
         super().__init__(config)
         self.model = MistralLargeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @model_forward

@@ -11,6 +11,7 @@ tests/test_transformers_api.py counts. Each entry says what breaks when transfor
 | `TransformersKwargs`, signatures of attention and loss functions | an option is refused, or swallowed |
 | `_prefill`, `_mask_length` | long prompts are read at once: memory grows with the square of their length |
 | class attributes of `HostedModel`, `HeadedModel`, `records` | see there |
+| `QuantizerHook`, `LocalShards`, `_tp_size` | quantized checkpoints do not load, or are saved wrong: see there |
 | `_attn_implementation` | the attention chosen by the user is not the one that runs |
 """
 
@@ -32,6 +33,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import TransformersKwargs
 
 from .errors import KeywordError
@@ -213,6 +215,49 @@ def attention_implementation(config: Any) -> str | None:
     """The attention that a model is set to: `sdpa`, `eager`, `flash_attention_2` or a registered name."""
     implementation: str | None = config._attn_implementation
     return implementation
+
+
+# Quantizers
+
+
+class QuantizerHook(HfQuantizer):
+    """A quantizer of ours: `prepare` replaces the modules of a model without weights, `finish` works on the loaded one.
+
+    transformers calls the two underscored methods. If it no longer does, no linear layer is replaced, which
+    `quantized.refuse_failed_quantization` says.
+    """
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        raise NotImplementedError
+
+    def finish(self, model: PreTrainedModel) -> None:
+        raise NotImplementedError
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.prepare(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.finish(model)
+
+
+class LocalShards:
+    """Of a module: tensor parallelism gives it a rank's shard as a plain tensor, not as a `DTensor`.
+
+    Without it a rank multiplies with a tensor that has no product in FP8 or 4 bits.
+    """
+
+    _hf_quantized_needs_local_tp = True
+
+
+def ignore_unexpected_keys(model: PreTrainedModel, pattern: str) -> None:
+    """Have no warning about tensors of a checkpoint that the model needs none of; without it there is one for each."""
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {pattern}
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether tensor parallelism shards a model; if this is not seen, a rank's shard is saved as the whole tensor."""
+    return model._tp_size is not None
 
 
 # Prefill
