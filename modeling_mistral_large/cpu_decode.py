@@ -1,18 +1,15 @@
-"""Two faster ways to compute what a single new token needs, for bf16 on the CPU, where torch's own are slow.
+"""Two faster products for a single new token, for bf16 on the CPU, where torch's own are slow.
 
-They read the same weights and the same cache as the plain ways, keep nothing, and differ from them by no more than the
-rounding of bf16. Each is taken by itself, in eval mode and without gradients or autocast; everything else goes the
-plain way. By name they can be turned off: `turn_off("linear")`, or `MISTRAL_LARGE_CPU_DECODE_OFF=attention,linear`
-before the import.
+They read the same weights and the same cache as the plain products, keep nothing, and differ from them by no more than
+bf16's rounding. Both run in eval mode only, without gradients or autocast; everything else is computed as transformers
+computes it.
 
-- `attention`: the query heads that share a key-value head are given to sdpa as the positions of one head, which reads
-  the cache once; with `enable_gqa=True` torch reads it for every query head.
-- `linear`: a product with a single row is computed as matrix times vector, which reads the weights as fast as the
-  memory gives them; torch's product of matrices does not. This is so on processors with AMX, and only there it is
-  taken: with AVX512 and BF16 alone the vector's product is slower, and with neither they are alike.
+- Grouped attention, always: the query heads that share a key-value head are given to sdpa as the tokens of one head,
+  which reads the cache once; with `enable_gqa=True` torch reads it for every query head.
+- Vector products, after `use_vector_products_(model)`: a product with a single row is computed as matrix times vector,
+  which on processors with AMX reads the weights at the memory's full bandwidth.
 """
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,62 +19,23 @@ from torch import Tensor, nn
 from .errors import SettingError
 from .masked_attention import is_plain_sdpa
 
-PATHS = frozenset({"attention", "linear"})
-OFF_VARIABLE = "MISTRAL_LARGE_CPU_DECODE_OFF"
 # The function is torch's own, and not in all its versions.
 HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-def _known(paths: Iterable[str], asked_by: str) -> frozenset[str]:
-    names = frozenset(paths)
-    if unknown := names - PATHS:
-        raise SettingError(
-            f"{asked_by}: {sorted(unknown)[0]!r} is no fast path of decoding on the CPU; "
-            f"name one of {', '.join(sorted(PATHS))}, or several"
-        )
-    return names
-
-
-def named_in_environment() -> frozenset[str]:
-    """The paths that the environment turns off; SettingError for other names."""
-    return _known(filter(None, os.environ.get(OFF_VARIABLE, "").replace(" ", "").split(",")), OFF_VARIABLE)
-
-
-# Bound anew on every change: compiled graphs are guarded by its value.
-_off = named_in_environment()
-
-
-def switched_off() -> frozenset[str]:
-    """The paths that are not taken now."""
-    return _off
-
-
-def turn_off(*paths: str) -> None:
-    """Compute the plain way what the named paths do, for all models of this process; SettingError for other names."""
-    global _off
-    _off |= _known(paths, "turn_off")
-
-
-def turn_on(*paths: str) -> None:
-    """Let the named paths be taken again where they can be; SettingError for other names."""
-    global _off
-    _off -= _known(paths, "turn_on")
-
-
-def _takes(path: str, module: nn.Module, states: Tensor) -> bool:
+def _is_bf16_inference(module: nn.Module, states: Tensor) -> bool:
     return (
         states.device.type == "cpu"
         and states.dtype == torch.bfloat16
         and not module.training
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and path not in _off
     )
 
 
 @torch.library.custom_op("mistral_large::matrix_vector", mutates_args=())
 def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
-    """`torch.mv` that torch.compile calls as it is; what it makes of the plain one is slower than a matrix product."""
+    """`torch.mv` that torch.compile calls unchanged; what it makes of the plain one is slower than a matrix product."""
     return torch.mv(matrix, vector)
 
 
@@ -86,30 +44,56 @@ def _(matrix: Tensor, vector: Tensor) -> Tensor:
     return vector.new_empty(matrix.shape[0])
 
 
-class Linear(nn.Linear):
-    """A linear layer that multiplies one row of bf16 on a CPU with AMX as a vector, and is torch's in all else.
-
-    It has torch's name, as quantizers look for linear layers by it. Layers that take its place have their own products.
-    """
+class _VectorLinear(nn.Linear):
+    """A linear layer that multiplies one row of bf16 on the CPU as a vector, and is torch's in all else."""
 
     def forward(self, input: Tensor) -> Tensor:
         if (
-            HAS_AMX
-            and _takes("linear", self, input)
+            _is_bf16_inference(self, input)
             and input.numel() == self.in_features
-            # Not the weights that a subclass of Tensor spreads over ranks or quantizes.
+            # Not the weights that a subclass of Tensor shards over ranks or quantizes.
             and type(self.weight) is nn.Parameter
-            and self.bias is None
         ):
             product = matrix_vector if torch.compiler.is_compiling() else torch.mv
             return product(self.weight, input.reshape(-1)).view(*input.shape[:-1], -1)
         return super().forward(input)
 
 
+def use_vector_products_(model: nn.Module) -> None:
+    """Let a loaded model compute the linear layers of a single token, batch size 1, as matrix times vector.
+
+    It changes the plain `nn.Linear` layers without bias whose weights are bf16 on the CPU; quantized and offloaded ones
+    stay. Call it after loading and after quantizing: quantizers look for `nn.Linear` and pass over what it changes.
+
+    Raises:
+        SettingError: it would not make the model faster, because the processor has no AMX or no layer is such a one.
+    """
+    if not HAS_AMX:
+        raise SettingError(
+            "use_vector_products_: this processor has no AMX, without which torch's own product is as fast or faster; "
+            "leave the call out"
+        )
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and module.bias is None
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.bfloat16
+    ]
+    if not layers:
+        raise SettingError(
+            "use_vector_products_: the model has no linear layer in bf16 on the CPU; load it with dtype='bfloat16' "
+            "and without a quantization or device_map, or leave the call out"
+        )
+    for layer in layers:
+        layer.__class__ = _VectorLinear
+
+
 def takes_grouped_attention(module: Any, query: Tensor, options: Iterable[str]) -> bool:
     """Whether [batch, heads, queries, head_dim] are the queries of single tokens that sdpa would be slow with."""
     # sdpa first, as other attentions may call with what is no tensor.
-    return is_plain_sdpa(module, options) and _takes("attention", module, query) and query.shape[2] == 1
+    return is_plain_sdpa(module, options) and _is_bf16_inference(module, query) and query.shape[2] == 1
 
 
 def grouped_attention_forward(

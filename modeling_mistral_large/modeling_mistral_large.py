@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.hub_kernels import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
@@ -26,9 +26,20 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mistral_large import MistralLargeConfig
-from .cpu_decode import Linear, grouped_attention_forward, takes_grouped_attention
+from .cpu_decode import grouped_attention_forward, takes_grouped_attention
 from .long_prompts import LongPromptGenerationMixin
 from .masked_attention import masked_attention_forward, takes_masked_attention
+from .transformers_api import (
+    HeadedModel,
+    HostedModel,
+    attention_implementation,
+    cache_argument,
+    cache_in,
+    cache_update_options,
+    layer_forward,
+    model_forward,
+    records,
+)
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -122,11 +133,12 @@ class MistralLargeAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
+    @layer_forward
     def forward(
         self,
         hidden_states: Tensor,
@@ -144,10 +156,10 @@ class MistralLargeAttention(nn.Module):
         key = rotate(self.k_proj(hidden_states).view(split).transpose(1, 2), cos, sin)
         value = self.v_proj(hidden_states).view(split).transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, **cache_update_options(kwargs))
 
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            attention_implementation(self.config), eager_attention_forward
         )
         if takes_grouped_attention(self, query, kwargs):
             attention_interface = grouped_attention_forward
@@ -171,9 +183,9 @@ class MistralLargeMLP(nn.Module):
 
     def __init__(self, config: MistralLargeConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gated = nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
@@ -196,24 +208,14 @@ class MistralLargeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + fed_forward
 
 
-class MistralLargePreTrainedModel(PreTrainedModel):
-    """What transformers has to know of every Mistral Large model."""
+@records(hidden_states=MistralLargeDecoderLayer, attentions=MistralLargeAttention)
+class MistralLargePreTrainedModel(HostedModel):
+    """Loading, saving and sharding, which all Mistral Large models share."""
 
     config: MistralLargeConfig
     config_class = MistralLargeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MistralLargeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "hidden_states": MistralLargeDecoderLayer,
-        "attentions": MistralLargeAttention,
-    }
 
     @classmethod
     def from_pretrained(
@@ -229,7 +231,8 @@ class MistralLargePreTrainedModel(PreTrainedModel):
         `convert --quantize` wrote stays quantized in memory, see `quantized`.
 
         Raises:
-            CheckpointError: a consolidated checkpoint that is not complete and sound; nothing was loaded.
+            CheckpointError: a consolidated checkpoint that is not complete and sound, where nothing was loaded; a
+                quantization that transformers does not know, or one that has quantized nothing.
             MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
@@ -241,12 +244,15 @@ class MistralLargePreTrainedModel(PreTrainedModel):
         )
         from .conversion.hub import CONSOLIDATED_FILES
         from .conversion.plan import read_checkpoint
-        from .quantized import config_for_loading
+        from .quantized import config_for_loading, refuse_failed_quantization
 
         folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
             config = config_for_loading(cls, pretrained_model_name_or_path, config, kwargs)
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+            model = loaded[0] if kwargs.get("output_loading_info") else loaded
+            refuse_failed_quantization(model, pretrained_model_name_or_path)
+            return loaded
         register_weight_conversions()
         weights_config, tensors = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
         kwargs.pop("subfolder", None)
@@ -254,8 +260,9 @@ class MistralLargePreTrainedModel(PreTrainedModel):
             # Otherwise transformers looks for the config.json that is not there.
             kwargs["generation_config"] = default_generation_config(weights_config)
         with index_of(tensors) as index_folder:
-            loaded: Any = super().from_pretrained(index_folder, *model_args, config=config or folder, **kwargs)
+            loaded = super().from_pretrained(index_folder, *model_args, config=config or folder, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        refuse_failed_quantization(model, pretrained_model_name_or_path)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
@@ -302,6 +309,7 @@ class MistralLargeModel(MistralLargePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @model_forward
     @merge_with_config_defaults  # type: ignore[untyped-decorator]  # transformers does not type it
     @capture_outputs  # type: ignore[untyped-decorator]  # transformers does not type it
     def forward(
@@ -333,8 +341,8 @@ class MistralLargeModel(MistralLargePreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **cache_argument(past_key_values),
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -342,30 +350,27 @@ class MistralLargeModel(MistralLargePreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **cache_argument(past_key_values),
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **cache_argument(past_key_values if use_cache else None)
         )
 
 
-class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationMixin):
+class MistralLargeForCausalLM(HeadedModel, MistralLargePreTrainedModel, LongPromptGenerationMixin):
     """The decoder with the output matrix that turns hidden states into logits over the vocabulary."""
-
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # stock plans hold lists, too
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MistralLargeConfig) -> None:
         super().__init__(config)
         self.model = MistralLargeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @model_forward
     @can_return_tuple  # type: ignore[untyped-decorator]  # transformers does not type it
     def forward(
         self,
@@ -388,9 +393,9 @@ class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationM
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **cache_argument(past_key_values),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -401,22 +406,28 @@ class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationM
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **cache_argument(cache_in(outputs)),
         )
 
 
 class MistralLargeForSequenceClassification(GenericForSequenceClassification, MistralLargePreTrainedModel):
     """The decoder with one score a label, read at each sequence's last token."""
 
+    forward = model_forward(GenericForSequenceClassification.forward)
+
 
 class MistralLargeForTokenClassification(GenericForTokenClassification, MistralLargePreTrainedModel):
     """The decoder with one score a label at every token."""
 
+    forward = model_forward(GenericForTokenClassification.forward)
+
 
 class MistralLargeForQuestionAnswering(GenericForQuestionAnswering, MistralLargePreTrainedModel):
     """The decoder with a start and an end score at every token."""
+
+    forward = model_forward(GenericForQuestionAnswering.forward)
 
 
 __all__ = [

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_mistral_large import OPTIONS_OF_FILES
@@ -34,7 +37,8 @@ from .conversion.quantize import (
     Quantization,
     quantization_of,
 )
-from .errors import MissingLibraryError
+from .errors import CheckpointError, MissingLibraryError
+from .transformers_api import LocalShards, QuantizerHook, ignore_unexpected_keys, is_sharded
 
 # Under this name transformers finds the classes below; in files it is compressed-tensors.
 LOADED_METHOD = "mistral_large"
@@ -46,15 +50,12 @@ SIGN_AND_LOW_BITS = -0x7810
 FP8_TO_BF16 = 2.0**120
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(LocalShards, nn.Module):
     """A linear layer without bias that keeps its weight [out_features, in_features] quantized.
 
     Calls of `to` move it to another device, but to no other dtype. Under tensor parallelism a rank holds some rows or
     columns of it, and `in_features` and `out_features` are those of all ranks together.
     """
-
-    # transformers hands over a rank's share as a plain tensor.
-    _hf_quantized_needs_local_tp = True
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -411,24 +412,23 @@ class LoadedQuantization(QuantizationConfigMixin):
 
 
 @register_quantizer(LOADED_METHOD)
-class Quantizer(HfQuantizer):
+class Quantizer(QuantizerHook):
     """What transformers asks when it loads or saves a model with the linears of this module."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
         quantization = quantization_of(self.quantization_config.to_dict())
         assert quantization is not None
         quantize_modules_(model, *quantization)
         # The shape is known.
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.weight_shape$"}
+        ignore_unexpected_keys(model, r"\.weight_shape$")
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def finish(self, model: PreTrainedModel) -> None:
         use_kernels_(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         is_offloaded = any(tensor.is_meta for linear in linears.values() for tensor in linear.parameters())
-        if model._tp_size is not None or is_offloaded:
+        if is_sharded(model) or is_offloaded:
             raise ValueError(
                 "a quantized model that is offloaded or shared among ranks cannot be saved; copy the folder it was "
                 "loaded from, or load it in one process without offload"
@@ -465,6 +465,7 @@ def config_for_loading(
 
     Raises:
         MissingLibraryError: transformers' own way, and compressed-tensors is not installed.
+        CheckpointError: a quantization that transformers does not know; it would take the codes for weights.
     """
     if source is None or options.get("gguf_file"):
         return config
@@ -479,6 +480,11 @@ def config_for_loading(
     is_ours = quantization_of(settings) is not None and options.get("quantization_config") is None
     if not is_ours:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+        if isinstance(settings, Mapping) and not _is_known(settings):
+            raise CheckpointError(
+                f"{source}: quantization {method!r}: transformers has none of this name and would take the codes for "
+                "weights; load the checkpoint with the engine it was made for"
+            )
         if method == QUANT_METHOD and find_spec("compressed_tensors") is None:
             raise MissingLibraryError(
                 f"{source}: loading it this way needs compressed-tensors; "
@@ -493,3 +499,39 @@ def config_for_loading(
     assert isinstance(settings, Mapping)
     loaded.quantization_config = {**settings, "quant_method": LOADED_METHOD}
     return loaded
+
+
+def _is_known(settings: Mapping[str, Any]) -> bool:
+    # bitsandbytes of old has no method in the file.
+    return bool(settings.get("load_in_8bit") or settings.get("load_in_4bit")) or (
+        settings.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
+    )
+
+
+def refuse_failed_quantization(model: PreTrainedModel, source: Any) -> None:
+    """Check after loading that a model that was to be quantized is.
+
+    Raises:
+        CheckpointError: every linear layer is as large as without the quantization.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        return
+    if all(_is_plain(module) for name, module in model.named_modules() if LINEAR_NAME.fullmatch(name)):
+        method = quantizer.quantization_config.quant_method
+        raise CheckpointError(
+            f"{source}: quantization {getattr(method, 'value', method)!r} left every linear layer of the decoder as it "
+            "was; look at the modules that its config leaves out, or load without a quantization_config"
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer is what the model class makes: compressed-tensors, for one, only adds a scheme to it."""
+    if type(module) is not nn.Linear or vars(module).keys() != vars(PLAIN).keys():
+        return False
+    # torchao and others replace the tensor and leave the module.
+    return type(module.weight.data) is Tensor and module.weight.dtype.is_floating_point and module.weight.itemsize > 1
+
+
+# An untouched layer, for its attributes.
+PLAIN = nn.Linear(1, 1, bias=False, device="meta")
