@@ -1,7 +1,8 @@
 """Mistral-Large-Instruct-2407 for Hugging Face transformers.
 
 Importing this package registers `MistralLargeConfig`, the models and `MistralLargeTokenizer` with transformers' Auto
-classes; it does nothing else. The converter is `modeling_mistral_large.conversion`.
+classes and makes them attributes of `transformers`; it does nothing else. The converter is
+`modeling_mistral_large.conversion`.
 """
 
 from transformers import (
@@ -25,6 +26,7 @@ from .modeling_mistral_large import (
     MistralLargePreTrainedModel,
 )
 from .tokenization_mistral_large import MistralLargeTokenizer
+from .transformers_api import export_names, warn_outside_range
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,8 @@ def _register() -> None:
         auto_class.register(MistralLargeConfig, model_class, exist_ok=True)
     # pipeline("text-generation") reads this table of names and logs an error for a class it does not find.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MistralLargeConfig.model_type] = MistralLargeForCausalLM.__name__
+    export_names([MistralLargeConfig, MistralLargePreTrainedModel, MistralLargeTokenizer, *MODELS.values()])
 
 
+warn_outside_range()
 _register()

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_mistral_large import MistralLargeConfig
+from .configuration_mistral_large import MistralLargeConfig, check_config
 from .cpu_decode import Linear, grouped_attention_forward, takes_grouped_attention
 from .long_prompts import LongPromptGenerationMixin
 from .masked_attention import masked_attention_forward, takes_masked_attention
@@ -215,6 +215,10 @@ class MistralLargePreTrainedModel(PreTrainedModel):
         "attentions": MistralLargeAttention,
     }
 
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        check_config(config)
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -264,7 +268,9 @@ class MistralLargePreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: `save_original_format`, which is off unless it is asked for.
+            ConfigurationError: a config that was changed into one that cannot be loaded; nothing was written.
         """
+        check_config(self.config)
         if kwargs.setdefault("save_original_format", False):
             raise ValueError(
                 "save_original_format=True: the consolidated layout has files of its own, which transformers does not "

@@ -1,0 +1,50 @@
+"""What this package takes from transformers beyond its public interface, and what differs between its versions."""
+
+import warnings
+from collections.abc import Iterable
+
+from packaging.version import Version
+from transformers import __version__ as transformers_version
+from transformers.utils.import_utils import _LazyModule
+
+from .supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
+
+# The range
+
+
+def warn_outside_range(installed: str = transformers_version) -> None:
+    """Warn when the installed transformers is older or newer than those that the test suite has passed on."""
+    oldest, newest = Version(OLDEST_TRANSFORMERS).release, Version(NEWEST_TRANSFORMERS).release
+    if not oldest <= Version(installed).release[:2] <= newest:
+        warnings.warn(
+            f"transformers {installed} is installed; modeling-mistral-large is tested with {OLDEST_TRANSFORMERS} to "
+            f"{NEWEST_TRANSFORMERS}, and another version may give wrong results without an error: run "
+            "`mistral-large doctor`, or install one of the range",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+# The names
+
+
+def export_names(classes: Iterable[type]) -> None:
+    """Make classes attributes of the module `transformers`, where pipelines, TRL, `serve` and vLLM look for them.
+
+    When its class of modules changes, those tools find no class of that name. They are set on the class, since
+    `import transformers.processing_utils` puts a new module in the place of the one that was imported before.
+    """
+    for each in classes:
+        setattr(_LazyModule, each.__name__, _ExportedClass(each))
+
+
+class _ExportedClass:
+    """An attribute of the module `transformers`, and of none of the other modules of its class."""
+
+    def __init__(self, exported: type) -> None:
+        self._exported = exported
+
+    def __get__(self, module: object, _: type | None = None) -> type:
+        if getattr(module, "__name__", None) != "transformers":
+            raise AttributeError(self._exported.__name__)
+        return self._exported
