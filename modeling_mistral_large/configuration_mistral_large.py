@@ -3,12 +3,14 @@
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .errors import ConfigurationError
+from .errors import CheckpointError, ConfigurationError
+from .peft_defaults import add_peft_defaults
 
 ROPE_THETA = 1e6
 # Positions of a prompt that `generate` reads at once.
@@ -110,8 +112,8 @@ class MistralLargeConfig(PreTrainedConfig):
     `hidden_size`, `intermediate_size` and `head_dim` count features, `max_position_embeddings` counts tokens.
     `head_dim` is given and never derived: `num_attention_heads * head_dim` need not be `hidden_size`.
 
-    A field that is refused whatever the others are is refused when it is assigned. Fields that depend on one another may
-    be assigned one after the other: they are checked when a model is made, and when anything is saved.
+    A field that no other can make right is refused when it is assigned. Fields that depend on one another may be
+    assigned one after the other: they are checked when a model is made, and when anything is saved.
 
     Raises:
         ConfigurationError: a size that is not positive, query heads that the key-value heads do not divide, an odd
@@ -253,22 +255,41 @@ class MistralLargeConfig(PreTrainedConfig):
         Raises:
             CheckpointError: no config.json, or a params.json that is not a Mistral Large geometry.
         """
-        # Imported here, because importing the package loads no more than stock Mistral does.
-        from .consolidated_loading import find_consolidated, read_config
-        from .errors import CheckpointError
+        found = read_consolidated(pretrained_model_name_or_path, kwargs)
+        if found is not None:
+            return found, {name: value for name, value in kwargs.items() if name not in OPTIONS_OF_FILES}
+        found, remaining = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not found.keys() - {"_commit_hash"}:
+            # Imported here, because importing the package loads no more than stock Mistral does.
+            from .conversion.hub import refuse_adapter
 
-        folder = find_consolidated(pretrained_model_name_or_path, kwargs)
-        if folder is None:
-            found, remaining = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-            if not found.keys() - {"_commit_hash"}:
-                # The defaults would be taken for the geometry of that checkpoint.
-                raise CheckpointError(
-                    f"{pretrained_model_name_or_path}: neither params.json nor config.json has a geometry; pass the "
-                    "folder of a checkpoint, or make a MistralLargeConfig()"
-                )
-            return found, remaining
-        remaining = {name: value for name, value in kwargs.items() if name not in OPTIONS_OF_FILES}
-        return read_config(folder).to_dict(), remaining
+            refuse_adapter(Path(pretrained_model_name_or_path))
+            # The defaults would be taken for the geometry of that checkpoint.
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: neither params.json nor config.json has a geometry; pass the "
+                "folder of a checkpoint, or make a MistralLargeConfig()"
+            )
+        return found, remaining
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and the model type."""
+        # PEFT asks a model for this before it looks up its defaults, and may have been imported after us.
+        add_peft_defaults()
+        found: dict[str, Any] = super().to_dict()
+        return found
+
+
+def read_consolidated(source: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields that params.json says, or None where `source` is no checkpoint in the consolidated layout.
+
+    Raises:
+        CheckpointError: a params.json that is not a Mistral Large geometry.
+    """
+    # Imported here, because importing the package loads no more than stock Mistral does.
+    from .consolidated_loading import find_consolidated, read_config
+
+    folder = find_consolidated(source, options)
+    return None if folder is None else read_config(folder).to_dict()
 
 
 def check_config(config: Any) -> None:
@@ -279,8 +300,8 @@ def check_config(config: Any) -> None:
     """
     if not isinstance(config, MistralLargeConfig):
         raise ConfigurationError(
-            f"{type(config).__name__}: a Mistral Large model is made of a MistralLargeConfig, as another model type may "
-            "ask for what it does not have; pass one"
+            f"{type(config).__name__}: a Mistral Large model is made of a MistralLargeConfig, because another one may "
+            "ask for what it does not have; pass a MistralLargeConfig"
         )
     config.check()
 

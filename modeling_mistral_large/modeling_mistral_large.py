@@ -229,14 +229,17 @@ class MistralLargePreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a folder or a repository on the hub, of the HF layout or, as it is, of the vendor's consolidated layout.
 
-        All options are transformers'. Where a folder has both layouts, the consolidated one is read. A checkpoint that
-        `convert --quantize` wrote stays quantized in memory, see `quantized`.
+        Of an adapter of PEFT, the base model is loaded, of either layout, and then the adapter. All options are
+        transformers'. Where a folder has both layouts, the consolidated one is read. A checkpoint that `convert
+        --quantize` wrote stays quantized in memory, see `quantized`.
 
         Raises:
-            CheckpointError: a consolidated checkpoint that is not complete and sound; nothing was loaded.
+            CheckpointError: a consolidated checkpoint that is not complete and sound, or an adapter without its base;
+                nothing was loaded.
             MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
+        from .adapter_loading import adapter_base, load_own_adapter, load_with_adapter
         from .consolidated_loading import (
             default_generation_config,
             find_consolidated,
@@ -249,6 +252,9 @@ class MistralLargePreTrainedModel(PreTrainedModel):
 
         folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
+            base = adapter_base(pretrained_model_name_or_path, kwargs)
+            if base is not None:
+                return load_with_adapter(cls, base, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             config = config_for_loading(cls, pretrained_model_name_or_path, config, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         register_weight_conversions()
@@ -261,6 +267,7 @@ class MistralLargePreTrainedModel(PreTrainedModel):
             loaded: Any = super().from_pretrained(index_folder, *model_args, config=config or folder, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        load_own_adapter(model, folder)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -1,9 +1,11 @@
 """What this package takes from transformers beyond its public interface, and what differs between its versions."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from packaging.version import Version
+from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.utils.import_utils import _LazyModule
 
@@ -48,3 +50,26 @@ class _ExportedClass:
         if getattr(module, "__name__", None) != "transformers":
             raise AttributeError(self._exported.__name__)
         return self._exported
+
+
+# The files of a config
+
+
+def read_config_dict_with(read: Callable[[Any, dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Let `read` say what the config is of a folder in which the Auto classes find none; may run any number of times.
+
+    They ask `PreTrainedConfig.get_config_dict` for the model type before any class of ours is asked. When they ask
+    something else, they find no model type in a consolidated folder, and say so.
+    """
+    original = PreTrainedConfig.__dict__["get_config_dict"].__func__
+    original = getattr(original, "replaced", original)
+
+    def get_config_dict(cls: type, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        options = dict(kwargs)
+        found, remaining = original(cls, source, **kwargs)
+        if cls is PreTrainedConfig and not found.keys() - {"_commit_hash"}:
+            found = read(source, options) or found
+        return found, remaining
+
+    get_config_dict.replaced = original  # type: ignore[attr-defined]  # a function takes any attribute
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]  # of the same signature
