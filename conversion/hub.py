@@ -18,8 +18,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from modeling_mistral_large.conversion.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
+from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
 from modeling_mistral_large.errors import CheckpointError
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
 # The vendor's repository holds a second copy of the weights, model-*.safetensors: another 245 GB.
 CONSOLIDATED_FILES = (
@@ -28,6 +30,7 @@ CONSOLIDATED_FILES = (
     "consolidated-*.safetensors",
     "consolidated.safetensors.index.json",
     "tokenizer.model.v3",
+    ADAPTER_CONFIG_NAME,
     *LICENCE_PATTERNS,
 )
 # Most headers are shorter.
@@ -43,6 +46,7 @@ HF_FILES = (
     "tokenizer.model.v3",
     "chat_template.jinja",
     "README.md",
+    ADAPTER_CONFIG_NAME,
     *LICENCE_PATTERNS,
 )
 
@@ -62,7 +66,7 @@ def resolve_source(
     download goes on with the first file that is not whole.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be had, and what to do about it.
+        CheckpointError: neither a folder nor a repository that can be had, or an adapter, and what to do about it.
     """
     folder = Path(source)
     # An id has one slash. A Path drops the dot of ./owner/name, which says that it is a folder.
@@ -71,10 +75,11 @@ def resolve_source(
         if not folder.is_dir():
             finding = "is a file" if folder.exists() else "no such folder"
             raise CheckpointError(f"{source}: {finding}; give a folder, or a repository on the hub as owner/name")
+        refuse_adapter(folder)
         return folder
     repository = os.fspath(source)
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 repository,
                 revision=revision,
@@ -87,6 +92,8 @@ def resolve_source(
     # The client's HTTP library, whose errors also come through, is another one in each of its major versions.
     except Exception as error:
         raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+    refuse_adapter(folder, name=repository)
+    return folder
 
 
 def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = None) -> None:
@@ -123,6 +130,41 @@ def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = N
         raise
     except Exception as error:
         raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+
+
+def read_adapter_base(folder: Path) -> str | None:
+    """The name of the checkpoint that the adapter of PEFT in a folder is for, or None if it holds no adapter.
+
+    Raises:
+        CheckpointError: its file cannot be read or names none.
+    """
+    if not (folder / ADAPTER_CONFIG_NAME).exists():
+        return None
+    if problem := file_finding(folder, ADAPTER_CONFIG_NAME):
+        raise CheckpointError(f"{folder}: {problem}; it says what the adapter is for, save or download it again")
+    try:
+        base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    except ValueError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG_NAME}: {error}; save or download it again") from error
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{folder}: an adapter whose {ADAPTER_CONFIG_NAME} names no base_model_name_or_path; load the base model, "
+            "then peft.PeftModel.from_pretrained(model, folder)"
+        )
+    return base
+
+
+def refuse_adapter(folder: Path, name: str | None = None) -> None:
+    """Raise a CheckpointError if a folder holds an adapter of PEFT and no checkpoint; `name` is how it was named."""
+    if any((folder / file).exists() for file in ("config.json", "params.json")):
+        return
+    base = read_adapter_base(folder)
+    if base is not None:
+        raise CheckpointError(
+            f"{name or folder}: an adapter for {base!r}, not a checkpoint; merge it first: "
+            f"peft.AutoPeftModelForCausalLM.from_pretrained({name or str(folder)!r})"
+            ".merge_and_unload().save_pretrained('merged')"
+        )
 
 
 def is_repository_id(source: str) -> bool:

@@ -464,9 +464,13 @@ def load_model(name: str, **options: Any) -> tuple[Any, "MistralLargeTokenizer"]
         CheckpointError: there is none, or it cannot be loaded.
     """
     from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+    from modeling_mistral_large.adapter_loading import adapter_base
     from modeling_mistral_large.errors import CheckpointError, MistralLargeError
 
     try:
+        base = adapter_base(name, {})
+        if base is not None:
+            print(f"{printable(name)}: an adapter, loaded on {printable(base)}", file=sys.stderr)
         tokenizer = MistralLargeTokenizer.from_pretrained(name)
         model = MistralLargeForCausalLM.from_pretrained(name, **options)
     except MistralLargeError:

@@ -1,7 +1,8 @@
 """Mistral-Large-Instruct-2407 for Hugging Face transformers.
 
 Importing this package registers `MistralLargeConfig`, the models and `MistralLargeTokenizer` with transformers' Auto
-classes; it does nothing else. The converter is `modeling_mistral_large.conversion`.
+classes, with the module `transformers` and with PEFT's defaults; it does nothing else. The converter is
+`modeling_mistral_large.conversion`.
 """
 
 from transformers import (
@@ -15,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .configuration_mistral_large import MistralLargeConfig
+from .configuration_mistral_large import MistralLargeConfig, read_consolidated
 from .modeling_mistral_large import (
     MistralLargeForCausalLM,
     MistralLargeForQuestionAnswering,
@@ -24,7 +25,9 @@ from .modeling_mistral_large import (
     MistralLargeModel,
     MistralLargePreTrainedModel,
 )
+from .peft_defaults import add_peft_defaults
 from .tokenization_mistral_large import MistralLargeTokenizer
+from .transformers_api import export_names, read_config_dict_with, warn_outside_range
 
 __version__ = "0.1.0"
 
@@ -56,6 +59,10 @@ def _register() -> None:
         auto_class.register(MistralLargeConfig, model_class, exist_ok=True)
     # pipeline("text-generation") reads this table of names and logs an error for a class it does not find.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MistralLargeConfig.model_type] = MistralLargeForCausalLM.__name__
+    export_names([MistralLargeConfig, MistralLargePreTrainedModel, MistralLargeTokenizer, *MODELS.values()])
+    read_config_dict_with(read_consolidated)
+    add_peft_defaults()
 
 
+warn_outside_range()
 _register()

@@ -1,10 +1,16 @@
 """Configuration of Mistral Large; every default is the value of Mistral-Large-Instruct-2407."""
 
+import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .errors import CheckpointError, ConfigurationError
+from .peft_defaults import add_peft_defaults
 
 ROPE_THETA = 1e6
 # Positions of a prompt that `generate` reads at once.
@@ -13,8 +19,12 @@ PREFILL_CHUNK = 2048
 # What 2407 does not have, and the one value that says so: another value would need a different model.
 ABSENT = {
     "attention_bias": False,
+    "attention_chunk_size": None,
     "hidden_act": "silu",
+    "is_causal": True,
     "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "per_layer_config": None,
     "sliding_window": None,
     "tie_word_embeddings": False,
 }
@@ -31,6 +41,8 @@ OPTIONS_OF_FILES = (
     "token",
     "trust_remote_code",
 )
+# transformers leaves overrides of what is no field to the model, whose error does not say what is wrong.
+OVERRIDES_WITHOUT_A_FIELD = (*(ABSENT.keys() - {"hidden_act", "tie_word_embeddings"}), "rope_scaling", "rope_theta")
 POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -44,6 +56,55 @@ POSITIVE = (
 )
 
 
+# What `rope_parameters` may say; `type` is the older name of `rope_type`.
+ROPE_TYPE_NAMES = ("rope_type", "type")
+
+
+def field_problem(name: str, value: Any) -> str | None:
+    """What keeps one field from describing Mistral Large, whatever the others say; None if nothing does."""
+    if name in ABSENT:
+        # None in a file says the same as leaving the key out.
+        if value is None or value == ABSENT[name]:
+            return None
+        return (
+            f"{name}={value!r}: Mistral Large has none of this, only {ABSENT[name]!r} is possible; load such a "
+            "checkpoint with transformers' own MistralForCausalLM"
+        )
+    if name == "layer_types" and any(layer_type != "full_attention" for layer_type in value or ()):
+        return f"{name}={value!r}: every layer of Mistral Large has full attention; leave {name} out"
+    if name == "rope_parameters" and value is not None:
+        return _rope_problem(value)
+    if name in POSITIVE and not _is_positive(value):
+        return f"{name}={value!r}: must be greater than 0 and finite"
+    if name == "head_dim" and value % 2:
+        return f"{name}={value}: must be even, because rope turns pairs"
+    return None
+
+
+def _rope_problem(parameters: Any) -> str | None:
+    if not isinstance(parameters, dict):
+        return f"rope_parameters={parameters!r}: must be a dict with rope_type and rope_theta"
+    for name in ROPE_TYPE_NAMES:
+        if parameters.get(name) not in (None, "default"):
+            return (
+                f"{name}={parameters[name]!r}: only 'default' is possible; the model was trained on all of its context "
+                "length and needs no scaling"
+            )
+    if parameters.get("rope_theta") is not None and not _is_positive(parameters["rope_theta"]):
+        return f"rope_theta={parameters['rope_theta']!r}: must be greater than 0 and finite"
+    for name, value in parameters.items():
+        is_known = name == "rope_theta" or name in ROPE_TYPE_NAMES
+        if not is_known and not (name == "partial_rotary_factor" and value == ABSENT[name]):
+            return f"rope_parameters[{name!r}]={value!r}: has no effect on the default rope; leave it out"
+    return None
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # A whole number may be too large for a float.
+    return is_number and value > 0 and (isinstance(value, int) or math.isfinite(value))
+
+
 @strict
 class MistralLargeConfig(PreTrainedConfig):
     """Geometry of a Mistral Large model.
@@ -51,8 +112,11 @@ class MistralLargeConfig(PreTrainedConfig):
     `hidden_size`, `intermediate_size` and `head_dim` count features, `max_position_embeddings` counts tokens.
     `head_dim` is given and never derived: `num_attention_heads * head_dim` need not be `hidden_size`.
 
+    A field that no other can make right is refused when it is assigned. Fields that depend on one another may be
+    assigned one after the other: they are checked when a model is made, and when anything is saved.
+
     Raises:
-        ValueError: a size that is not positive, query heads that the key-value heads do not divide, an odd
+        ConfigurationError: a size that is not positive, query heads that the key-value heads do not divide, an odd
             `head_dim`, another rope than the default one, or a feature that the architecture does not have.
         StrictDataclassFieldValidationError: a value of another type, from huggingface_hub.
     """
@@ -60,6 +124,8 @@ class MistralLargeConfig(PreTrainedConfig):
     model_type = "mistral_large"
     # transformers 5.24 renamed it in the outputs.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    # For `rope_parameters` that do not say it.
+    default_theta = ROPE_THETA
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -97,18 +163,89 @@ class MistralLargeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Take the keys of older config files (`rope_theta`, `torch_dtype`, …) and check what was asked for."""
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", ROPE_THETA)}
-        for name, value in ABSENT.items():
-            # None in a file says the same as leaving the key out.
-            found = kwargs.pop(name, None) if name not in self.__dataclass_fields__ else getattr(self, name)
-            if found is not None and found != value:
-                raise ValueError(
-                    f"MistralLargeConfig {name}={found!r}: Mistral Large has none of this, only {value!r} is possible; "
-                    "load such a checkpoint with transformers' own MistralForCausalLM"
-                )
+        self.rope_parameters = self._merged_rope_parameters(kwargs)
+        for name in ABSENT.keys() - self.__dataclass_fields__.keys():
+            _refuse(field_problem(name, kwargs.pop(name, None)))
         super().__post_init__(**kwargs)
-        self._check_geometry(self.rope_parameters)
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Older names of what is in `rope_parameters`: as attributes of their own they would change nothing.
+        if name in ("rope_theta", "rope_scaling"):
+            changed = {"rope_theta": value} if name == "rope_theta" else value
+            name, value = "rope_parameters", {**(self.rope_parameters or {}), **(changed or {})}
+        _refuse(field_problem(name, value))
+        super().__setattr__(name, value)
+
+    def _merged_rope_parameters(self, older: dict[str, Any]) -> dict[str, Any]:
+        """`rope_parameters` with what older files say elsewhere, which is taken out of `older`."""
+        scaling = older.pop("rope_scaling", None) or {}
+        _refuse(field_problem("rope_parameters", scaling))
+        merged: dict[str, Any] = {}
+        for parameters in ({"rope_theta": older.pop("rope_theta", None)}, scaling, self.rope_parameters or {}):
+            for name, value in parameters.items():
+                if value is not None and merged.setdefault(name, value) != value:
+                    raise ConfigurationError(
+                        f"MistralLargeConfig {name}: is {merged[name]!r} and {value!r}; say it once, in rope_parameters"
+                    )
+        return {"rope_type": "default", "rope_theta": ROPE_THETA} | merged
+
+    def check(self) -> None:
+        """Check all fields, those that were assigned after construction included.
+
+        Raises:
+            ConfigurationError: no Mistral Large model has such a configuration.
+        """
+        for problem in self._problems():
+            _refuse(problem)
+
+    def _problems(self) -> Iterator[str | None]:
+        for name in (*POSITIVE, *ABSENT, "layer_types", "rope_parameters"):
+            # What transformers computes from the fields is none of them.
+            if name in self.__dict__:
+                yield field_problem(name, self.__dict__[name])
+        if self.rope_parameters is None or self.rope_parameters.get("rope_theta") is None:
+            yield f"rope_parameters={self.rope_parameters!r}: must have a rope_theta, such as {ROPE_THETA:.0f}"
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"num_attention_heads={self.num_attention_heads}: must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}, because each key head serves a whole group"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the content of a file; what `kwargs` say of it has precedence.
+
+        Raises:
+            ConfigurationError: no Mistral Large model has such a configuration.
+        """
+        overrides = {name: kwargs.pop(name) for name in OVERRIDES_WITHOUT_A_FIELD if name in kwargs}
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if kwargs.get("return_unused_kwargs") else found
+        for name, value in overrides.items():
+            _refuse(field_problem(name, value))
+            if name.startswith("rope_"):
+                setattr(config, name, value)
+        config.check()
+        return found
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json.
+
+        Raises:
+            ConfigurationError: fields were assigned that could not be loaded; nothing was written.
+        """
+        self.check()
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write the fields to a file.
+
+        Raises:
+            ConfigurationError: fields were assigned that could not be loaded; nothing was written.
+        """
+        self.check()
+        super().to_json_file(json_file_path, use_diff)
 
     @classmethod
     def get_config_dict(
@@ -119,40 +256,60 @@ class MistralLargeConfig(PreTrainedConfig):
         Raises:
             CheckpointError: no config.json, or a params.json that is not a Mistral Large geometry.
         """
-        # Imported here, because importing the package loads no more than stock Mistral does.
-        from .consolidated_loading import find_consolidated, read_config
-        from .errors import CheckpointError
+        found = read_consolidated(pretrained_model_name_or_path, kwargs)
+        if found is not None:
+            return found, {name: value for name, value in kwargs.items() if name not in OPTIONS_OF_FILES}
+        found, remaining = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not found.keys() - {"_commit_hash"}:
+            # Imported here, because importing the package loads no more than stock Mistral does.
+            from .conversion.hub import refuse_adapter
 
-        folder = find_consolidated(pretrained_model_name_or_path, kwargs)
-        if folder is None:
-            found, remaining = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-            if not found.keys() - {"_commit_hash"}:
-                # The defaults would be taken for the geometry of that checkpoint.
-                raise CheckpointError(
-                    f"{pretrained_model_name_or_path}: neither params.json nor config.json has a geometry; pass the "
-                    "folder of a checkpoint, or make a MistralLargeConfig()"
-                )
-            return found, remaining
-        remaining = {name: value for name, value in kwargs.items() if name not in OPTIONS_OF_FILES}
-        return read_config(folder).to_dict(), remaining
+            refuse_adapter(Path(pretrained_model_name_or_path))
+            # The defaults would be taken for the geometry of that checkpoint.
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: neither params.json nor config.json has a geometry; pass the "
+                "folder of a checkpoint, or make a MistralLargeConfig()"
+            )
+        return found, remaining
 
-    def _check_geometry(self, rope_parameters: dict[str, Any]) -> None:
-        for name in POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"MistralLargeConfig {name}={getattr(self, name)!r}: must be greater than 0")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"MistralLargeConfig num_attention_heads={self.num_attention_heads}: must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}, because each key head serves a whole group"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"MistralLargeConfig head_dim={self.head_dim}: must be even, because rope turns pairs")
-        rope_type = rope_parameters["rope_type"]
-        if rope_type != "default":
-            raise ValueError(
-                f"MistralLargeConfig rope_type={rope_type!r}: only 'default' is possible; the model was trained on all "
-                f"{self.max_position_embeddings} positions and needs no scaling"
-            )
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and the model type."""
+        # PEFT asks a model for this before it looks up its defaults, and may have been imported after us.
+        add_peft_defaults()
+        found: dict[str, Any] = super().to_dict()
+        return found
+
+
+def read_consolidated(source: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields that params.json says, or None where `source` is no checkpoint in the consolidated layout.
+
+    Raises:
+        CheckpointError: a params.json that is not a Mistral Large geometry.
+    """
+    # Imported here, because importing the package loads no more than stock Mistral does.
+    from .consolidated_loading import find_consolidated, read_config
+
+    folder = find_consolidated(source, options)
+    return None if folder is None else read_config(folder).to_dict()
+
+
+def check_config(config: Any) -> None:
+    """Check the config that a model is made of or saved with.
+
+    Raises:
+        ConfigurationError: one of another class, or with fields that no Mistral Large model has.
+    """
+    if not isinstance(config, MistralLargeConfig):
+        raise ConfigurationError(
+            f"{type(config).__name__}: a Mistral Large model is made of a MistralLargeConfig, because another one may "
+            "ask for what it does not have; pass a MistralLargeConfig"
+        )
+    config.check()
+
+
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise ConfigurationError(f"MistralLargeConfig {problem}")
 
 
 __all__ = ["MistralLargeConfig"]

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_mistral_large import MistralLargeConfig
 from .conversion.hf_files import SPECIAL_IDS
-from .conversion.hub import is_repository_id, resolve_source
+from .conversion.hub import is_repository_id, read_adapter_base, resolve_source
 from .conversion.names import ROPE_PAIRS, TO_HF
 from .conversion.params import PARAMS_NAME, config_from_params
 from .conversion.plan import CONFIG_NAMES, TOKENIZER_NAME
@@ -113,13 +113,20 @@ def find_consolidated(
 
 
 def find_tokenizer_file(source: Any, options: Mapping[str, Any]) -> Path | None:
-    """The tokenizer file of a consolidated checkpoint, or None.
+    """Where the tokenizer of a consolidated checkpoint or of an adapter is, or None if it is in `source` itself.
 
-    It is read alone: the vendor's folder also has a tokenizer.json and a template of its own, which are not exact.
+    Of a consolidated checkpoint, the file is read alone: the vendor's folder also has a tokenizer.json and a template
+    of its own, which are not exact. An adapter that was saved without a tokenizer has the one of its base.
     """
     folder = find_consolidated(source, options, patterns=(PARAMS_NAME, TOKENIZER_NAME))
-    file = None if folder is None else folder / TOKENIZER_NAME
-    return file if file is not None and file.exists() else None
+    if folder is not None:
+        file = folder / TOKENIZER_NAME
+        return file if file.exists() else None
+    adapter = Path(source, options.get("subfolder") or "")
+    if not adapter.is_dir() or any((adapter / name).exists() for name in ("tokenizer.json", TOKENIZER_NAME)):
+        return None
+    base = read_adapter_base(adapter)
+    return None if base is None else find_tokenizer_file(base, {}) or Path(base)
 
 
 def read_config(folder: Path) -> MistralLargeConfig:

@@ -21,6 +21,10 @@ class CheckpointError(MistralLargeError, ValueError):
     """A checkpoint whose files, tensors or geometry do not fit together."""
 
 
+class ConfigurationError(MistralLargeError, ValueError):
+    """A configuration with something that Mistral Large does not have."""
+
+
 class PlanError(MistralLargeError, ValueError):
     """Devices or a demand that no plan can be made for."""
 

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_mistral_large import MistralLargeConfig
+from .configuration_mistral_large import MistralLargeConfig, check_config
 from .cpu_decode import grouped_attention_forward, takes_grouped_attention
 from .long_prompts import LongPromptGenerationMixin
 from .masked_attention import masked_attention_forward, takes_masked_attention
@@ -217,6 +217,10 @@ class MistralLargePreTrainedModel(HostedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
 
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        check_config(config)
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -227,15 +231,18 @@ class MistralLargePreTrainedModel(HostedModel):
     ) -> Any:
         """Load a folder or a repository on the hub, of the HF layout or, as it is, of the vendor's consolidated layout.
 
-        All options are transformers'. Where a folder has both layouts, the consolidated one is read. A checkpoint that
-        `convert --quantize` wrote stays quantized in memory, see `quantized`.
+        Of an adapter of PEFT, the base model is loaded, of either layout, and then the adapter. All options are
+        transformers'. Where a folder has both layouts, the consolidated one is read. A checkpoint that `convert
+        --quantize` wrote stays quantized in memory, see `quantized`.
 
         Raises:
-            CheckpointError: a consolidated checkpoint that is not complete and sound, where nothing was loaded; a
-                quantization that transformers does not know, or one that has quantized nothing.
+            CheckpointError: a consolidated checkpoint that is not complete and sound, or an adapter without its base,
+                where nothing was loaded; a quantization that transformers does not know, or one that has quantized
+                nothing.
             MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
+        from .adapter_loading import adapter_base, load_own_adapter, load_with_adapter
         from .consolidated_loading import (
             default_generation_config,
             find_consolidated,
@@ -248,6 +255,9 @@ class MistralLargePreTrainedModel(HostedModel):
 
         folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
+            base = adapter_base(pretrained_model_name_or_path, kwargs)
+            if base is not None:
+                return load_with_adapter(cls, base, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             config = config_for_loading(cls, pretrained_model_name_or_path, config, kwargs)
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
             model = loaded[0] if kwargs.get("output_loading_info") else loaded
@@ -264,6 +274,7 @@ class MistralLargePreTrainedModel(HostedModel):
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         refuse_failed_quantization(model, pretrained_model_name_or_path)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        load_own_adapter(model, folder)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -271,7 +282,9 @@ class MistralLargePreTrainedModel(HostedModel):
 
         Raises:
             ValueError: `save_original_format`, which is off unless it is asked for.
+            ConfigurationError: a config that was changed into one that cannot be loaded; nothing was written.
         """
+        check_config(self.config)
         if kwargs.setdefault("save_original_format", False):
             raise ValueError(
                 "save_original_format=True: the consolidated layout has files of its own, which transformers does not "

@@ -13,18 +13,22 @@ tests/test_transformers_api.py counts. Each entry says what breaks when transfor
 | class attributes of `HostedModel`, `HeadedModel`, `records` | see there |
 | `QuantizerHook`, `LocalShards`, `_tp_size` | quantized checkpoints do not load, or are saved wrong: see there |
 | `_attn_implementation` | the attention chosen by the user is not the one that runs |
+| `_LazyModule` | tools that look for our classes in `transformers` find none: see `export_names` |
+| `PreTrainedConfig.get_config_dict` | the Auto classes read no consolidated folder: see `read_config_dict_with` |
 """
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from copy import copy
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -35,8 +39,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import TransformersKwargs
+from transformers.utils.import_utils import _LazyModule
 
 from .errors import KeywordError
+from .supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 
 # The cache
 
@@ -297,3 +303,67 @@ class PrefillHook(GenerationMixin):
 def mask_length(generation_config: GenerationConfig) -> int | None:
     """The length of a mask that hides nothing: `generate` drops such a mask from 5.18 on and keeps its length here."""
     return getattr(generation_config, "_mask_length", None)
+
+
+# The range
+
+
+def warn_outside_range(installed: str = transformers_version) -> None:
+    """Warn when the installed transformers is older or newer than those that the test suite has passed on."""
+    oldest, newest = Version(OLDEST_TRANSFORMERS).release, Version(NEWEST_TRANSFORMERS).release
+    if not oldest <= Version(installed).release[:2] <= newest:
+        warnings.warn(
+            f"transformers {installed} is installed; modeling-mistral-large is tested with {OLDEST_TRANSFORMERS} to "
+            f"{NEWEST_TRANSFORMERS}, and another version may give wrong results without an error: run "
+            "`mistral-large doctor`, or install one of the range",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+# The names
+
+
+def export_names(classes: Iterable[type]) -> None:
+    """Make classes attributes of the module `transformers`, where pipelines, TRL, `serve` and vLLM look for them.
+
+    When its class of modules changes, those tools find no class of that name. They are set on the class, since
+    `import transformers.processing_utils` puts a new module in the place of the one that was imported before.
+    """
+    for each in classes:
+        setattr(_LazyModule, each.__name__, _ExportedClass(each))
+
+
+class _ExportedClass:
+    """An attribute of the module `transformers`, and of none of the other modules of its class."""
+
+    def __init__(self, exported: type) -> None:
+        self._exported = exported
+
+    def __get__(self, module: object, _: type | None = None) -> type:
+        if getattr(module, "__name__", None) != "transformers":
+            raise AttributeError(self._exported.__name__)
+        return self._exported
+
+
+# The files of a config
+
+
+def read_config_dict_with(read: Callable[[Any, dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Let `read` say what the config is of a folder in which the Auto classes find none; may run any number of times.
+
+    They ask `PreTrainedConfig.get_config_dict` for the model type before any class of ours is asked. When they ask
+    something else, they find no model type in a consolidated folder, and say so.
+    """
+    original = PreTrainedConfig.__dict__["get_config_dict"].__func__
+    original = getattr(original, "replaced", original)
+
+    def get_config_dict(cls: type, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        options = dict(kwargs)
+        found, remaining = original(cls, source, **kwargs)
+        if cls is PreTrainedConfig and not found.keys() - {"_commit_hash"}:
+            found = read(source, options) or found
+        return found, remaining
+
+    get_config_dict.replaced = original  # type: ignore[attr-defined]  # a function takes any attribute
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]  # of the same signature

@@ -327,22 +327,27 @@ def test_what_asks_for_other_files_is_left_to_transformers(checkpoint: Checkpoin
         load(checkpoint.consolidated, config=CONFIG, variant="fp16")
 
 
-def test_the_calls_of_the_auto_classes_that_work_and_those_that_cannot(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("with_config", [False, True])
+def test_the_auto_classes_load_a_consolidated_folder(checkpoint: Checkpoint, with_config: bool) -> None:
     folder = checkpoint.consolidated
     config = MistralLargeConfig.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    options = {"config": config} if with_config else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     assert type(model) is MistralLargeForCausalLM
     assert_same_tensors(model, load(checkpoint.hf))
-    assert type(AutoTokenizer.from_pretrained(folder, config=config)) is MistralLargeTokenizer
-    # Before any class of ours is asked, transformers wants the model type of a config.json. When one of these works,
-    # docs/loading.md is to say so.
-    for call in (
-        AutoConfig.from_pretrained,
-        AutoModelForCausalLM.from_pretrained,
-        lambda name: pipeline("text-generation", str(name)),
-    ):
-        with pytest.raises(ValueError, match="model_type"):
-            call(folder)
+    assert type(AutoTokenizer.from_pretrained(folder, **options)) is MistralLargeTokenizer
+    assert AutoConfig.from_pretrained(folder).to_dict() == {**config.to_dict(), "_name_or_path": str(folder)}
+    chat = pipeline("text-generation", str(folder), **options)
+    assert type(chat.model) is MistralLargeForCausalLM
+    assert type(chat.tokenizer) is MistralLargeTokenizer
+
+
+def test_the_auto_classes_say_of_other_folders_what_they_said(damaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model_type"):
+        AutoConfig.from_pretrained(tmp_path)
+    (damaged / "params.json").write_text('{"dim": 80}')
+    with pytest.raises(CheckpointError, match="n_layers is missing"):
+        AutoConfig.from_pretrained(damaged)
 
 
 def test_the_pipeline_and_generate_give_the_golden_answers(tmp_path: Path) -> None:
