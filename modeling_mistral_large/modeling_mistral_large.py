@@ -237,8 +237,8 @@ class MistralLargePreTrainedModel(HostedModel):
 
         Raises:
             CheckpointError: a consolidated checkpoint that is not complete and sound, or an adapter without its base,
-                where nothing was loaded; a quantization that transformers does not know, or one that has quantized
-                nothing.
+                where nothing was loaded; a quantization that transformers does not know, one that has quantized
+                nothing, or tensors of a linear layer that have no place in the model.
             MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
@@ -251,31 +251,37 @@ class MistralLargePreTrainedModel(HostedModel):
         )
         from .conversion.hub import CONSOLIDATED_FILES
         from .conversion.plan import read_checkpoint
-        from .quantized import config_for_loading, refuse_failed_quantization
+        from .quantized import config_for_loading, refuse_unquantized
 
-        folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
+        source = pretrained_model_name_or_path
+        wants_info = kwargs.pop("output_loading_info", False)
+        folder = find_consolidated(source, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
-            base = adapter_base(pretrained_model_name_or_path, kwargs)
+            base = adapter_base(source, kwargs)
             if base is not None:
-                return load_with_adapter(cls, base, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-            config = config_for_loading(cls, pretrained_model_name_or_path, config, kwargs)
-            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-            model = loaded[0] if kwargs.get("output_loading_info") else loaded
-            refuse_failed_quantization(model, pretrained_model_name_or_path)
-            return loaded
-        register_weight_conversions()
-        weights_config, tensors = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
-        kwargs.pop("subfolder", None)
-        if kwargs.get("generation_config") is None:
-            # Otherwise transformers looks for the config.json that is not there.
-            kwargs["generation_config"] = default_generation_config(weights_config)
-        with index_of(tensors) as index_folder:
-            loaded = super().from_pretrained(index_folder, *model_args, config=config or folder, **kwargs)
-        model = loaded[0] if kwargs.get("output_loading_info") else loaded
-        refuse_failed_quantization(model, pretrained_model_name_or_path)
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        load_own_adapter(model, folder)
-        return loaded
+                return load_with_adapter(
+                    cls, base, source, *model_args, config=config, output_loading_info=wants_info, **kwargs
+                )
+            config = config_for_loading(cls, source, config, kwargs)
+            loaded: Any = super().from_pretrained(
+                source, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        else:
+            register_weight_conversions()
+            weights_config, tensors = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
+            kwargs.pop("subfolder", None)
+            if kwargs.get("generation_config") is None:
+                # Otherwise transformers looks for the config.json that is not there.
+                kwargs["generation_config"] = default_generation_config(weights_config)
+            with index_of(tensors) as index_folder:
+                loaded = super().from_pretrained(
+                    index_folder, *model_args, config=config or folder, output_loading_info=True, **kwargs
+                )
+            loaded[0].name_or_path = loaded[0].config.name_or_path = str(source)
+            load_own_adapter(loaded[0], folder)
+        model, info = loaded
+        refuse_unquantized(model, source, info["unexpected_keys"])
+        return loaded if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save in the HF layout, whatever layout the model was loaded from.

@@ -11,7 +11,7 @@ out * in + 4 * out, int4 takes out * in / 2 + 4 * out * in / group. While it is 
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -43,6 +43,7 @@ from .transformers_api import LocalShards, QuantizerHook, ignore_unexpected_keys
 # Under this name transformers finds the classes below; in files it is compressed-tensors.
 LOADED_METHOD = "mistral_large"
 LINEAR_NAME = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj")
+LINEAR_PART = re.compile(r"(?:.*\.)?(layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\..+")
 # The kernel for 4 bits reads the weights anew for each few positions: for more of them, expanding is faster.
 MOST_POSITIONS_OF_KERNEL = 32
 # Bits of E4M3 moved to those of BF16 are a number that is smaller by the difference of the exponents' offsets.
@@ -508,16 +509,29 @@ def _is_known(settings: Mapping[str, Any]) -> bool:
     )
 
 
-def refuse_failed_quantization(model: PreTrainedModel, source: Any) -> None:
-    """Check after loading that a model that was to be quantized is.
+def refuse_unquantized(model: PreTrainedModel, source: Any, unexpected: Iterable[str]) -> None:
+    """Check after loading that a model that was to be quantized is, and that none of its linear layers lost a tensor.
+
+    `unexpected` are the names of the checkpoint's tensors that have no place in the model.
 
     Raises:
-        CheckpointError: every linear layer is as large as without the quantization.
+        CheckpointError: every linear layer is as large as without the quantization; or a linear layer has more in the
+            checkpoint than its weight, such as scales or a bias, which would be left out of the product.
     """
+    linears = {name: module for name, module in model.named_modules() if LINEAR_NAME.fullmatch(name)}
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
-        return
-    if all(_is_plain(module) for name, module in model.named_modules() if LINEAR_NAME.fullmatch(name)):
+    if quantizer is None:
+        # A head calls the decoder's tensors by another prefix.
+        names = {name[name.index("layers.") :] for name in linears}
+        parts = ((LINEAR_PART.fullmatch(key), key) for key in unexpected)
+        lost = sorted(key for part, key in parts if part and part[1] in names)
+        if lost:
+            raise CheckpointError(
+                f"{source}: {len(lost)} tensors of linear layers have no place in the model, such as {lost[0]}: they "
+                "belong to a quantization that config.json does not name, or to another architecture; use the "
+                "checkpoint's own config.json, or the engine it was made for"
+            )
+    elif not getattr(quantizer.quantization_config, "dequantize", False) and all(map(_is_plain, linears.values())):
         method = quantizer.quantization_config.quant_method
         raise CheckpointError(
             f"{source}: quantization {getattr(method, 'value', method)!r} left every linear layer of the decoder as it "
@@ -527,11 +541,11 @@ def refuse_failed_quantization(model: PreTrainedModel, source: Any) -> None:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a linear layer is what the model class makes: compressed-tensors, for one, only adds a scheme to it."""
-    if type(module) is not nn.Linear or vars(module).keys() != vars(PLAIN).keys():
+    if type(module) is not nn.Linear or any(name not in PLAIN and name[0] != "_" for name in vars(module)):
         return False
     # torchao and others replace the tensor and leave the module.
     return type(module.weight.data) is Tensor and module.weight.dtype.is_floating_point and module.weight.itemsize > 1
 
 
-# An untouched layer, for its attributes.
-PLAIN = nn.Linear(1, 1, bias=False, device="meta")
+# The attributes of an untouched layer.
+PLAIN = frozenset(vars(nn.Linear(1, 1, bias=False, device="meta")))

@@ -230,7 +230,7 @@ class QuantizerHook(HfQuantizer):
     """A quantizer of ours: `prepare` replaces the modules of a model without weights, `finish` works on the loaded one.
 
     transformers calls the two underscored methods. If it no longer does, no linear layer is replaced, which
-    `quantized.refuse_failed_quantization` says.
+    `quantized.refuse_unquantized` says.
     """
 
     def prepare(self, model: PreTrainedModel) -> None:
