@@ -21,7 +21,6 @@ ABSENT = {
     "attention_bias": False,
     "attention_chunk_size": None,
     "hidden_act": "silu",
-    "is_causal": True,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "per_layer_config": None,
@@ -42,7 +41,12 @@ OPTIONS_OF_FILES = (
     "trust_remote_code",
 )
 # transformers leaves overrides of what is no field to the model, whose error does not say what is wrong.
-OVERRIDES_WITHOUT_A_FIELD = (*(ABSENT.keys() - {"hidden_act", "tie_word_embeddings"}), "rope_scaling", "rope_theta")
+OVERRIDES_WITHOUT_A_FIELD = (
+    *(ABSENT.keys() - {"hidden_act", "tie_word_embeddings"}),
+    "layer_types",
+    "rope_scaling",
+    "rope_theta",
+)
 POSITIVE = (
     "vocab_size",
     "hidden_size",
