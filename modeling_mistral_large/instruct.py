@@ -237,7 +237,8 @@ def _read_message(given: Any, index: int, *, strict: bool, is_sample_end: bool) 
 def _check_keys(fields: Mapping[Any, Any], known: frozenset[str], where: str, place: str) -> None:
     """Check that keys without a place in the format say nothing."""
     for key, value in fields.items():
-        if key in known or value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
+        is_empty = value is None or ((isinstance(value, str | Mapping) or is_list(value)) and len(value) == 0)
+        if key in known or is_empty:
             continue
         # What another role may say, and this message does not.
         if value is False and key in KEYS["assistant"]:
@@ -376,21 +377,25 @@ def _read_id(given: Any, where: str, *, strict: bool) -> str | None:
             "leave strict=True out to have it mapped"
         )
     # Some clients write "null" for an id they do not have.
-    return str(given) if given and given != "null" else None
+    if not given or given == "null":
+        return None
+    return str.__str__(given) if isinstance(given, str) else str(given)
 
 
 def _write_value(value: Any, where: str, *, strict: bool) -> str:
     """Return the JSON text of a value, or of a text that may hold one."""
     if not isinstance(value, str):
+
+        def plain(inner: Any) -> Any:
+            return dict(inner) if isinstance(inner, Mapping) else json_value(inner, where)
+
         try:
             # In ASCII first and from there, as the reference does: keys become text, and the last of equal ones counts.
-            value = json.dumps(value)
+            value = json.dumps(value, default=None if strict else plain)
+        except ConversationError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
-            if strict or not isinstance(error, TypeError):
-                raise ConversationError(
-                    f"{where}: {error}; arguments and results are JSON values; convert them"
-                ) from error
-            value = json.dumps(json_value(value, where))
+            raise ConversationError(f"{where}: {error}; arguments and results are JSON values; convert them") from error
     return rewrite_json(value, where)
 
 

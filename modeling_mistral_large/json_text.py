@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, MappingView, Sequence, Set
+from collections.abc import ItemsView, KeysView, Mapping, Sequence, Set, ValuesView
 from datetime import date, time
 from decimal import Decimal
 from enum import Enum
@@ -91,12 +91,16 @@ def _json_value(value: Any, where: str) -> Any:
         return str.__str__(value)
     if isinstance(value, Mapping):
         return _json_object(value, where)
-    if is_list(value) or isinstance(value, MappingView):
+    if is_list(value) or isinstance(value, KeysView | ValuesView | ItemsView):
         return [_json_value(item, where) for item in value]
     if isinstance(value, Set):
         return sorted((_json_value(item, where) for item in value), key=_sort_key)
     if isinstance(value, Decimal):
         return _json_decimal(value)
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    if kind == "m":
+        # numpy takes a duration for a whole number.
+        raise _not_json(value, where, "a duration is no JSON value; return a number with its unit")
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
@@ -112,7 +116,7 @@ def _json_value(value: Any, where: str) -> Any:
     if type(value).__name__ == "NAType":
         return None
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
-        return _json_array(value, where)
+        return _json_array(value, where, kind)
     if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):
         try:
             fields = dump(mode="json")
@@ -140,13 +144,10 @@ def _json_object(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
     return written
 
 
-def _json_array(value: Any, where: str) -> Any:
+def _json_array(value: Any, where: str, kind: str) -> Any:
     """Return the items of an array, or the number that stands alone in one."""
     if hasattr(value, "to_dict"):
         raise _not_json(value, where, "its index has no place in a JSON list; return .to_dict() or .tolist() of it")
-    kind = getattr(value.dtype, "kind", "")
-    if kind == "m":
-        raise _not_json(value, where, "a duration is no JSON value; return a number with its unit")
     if kind == "V":
         raise _not_json(value, where, "its fields would lose their names; return objects")
     try:
