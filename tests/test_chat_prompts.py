@@ -223,9 +223,7 @@ def test_messages_may_be_mappings_dataclasses_and_pydantic_models() -> None:
 def as_objects(value: Any) -> Any:
     """Return messages and all that is in them as objects with the fields of the dicts."""
     if isinstance(value, dict):
-        fields = {name: as_objects(item) for name, item in value.items()}
-        if "arguments" in value:
-            fields["arguments"] = value["arguments"]
+        fields = {name: item if name == "arguments" else as_objects(item) for name, item in value.items()}
         return pydantic.create_model("Fields", **dict.fromkeys(fields, (Any, ...)))(**fields)
     return tuple(map(as_objects, value)) if isinstance(value, list) else value
 
