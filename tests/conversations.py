@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from mistral_common.protocol.instruct.messages import AssistantMessage
+from mistral_common.protocol.instruct.messages import AssistantMessage, FinetuningAssistantMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
@@ -99,6 +99,43 @@ def reference_request(conversation: Conversation) -> ChatCompletionRequest[Any]:
 def reference_ids(reference: MistralTokenizer[Any, Any, Any, Any, Any], conversation: Conversation) -> list[int]:
     """Return the reference's prompt; raises as the reference does."""
     ids: list[int] = reference.encode_chat_completion(reference_request(conversation)).tokens
+    return ids
+
+
+def training_samples(kind: Kind, seed: int, count: int) -> Iterator[Conversation]:
+    """Yield conversations that end with the assistant: with weights, and final calls without an id."""
+    for number, conversation in enumerate(conversations(kind, seed, count)):
+        maker = _Maker(kind, random.Random(f"sample {kind} {seed} {number}"), is_simple=False)
+        messages = deepcopy(conversation.messages)
+        if messages[-1]["role"] != "assistant" or maker.chance(0.2):
+            messages.append(maker.answer() if maker.chance(0.6) else maker.calls(maker.ids()))
+        messages[-1].pop("prefix", None)
+        for message in messages:
+            if message["role"] == "assistant" and maker.chance(0.5):
+                message["weight"] = maker.rng.choice((0, 1, None, 0.0, 1.0))
+        for call in messages[-1].get("tool_calls") or ():
+            if maker.chance(0.5):
+                call["id"] = "null"
+            elif maker.chance(0.5):
+                del call["id"]
+        yield Conversation(messages, conversation.tools)
+
+
+def reference_sample_ids(reference: MistralTokenizer[Any, Any, Any, Any, Any], sample: Conversation) -> list[int]:
+    """Return what a reference for fine-tuning trains on; raises as it does."""
+    request = reference_request(sample)
+    messages = [
+        FinetuningAssistantMessage(
+            content=message.content, tool_calls=message.tool_calls, prefix=message.prefix, weight=given.get("weight")
+        )
+        if isinstance(message, AssistantMessage)
+        else message
+        for message, given in zip(request.messages, sample.messages, strict=True)
+    ]
+    finetuning: ChatCompletionRequest[Any] = ChatCompletionRequest.model_construct(
+        messages=messages, tools=request.tools, reasoning_effort=None
+    )
+    ids: list[int] = reference.encode_chat_completion(finetuning).tokens
     return ids
 
 

@@ -7,14 +7,16 @@ import json
 import os
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 
-from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large import MistralLargeTokenizer, tool_calls
 from modeling_mistral_large.chat_templates import RESPONSE_TEMPLATE
 from modeling_mistral_large.instruct import build_prompt
 from modeling_mistral_large.sentencepiece_bpe import join_pieces
@@ -85,6 +87,28 @@ def test_mapped_ids_are_valid_and_different(ids: list[Any]) -> None:
         assert is_tool_call_id(new)
         assert new == given_id or not (isinstance(given_id, str) and is_tool_call_id(given_id))
     assert map_tool_call_ids(ids) == mapped
+
+
+def test_ids_that_collide_are_mapped_as_ever() -> None:
+    def slowly(ids: list[Any]) -> dict[Any, str]:
+        """Return the mapping by its definition, in time with the square of the ids."""
+        mapped: dict[Any, str] = {}
+        taken = {one for one in ids if isinstance(one, str) and is_tool_call_id(one)}
+        for renamed, one in enumerate(dict.fromkeys(one for one in ids if one not in taken)):
+            kept = re.sub("[^a-zA-Z0-9]", "", one)[-9:] if isinstance(one, str) else ""
+            running = (str(number) for number in range(10**8 + renamed, 10**8 + renamed + len(ids) + 1))
+            mapped[one] = kept if len(kept) == 9 and kept not in taken else next(n for n in running if n not in taken)
+            taken.add(mapped[one])
+        return {one: mapped.get(one, one) for one in ids}
+
+    source = rng()
+    for _ in range(300):
+        choices: list[Any] = [
+            *("abcdefghi", "y-abcdefghi", None, f"x{source.randrange(9)}", f"call_{source.randrange(10**8, 10**10)}"),
+            *(str(10**8 + source.randrange(30)), source.randrange(9), f"x-{10**8 + source.randrange(9)}"),
+        ]
+        ids = [source.choice([*choices, str(10**8 + source.randrange(30))]) for _ in range(source.randrange(40))]
+        assert map_tool_call_ids(ids) == slowly(ids)
 
 
 def test_mapping_is_the_documented_one() -> None:
@@ -253,6 +277,187 @@ def test_any_cut_of_the_text_gives_the_same(answer: str) -> None:
         assert stream.parsed == expected
 
 
+END = re.compile(r"</s>(?:</s>|\[control_\d{1,3}\])*\Z")
+
+
+def read_slowly(text: str) -> tuple[str, list[str], str | None, bool]:
+    """Return content, names of the calls, problem and whether a text is finished, by the definition of how it is read.
+
+    What is given up is read again from the mark on, so that the time grows with the square of the length.
+    """
+    content, names, problem, is_after_calls = "", [], None, False
+    while True:
+        said, mark, rest = text.partition("[TOOL_CALLS]")
+        end = None if mark else END.search(said)
+        said = said[: end.start()] if end else said
+        if is_after_calls and not said.strip(" \t\n\r"):
+            said = ""
+        elif is_after_calls:
+            problem = problem or "there is text after the tool calls"
+        content += said
+        if not mark:
+            return content, names, problem, end is not None
+        found, reason, text = read_list_slowly(rest)
+        names += found
+        is_after_calls = reason is None
+        problem = problem or reason
+        if reason and not found:
+            content += "[TOOL_CALLS]"
+
+
+def read_list_slowly(text: str) -> tuple[list[str], str | None, str]:
+    """Return the names of the calls in a list, why not more of it, and what of the text is unread."""
+    names: list[str] = []
+    unread, expected = text, "["
+    position = 0
+    while position < len(unread):
+        character = unread[position]
+        if character in " \t\n\r":
+            position += 1
+        elif character not in expected:
+            return names, "the tool calls are not a JSON list of objects", unread
+        elif character == "]":
+            return names, None, unread[position + 1 :]
+        elif character in "[,":
+            position, expected = position + 1, "{"
+        else:
+            end = position + 1
+            depth, is_string = 1, False
+            while end < len(unread) and depth > 0:
+                if is_string and unread[end] == "\\":
+                    end += 1
+                elif unread[end] == '"':
+                    is_string = not is_string
+                elif not is_string:
+                    depth += (unread[end] in "{[") - (unread[end] in "}]")
+                end += 1
+            if depth > 0:
+                break
+            try:
+                call = json.loads(unread[position:end], strict=False)
+            except ValueError:
+                call = None
+            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+                return names, "a tool call is not an object with a name and arguments", unread
+            names.append(call["name"])
+            unread, position, expected = unread[end:], 0, ",]"
+    return names, "the tool calls are cut off", unread
+
+
+MARKED_PIECES = (
+    *("[TOOL_CALLS]", " [{", "[{", '{"name": "f", "arguments": {}}', '{"name": "f"}', ", ", "]", "}", '"', "\\"),
+    *('\\"', " ", "\n", "x", "T", "</s>", "[control_382]", "[control_1", "<", "[", "</", '"a": 1', "}]", "[TOOL_"),
+    *("CALLS]", ":", '{"name": "', '",":":"', "true", '"arguments": "[TOOL_CALLS] [{', "s>", "</s></s>", "{}"),
+)
+
+
+def test_any_text_is_read_as_defined() -> None:
+    """Marks in every place, given up or not, whole and cut: the same as when all of it is read again each time."""
+    source = rng()
+    for _ in range(MUTATIONS):
+        text = "".join(source.choices(MARKED_PIECES, k=source.choice((1, 3, 6, 12, 25, 60))))
+        content, names, problem, is_finished = read_slowly(text)
+        cuts = sorted(source.choices(range(len(text) + 1), k=source.choice((0, 1, 3))))
+        stream = AnswerStream(rng=rng())
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            stream.feed(text[start:end])
+        stream.finish()
+        parsed = stream.parsed
+        found = [call["function"]["name"] for call in parsed.message.get("tool_calls", [])]
+        assert (parsed.message["content"], found) == (content, names), text
+        assert (parsed.problem, parsed.is_finished) == (problem, is_finished), text
+
+
+# Texts of any length whose reading could take time with the square of it.
+REPEATED: dict[str, Callable[[int], str]] = {
+    "marks": lambda count: "[TOOL_CALLS] [{" * count,
+    "marks that end": lambda count: "[TOOL_CALLS] [{" * count + "}]" * count,
+    "marks in strings": lambda count: '[TOOL_CALLS] [{"a":"' * count,
+    "strings in turn": lambda count: '[TOOL_CALLS] [{"a":"' + '[TOOL_CALLS] [{",":":"' * count,
+    "marks in a string": lambda count: '[TOOL_CALLS] [{"a":"' + "[TOOL_CALLS] [{" * count + '"}]',
+    "bare marks": lambda count: "[TOOL_CALLS]" * count,
+    "ends": lambda count: "</s>" * count + "x",
+    "padding": lambda count: "</s>" + "[control_382]" * count + "x",
+    "digits": lambda count: "</s>[control_" + "1" * count,
+    "calls": lambda count: "[TOOL_CALLS] [" + '{"name":"f"},' * count,
+    "lists": lambda count: '[TOOL_CALLS] [{"name":"f"}]' * count,
+    "space after calls": lambda count: '[TOOL_CALLS] [{"name":"f"}]' + " " * count,
+    "space in calls": lambda count: "[TOOL_CALLS] [" + " " * count,
+    "arguments": lambda count: '[TOOL_CALLS] [{"name":"f","arguments":{"a":"' + "x" * count,
+    "brackets": lambda count: "[TOOL_CALLS] [{" + "[" * count,
+}
+
+
+class Scan:
+    """Counts the characters that a pattern or a list walks over, and those that are copied."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def pattern(self, given: re.Pattern[str]) -> Any:
+        scan = self
+
+        class Counting:
+            def search(self, text: str, position: int = 0) -> re.Match[str] | None:
+                found = given.search(text, position)
+                scan.characters += (found.end() if found else len(text)) - position
+                return found
+
+        return Counting()
+
+    def copies(self, of: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        given = getattr(of, name)
+
+        def counting(this: Any, *arguments: Any) -> Any:
+            parts = len(this._open_list.parts) if name == "_give_up" else 0
+            result = given(this, *arguments)
+            self.characters += len(result[0]) if parts else len(arguments[0] or "") if name == "keep" else 0
+            return result
+
+        monkeypatch.setattr(of, name, counting)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("name", REPEATED)
+def test_reading_is_linear(name: str, is_streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: the characters that are looked at and copied, at most a few times each."""
+    scan = Scan()
+    for pattern in ("_MARKER", "_BEGUN_MARKER", "_BRACE", "_BRACE_OR_NO_JSON", "_IN_STRING"):
+        monkeypatch.setattr(tool_calls, pattern, scan.pattern(getattr(tool_calls, pattern)))
+    scan.copies(AnswerStream, "_give_up", monkeypatch)
+    scan.copies(tool_calls._CallList, "keep", monkeypatch)
+    text = REPEATED[name](2000)
+    stream = AnswerStream()
+    for part in text if is_streamed else [text]:
+        stream.feed(part)
+    stream.finish()
+    # The end of a text is looked at up to the length of a mark.
+    assert scan.characters < (20 if is_streamed else 6) * len(text)
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_long_answers_are_read(name: str) -> None:
+    """Of a length at which the square would be hours."""
+    text = REPEATED[name](20_000)
+    message = parse_answer(text).message
+    if "tool_calls" not in message and not text.endswith("</s>"):
+        assert message["content"] == text
+
+
+def test_colliding_ids_are_mapped_in_linear_time() -> None:
+    """Of a number at which the square would be hours."""
+    ids = [str(10**8 + number) for number in range(50_000)]
+    mapped = map_tool_call_ids([*ids, *(f"x{number}" for number in range(50_000))])
+    assert len(set(mapped.values())) == 100_000
+
+
+def test_calls_without_ids_are_paired_in_linear_time() -> None:
+    calls = [{"function": {"name": "f", "arguments": {}}}] * 20_000
+    results = [{"role": "tool", "content": "1", "tool_call_id": f"call_{number}"} for number in range(20_000)]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}, *results]
+    assert len(build_prompt(messages)) == 4 + 3 + 3 * 20_000
+
+
 def test_text_is_streamed_at_once() -> None:
     stream = AnswerStream()
     assert stream.feed("Hello [") == [TextEvent("Hello ")]
@@ -304,6 +509,18 @@ def test_a_continued_text_keeps_its_first_space(tokenizer: MistralLargeTokenizer
     (ids,) = tokenizer.encode_texts(["world"])
     assert parse_answer(ids, tokenizer.pieces).message["content"] == "world"
     assert parse_answer(ids, tokenizer.pieces, continues_text=True).message["content"] == " world"
+
+
+def test_a_first_space_that_is_a_byte_is_kept(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: MistralTokenizer[Any, Any, Any, Any, Any]
+) -> None:
+    byte, dummy, word = (tokenizer.pieces.index(piece) for piece in ("<0x20>", "▁", "▁Hello"))
+    for ids in ([byte], [byte, word], [dummy, byte], [dummy, word], [word], [dummy, dummy, word], [byte, byte]):
+        text = reference_tokenizer.decode(ids)
+        assert parse_answer(ids, tokenizer.pieces).message["content"] == text
+        stream = AnswerStream(tokenizer.pieces)
+        events = [event for token_id in ids for event in stream.feed([token_id])]
+        assert put_together(events + stream.finish())[0] == text
 
 
 def test_split_characters_are_held_back(tokenizer: MistralLargeTokenizer) -> None:

@@ -1,16 +1,30 @@
 """The tool cycle: calls run by their schema, errors go back to the model, and it ends."""
 
+import asyncio
+import contextvars
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
-from datetime import date
-from typing import Any, Literal
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+from uuid import UUID
 
+import numpy as np
+import pydantic
 import pytest
+import torch
 import transformers
 
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.instruct import build_prompt
 from modeling_mistral_large.tool_loop import generate_with, run_tool_loop
+from modeling_mistral_large.tool_schemas import describe_function
 
 Message = dict[str, Any]
 
@@ -193,9 +207,500 @@ def test_tools_are_checked_first() -> None:
         run_tool_loop(script(), QUESTION, [say, say])
 
 
-def test_a_model_and_its_tokenizer(tokenizer: Any) -> None:
-    import torch
+@pytest.mark.parametrize("tools", [say, {"say": say}, "say", iter([say]), {say}], ids=str)
+def test_tools_are_a_list(tools: Any) -> None:
+    with pytest.raises(ConversationError, match="tools are a list"):
+        run_tool_loop(script(), QUESTION, tools)
 
+
+# Async tools
+
+Ran = list[str]
+
+
+def async_tools(ran: Ran) -> dict[str, Callable[..., Any]]:
+    """Return tools of every kind that give an awaitable, each of which notes that it ran."""
+
+    async def tide_table(harbour: str) -> str:
+        """
+        Hours of high water
+
+        Args:
+            harbour: The harbour
+        """
+        await asyncio.sleep(0)
+        ran.append(harbour)
+        return "06:41"
+
+    @functools.wraps(tide_table)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return tide_table(*args, **kwargs)
+
+    @functools.wraps(tide_table)
+    async def wrapped_async(*args: Any, **kwargs: Any) -> Any:
+        return await tide_table(*args, **kwargs)
+
+    class Almanac:
+        async def tide_table(self, harbour: str) -> str:
+            """
+            Hours of high water
+
+            Args:
+                harbour: The harbour
+            """
+            return await tide_table(harbour)
+
+        async def __call__(self, harbour: str) -> str:
+            """
+            Hours of high water
+
+            Args:
+                harbour: The harbour
+            """
+            return await tide_table(harbour)
+
+    class Later:
+        def __init__(self, harbour: str) -> None:
+            self.harbour = harbour
+
+        def __await__(self) -> Any:
+            return tide_table(self.harbour).__await__()
+
+    def awaitable(harbour: str) -> Any:
+        """
+        Hours of high water
+
+        Args:
+            harbour: The harbour
+        """
+        return Later(harbour)
+
+    return {
+        "function": tide_table,
+        "wrapped": wrapped,
+        "wrapped async": wrapped_async,
+        "method": Almanac().tide_table,
+        "object": Almanac(),
+        "partial": functools.partial(tide_table),
+        "partial of a method": functools.partial(Almanac().tide_table),
+        "partial of an object": functools.partial(Almanac()),
+        "another awaitable": awaitable,
+    }
+
+
+def run_one(tool: Callable[..., Any], arguments: Any) -> Any:
+    """Return what a call of the one tool puts into the conversation."""
+    name = describe_function(tool, "tool")["function"]["name"]
+    return run_tool_loop(script(calling((name, arguments)), DONE), QUESTION, [tool])[2]["content"]
+
+
+@pytest.mark.parametrize("kind", async_tools([]))
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_async_tools_are_awaited(kind: str, in_a_loop: bool) -> None:
+    ran: Ran = []
+    tool = async_tools(ran)[kind]
+
+    async def inside() -> Any:
+        return run_one(tool, {"harbour": "Brest"})
+
+    assert (asyncio.run(inside()) if in_a_loop else run_one(tool, {"harbour": "Brest"})) == "06:41"
+    assert ran == ["Brest"]
+
+
+def test_async_tools_share_an_event_loop_and_the_callers_context() -> None:
+    loops = []
+    language = contextvars.ContextVar("language", default="none")
+
+    async def look() -> str:
+        """Look."""
+        loops.append(asyncio.get_running_loop())
+        return language.get()
+
+    async def inside() -> list[Message]:
+        return run_tool_loop(script(calling(("look", {}), ("look", {})), DONE), QUESTION, [look])
+
+    language.set("fr")
+    for messages in (
+        asyncio.run(inside()),
+        run_tool_loop(script(calling(("look", {}), ("look", {})), DONE), QUESTION, [look]),
+    ):
+        assert [message["content"] for message in messages[2:4]] == ["fr", "fr"]
+    first, again, second, last = loops
+    assert first is again
+    assert second is last
+    assert first is not second
+    assert first.is_closed()
+    assert second.is_closed()
+
+
+def test_what_an_async_tool_raises_goes_to_the_model() -> None:
+    async def fail_later() -> None:
+        """Fail."""
+        raise RuntimeError("out of order")
+
+    assert json.loads(run_one(fail_later, {})) == {"error": "RuntimeError: out of order"}
+
+
+def test_a_tool_may_run_a_loop_of_its_own() -> None:
+    async def ask() -> Any:
+        """Ask another."""
+        return run_one(async_tools([])["function"], {"harbour": "Brest"})
+
+    assert run_one(ask, {}) == "06:41"
+
+
+def test_generators_are_refused_before_the_model_is_asked() -> None:
+    async def stream() -> Any:
+        """Stream."""
+        yield 1
+
+    def count() -> Any:
+        """Count."""
+        yield 1
+
+    for tool in (stream, count, functools.partial(stream)):
+        with pytest.raises(ConversationError, match="generator"):
+            run_tool_loop(script(), QUESTION, [tool])
+
+    @functools.wraps(say)
+    def hidden(text: str) -> Any:
+        return stream()
+
+    with pytest.raises(ConversationError, match="the result of tool say: async_generator"):
+        run_one(hidden, {"text": "x"})
+
+
+def test_a_task_of_a_loop_that_waits_is_refused() -> None:
+    def begin() -> Any:
+        """Begin."""
+        return asyncio.get_running_loop().create_task(asyncio.sleep(0))
+
+    async def inside() -> Any:
+        return run_one(begin, {})
+
+    with pytest.raises(ConversationError, match="the result of tool begin: a task of an event loop"):
+        asyncio.run(inside())
+
+
+# Callables that are no plain functions
+
+
+def tide(harbour: str, /, day: int = 1, *, unit: str = "m") -> str:
+    """
+    Height of the tide
+
+    Args:
+        harbour: The harbour
+        day: The day
+        unit: The unit
+    """
+    return f"{harbour} {day} {unit}"
+
+
+class Harbour:
+    """A harbour."""
+
+    def tide(self, day: int) -> str:
+        """
+        Height of the tide
+
+        Args:
+            day: The day
+        """
+        return f"day {day}"
+
+    def __call__(self, day: int) -> str:
+        """
+        Height of the tide
+
+        Args:
+            day: The day
+        """
+        return f"day {day}"
+
+    @classmethod
+    def high(cls, day: int) -> str:
+        """
+        Height of the tide
+
+        Args:
+            day: The day
+        """
+        return f"day {day}"
+
+    @staticmethod
+    def low(day: int) -> str:
+        """
+        Height of the tide
+
+        Args:
+            day: The day
+        """
+        return f"day {day}"
+
+
+def keyed(harbour: str, key: str) -> str:
+    """
+    Height of the tide
+
+    Args:
+        harbour: The harbour
+        key: The key of the service
+    """
+    return f"{harbour} {key}"
+
+
+with_key = functools.partial(keyed, key="secret")
+dressed = functools.update_wrapper(functools.partial(keyed, "Brest"), keyed)
+renamed = functools.partial(keyed, key="secret")
+renamed.__name__ = "height"  # type: ignore[attr-defined]  # a partial takes attributes
+
+CALLABLES: dict[str, tuple[Callable[..., Any], str, list[str], dict[str, Any], str]] = {
+    "positional": (tide, "tide", ["harbour", "day", "unit"], {"harbour": "Brest", "unit": "ft"}, "Brest 1 ft"),
+    "cached": (functools.lru_cache(tide), "tide", ["harbour", "day", "unit"], {"harbour": "Brest"}, "Brest 1 m"),
+    "partial": (with_key, "keyed", ["harbour"], {"harbour": "Brest"}, "Brest secret"),
+    "partial by place": (functools.partial(keyed, "Brest"), "keyed", ["key"], {"key": "k"}, "Brest k"),
+    "dressed partial": (dressed, "keyed", ["key"], {"key": "k"}, "Brest k"),
+    "named partial": (renamed, "height", ["harbour"], {"harbour": "Brest"}, "Brest secret"),
+    "partial of cached": (
+        functools.partial(functools.cache(keyed), key="k"),
+        "keyed",
+        ["harbour"],
+        {"harbour": "B"},
+        "B k",
+    ),
+    "method": (Harbour().tide, "tide", ["day"], {"day": 3}, "day 3"),
+    "class method": (Harbour.high, "high", ["day"], {"day": 3}, "day 3"),
+    "static method": (Harbour.low, "low", ["day"], {"day": 3}, "day 3"),
+    "object": (Harbour(), "Harbour", ["day"], {"day": 3}, "day 3"),
+}
+
+
+@pytest.mark.parametrize(("tool", "name", "names", "arguments", "result"), CALLABLES.values(), ids=CALLABLES)
+def test_callables_are_tools(tool: Any, name: str, names: list[str], arguments: dict[str, Any], result: str) -> None:
+    function = describe_function(tool, "tool")["function"]
+    assert (function["name"], function["description"]) == (name, "Height of the tide")
+    assert list(function["parameters"]["properties"]) == names
+    assert run_one(tool, arguments) == result
+    extra = json.loads(run_one(tool, {**arguments, "other": 1}))
+    assert "there is no argument 'other'" in extra["error"]
+
+
+def test_what_a_partial_sets_is_not_the_models_to_choose() -> None:
+    error = json.loads(run_one(with_key, {"harbour": "Brest", "key": "mine"}))["error"]
+    assert error == "there is no argument 'key'; the arguments are harbour"
+
+
+def add(first: int, *rest: int) -> int:
+    """
+    Add
+
+    Args:
+        first: One
+        rest: The others
+    """
+    return sum(rest, first)
+
+
+def choose(first: int, **rest: int) -> int:
+    """
+    Choose
+
+    Args:
+        first: One
+        rest: The others
+    """
+    return first
+
+
+@functools.cache
+def bare(*args: Any, **kwargs: Any) -> Any:
+    """Do anything."""
+
+
+@pytest.mark.parametrize(
+    ("tool", "problem"),
+    [
+        (add, r"\(add\): \*rest: int"),
+        (functools.partial(add, 1), r"\(add\): \*rest: int"),
+        (choose, r"\(choose\): \*\*rest: int"),
+        (bare, r"\(bare\): \*args"),
+        (Harbour.tide, r"\(tide\): self is not bound"),
+        (functools.partial(lambda x: x), "<lambda> has no docstring"),
+    ],
+)
+def test_a_function_that_no_call_could_fill_is_refused(tool: Any, problem: str) -> None:
+    with pytest.raises(ConversationError, match=problem):
+        run_tool_loop(script(), QUESTION, [tool])
+    with pytest.raises(ConversationError, match=problem):
+        build_prompt(QUESTION, [tool])
+
+
+# Results
+
+Unit = Enum("Unit", {"METRE": "m", "FOOT": 0.3048})
+
+
+@dataclasses.dataclass
+class Report:
+    harbour: str
+    at: Any
+
+
+class Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+    day: date
+    value: Any = None
+
+
+class Place(NamedTuple):
+    x: int
+    y: Any
+
+
+NOW = datetime(2024, 7, 24, 6, 41, tzinfo=timezone.utc)
+HASH = UUID("12345678-1234-5678-1234-567812345678")
+NAN, INFINITY = float("nan"), float("inf")
+
+# A result, and the value that the model reads.
+RESULTS: dict[str, tuple[Any, Any]] = {
+    "nothing": (None, None),
+    "truth": (True, True),
+    "numpy truth": (np.bool_(False), False),
+    "numpy whole number": (np.int64(2**62), 2**62),
+    "numpy byte": (np.uint8(255), 255),
+    "numpy half": (np.float16(0.1), float(np.float16(0.1))),
+    "numpy single": (np.float32(0.1), float(np.float32(0.1))),
+    "numpy double": (np.float64(0.1), 0.1),
+    "numpy long": (np.longdouble(0.5), 0.5),
+    "numpy text": ([np.str_("x")], ["x"]),
+    "numpy day": (np.datetime64("2024-07-24"), "2024-07-24"),
+    "numpy nanosecond": (np.datetime64("2024-07-24T06:41:00.000000001"), "2024-07-24T06:41:00.000000001"),
+    "numpy no time": (np.datetime64("NaT"), None),
+    "array alone": (np.array(7), 7),
+    "array": (np.arange(6).reshape(2, 3), [[0, 1, 2], [3, 4, 5]]),
+    "array of truths": (np.array([True, False]), [True, False]),
+    "array of objects": (np.array([np.int8(1), None, {"a": np.int8(2)}], dtype=object), [1, None, {"a": 2}]),
+    "array of times": (
+        np.array(["2024-07-24T06:41", "NaT"], "datetime64[ns]"),
+        ["2024-07-24T06:41:00.000000000", None],
+    ),
+    "empty array": (np.zeros((0, 2)), []),
+    "torch number": (torch.tensor(7), 7),
+    "torch array": (torch.tensor([1.5, 2.0], dtype=torch.bfloat16, requires_grad=True), [1.5, 2.0]),
+    "dataclass": (Report("Brest", np.float64(3.5)), {"harbour": "Brest", "at": 3.5}),
+    "dataclasses": ([Report("Brest", NOW)], [{"harbour": "Brest", "at": "2024-07-24T06:41:00+00:00"}]),
+    "model": (Model(day=date(2024, 7, 24), value=Decimal("1.5")), {"day": "2024-07-24", "value": "1.5"}),
+    "model of a number that is numpy's": (
+        Model(day=date(2024, 7, 24), value=np.int8(1)),
+        {"day": "2024-07-24", "value": 1},
+    ),
+    "models by name": ({"a": [Model(day=date(2024, 7, 24))]}, {"a": [{"day": "2024-07-24", "value": None}]}),
+    "named tuple": (Place(1, np.int8(2)), [1, 2]),
+    "tuple": ((1, (2, np.int8(3))), [1, [2, 3]]),
+    "set": ({10, 9, "b", "a"}, [9, 10, "a", "b"]),
+    "frozen set": (frozenset({np.int64(2)}), [2]),
+    "range": (range(3), [0, 1, 2]),
+    "values": ({"a": 1}.values(), [1]),
+    "whole decimal": (Decimal("12"), 12),
+    "decimal": (Decimal("19.90"), 19.9),
+    "exact decimal": (Decimal("0.12345678901234567890"), "0.12345678901234567890"),
+    "large decimal": (Decimal("1E+30"), 10**30),
+    "huge decimal": (Decimal("1E+999999"), "1E+999999"),
+    "no decimal": (Decimal("NaN"), NAN),
+    "endless decimal": (Decimal("-Infinity"), -INFINITY),
+    "fraction": (Fraction(1, 2), 0.5),
+    "not a number": (np.float32("nan"), NAN),
+    "endless": (np.float64("inf"), INFINITY),
+    "day": (date(2024, 7, 24), "2024-07-24"),
+    "moment": (NOW, "2024-07-24T06:41:00+00:00"),
+    "time": (time(6, 41), "06:41:00"),
+    "hash": (HASH, str(HASH)),
+    "path": (PurePosixPath("a/b"), "a/b"),
+    "enum": ([Unit.METRE, Unit.FOOT], ["m", 0.3048]),
+    "mapping": (MappingProxyType({"a": np.int8(1)}), {"a": 1}),
+    "keys": (
+        {1: 0, 2.5: 0, None: 0, False: 0, np.int8(3): 0, Unit.METRE: 0, NOW.date(): 0, HASH: 0},
+        dict.fromkeys(["1", "2.5", "null", "false", "3", "m", "2024-07-24", str(HASH)], 0),
+    ),
+}
+
+
+@pytest.mark.parametrize(("result", "value"), RESULTS.values(), ids=RESULTS)
+def test_results_are_json(result: Any, value: Any) -> None:
+    def read() -> Any:
+        """Read it."""
+        return result
+
+    for wrapped, wanted in ((result, value), ([{"a": result}], [{"a": value}])):
+        result = wrapped
+        text = run_one(read, {})
+        assert text == json.dumps(wanted, ensure_ascii=False)
+
+
+def test_results_of_pandas_are_json() -> None:
+    pandas = pytest.importorskip("pandas")
+
+    results: list[Any] = []
+
+    def read() -> Any:
+        """Read it."""
+        return results[-1]
+
+    table = pandas.DataFrame({"a": [1, 2]})
+    moment = pandas.Timestamp("2024-07-24T06:41")
+    for result, wanted in (
+        (table["a"].sum(), 3),
+        (table["a"].mean(), 1.5),
+        ([pandas.NA, pandas.NaT, moment], [None, None, moment.isoformat()]),
+        (table["a"].tolist(), [1, 2]),
+        (table.to_dict("records"), [{"a": 1}, {"a": 2}]),
+        (pandas.Index(["x"]), ["x"]),
+    ):
+        results.append(result)
+        assert json.loads(run_one(read, {})) == wanted
+    for result in (table, table["a"], {"a": table}):
+        results.append(result)
+        with pytest.raises(ConversationError, match="the result of tool read: pandas"):
+            run_one(read, {})
+
+
+ITSELF: list[Any] = []
+ITSELF.append(ITSELF)
+
+NO_RESULTS: dict[str, tuple[Any, str]] = {
+    "object": (object(), "object <object"),
+    "bytes": (b"x", "bytes b'x'"),
+    "numpy bytes": (np.bytes_(b"x"), "bytes b'x'"),
+    "complex": (1j, "complex 1j"),
+    "numpy complex": (np.complex64(1j), "complex"),
+    "duration": (timedelta(1), "datetime.timedelta"),
+    "numpy duration": (np.timedelta64(1, "D"), "duration"),
+    "fraction": (Fraction(1, 3), "fractions.Fraction"),
+    "long": (np.longdouble("0.1"), "no JSON number is equal to it"),
+    "records": (np.zeros(2, dtype=[("a", "i4")]), "would lose their names"),
+    "sparse": (torch.eye(2).to_sparse(), "Tensor"),
+    "iterator": (iter([1]), "list_iterator"),
+    "function": (len, "builtin_function_or_method"),
+    "class": (Report, "type"),
+    "error": (ValueError("x"), "ValueError"),
+    "itself": (ITSELF, "recursion"),
+    "key": ({(1, 2): 3}, "a key of a JSON object is text"),
+    "keys that are one": ({1: "a", "1": "b"}, "two keys '1'"),
+}
+
+
+@pytest.mark.parametrize(("result", "problem"), NO_RESULTS.values(), ids=NO_RESULTS)
+def test_what_is_no_json_is_refused_before_the_model_reads_it(result: Any, problem: str) -> None:
+    def read() -> Any:
+        """Read it."""
+        return result
+
+    with pytest.raises(ConversationError, match=f"^the result of tool read: .*{problem}"):
+        run_tool_loop(script(calling(("read", {}))), QUESTION, [read])
+
+
+def test_a_model_and_its_tokenizer(tokenizer: Any) -> None:
     class Model:
         """Answers with a call, and then with a text."""
 
