@@ -4,11 +4,17 @@ A package beside modeling_mistral_large, because importing that one registers wi
 here nothing heavy is imported before a command runs, and help and usage errors answer at once.
 """
 
+import errno
+import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+# What a write to a full disk, quota or file system says.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="mistral-large",
@@ -128,21 +134,31 @@ def chat(
     load: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Conversation to go on with, as /save writes it.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the likeliest tokens to choose from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes the answers the same each time.")] = None,
-    max_rounds: Annotated[int, typer.Option(min=1, help="Answers with tool calls in a row, at most.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.7,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens of this total probability.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="Random seed, also of the ids of tool calls.")
+    ] = None,
+    max_rounds: Annotated[int, typer.Option(min=1, help="Responses with tool calls in a row, at most.")] = 8,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Of the weights; auto: as stored.")
+    ] = "auto",
     device_map: Annotated[
-        str, typer.Option(help="Where the weights go: auto, cpu, cuda, …; not under torchrun.")
-    ] = "auto",
-    kv: Annotated[
-        Literal["auto", "fp8"], typer.Option(help="Numbers of the key-value cache: the model's, or 8 bits each.")
-    ] = "auto",
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Positions of a prompt that are read at once.")] = 2048,
+        str | None, typer.Option(help="Where the weights go: auto (default), cpu, cuda, …; not under torchrun.")
+    ] = None,
+    kv: Annotated[Literal["auto", "fp8"], typer.Option(help="KV-cache dtype: the model's, or FP8.")] = "auto",
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prefill chunk size in tokens.")] = 2048,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Obey lines that begin with a slash also from a pipe; see /help.")
+    ] = False,
 ) -> None:
-    """Talk with a model in the terminal, with tools; under torchrun with tensor parallelism."""
+    """Talk with a model in the terminal, with tools; under torchrun with tensor parallelism.
+
+    From a pipe, each line is a message, and so is a block between two lines that are \"\"\".
+    """
     from .chat import Sampling
     from .chat import chat as run
 
@@ -157,6 +173,7 @@ def chat(
         device_map=device_map,
         kv=kv,
         prefill_chunk=prefill_chunk,
+        commands=commands,
     )
 
 
@@ -253,9 +270,24 @@ def demo(
 
 def main() -> None:
     """Run the command line; an error the user can act on is one line on stderr and exit code 2."""
+    if sys.stdout is None:
+        typer.echo("mistral-large: standard output: closed; results are printed there; open it, or > /dev/null", err=True)
+        sys.exit(2)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What an encoding does not have is shown escaped; JSON is ASCII anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            # Here and not when Python ends, which would hide the error.
+            sys.stdout.flush()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            # Python itself flushes once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"mistral-large: standard output: {error.strerror}; make room or write elsewhere", err=True)
+            sys.exit(2)
         # Only a module that is already imported can have raised ours.
         errors = sys.modules.get("modeling_mistral_large.errors")
         if errors is None or not isinstance(error, errors.MistralLargeError):
