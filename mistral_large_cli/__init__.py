@@ -4,17 +4,11 @@ A package beside modeling_mistral_large, because importing that one registers wi
 here nothing heavy is imported before a command runs, and help and usage errors answer at once.
 """
 
-import errno
-import os
 import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
-# What a write to a full disk, quota or file system says.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="mistral-large",
@@ -270,24 +264,9 @@ def demo(
 
 def main() -> None:
     """Run the command line; an error the user can act on is one line on stderr and exit code 2."""
-    if sys.stdout is None:
-        typer.echo("mistral-large: standard output: closed; results are printed there; open it, or > /dev/null", err=True)
-        sys.exit(2)
-    if isinstance(sys.stdout, TextIOWrapper):
-        # What an encoding does not have is shown escaped; JSON is ASCII anyway.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        try:
-            app()
-        finally:
-            # Here and not when Python ends, which would hide the error.
-            sys.stdout.flush()
+        app()
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-            # Python itself flushes once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            typer.echo(f"mistral-large: standard output: {error.strerror}; make room or write elsewhere", err=True)
-            sys.exit(2)
         # Only a module that is already imported can have raised ours.
         errors = sys.modules.get("modeling_mistral_large.errors")
         if errors is None or not isinstance(error, errors.MistralLargeError):
