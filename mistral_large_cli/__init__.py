@@ -262,6 +262,16 @@ def demo(
     run_demo(keep)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Say what is installed and check that it computes right, on every device; exit code 1 if anything is wrong."""
+    from .doctor import doctor as run
+
+    raise typer.Exit(0 if run(as_json=as_json) else 1)
+
+
 def main() -> None:
     """Run the command line; an error the user can act on is one line on stderr and exit code 2."""
     try:

@@ -125,8 +125,6 @@ def chat(
 
     from modeling_mistral_large.errors import ConversationError
 
-    if sys.stdin is None:
-        raise ConversationError("standard input: closed; messages are read from it; open it, or < /dev/null for none")
     conversation = Conversation()
     if tools is not None:
         conversation.tools = load_tools(tools)
