@@ -11,6 +11,7 @@ text, for servers that read such grammars themselves.
 import json
 import re
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from .errors import CheckpointError, ConversationError, MissingLibraryError, SchemaError
+from .json_text import as_mapping
 from .sentencepiece_bpe import BYTE_IDS, CONTROL_IDS, CONTROL_TOKENS, REFERENCE_IDS, VOCAB_SIZE
 from .tokenization_mistral_large import MistralLargeTokenizer
 from .tool_calls import EOS_ID, TOOL_CALLS_ID
-from .tool_schemas import ToolDefinition, find_schema_error, write_tools
+from .tool_schemas import ToolDefinition, find_schema_error, list_tools, write_tools
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -97,7 +99,7 @@ def answer_grammar(
     MissingLibraryError without llguidance.
     """
     schema = _read_response_format(response_format)
-    functions = json.loads(write_tools(tools)) if tools else []
+    functions = json.loads(write_tools(list_tools(tools)))
     functions, is_call_required = _read_tool_choice(tool_choice, [tool["function"] for tool in functions])
     if schema is not None and is_call_required:
         raise ConversationError(
@@ -230,13 +232,14 @@ def _read_response_format(response_format: Mapping[str, Any] | None) -> Any:
     """Return the schema of JSON answers, or None for text."""
     if response_format is None:
         return None
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    given = as_mapping(response_format) or {}
+    kind = given.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
         return {"type": "object"}
-    definition = response_format.get("json_schema") if kind == "json_schema" else None
-    schema = definition.get("schema") if isinstance(definition, Mapping) else None
+    definition = as_mapping(given.get("json_schema")) if kind == "json_schema" else None
+    schema = definition.get("schema") if definition is not None else None
     if not isinstance(schema, Mapping | bool):
         raise ConversationError(
             f'response_format {response_format!r}: it is {{"type": "text"}}, {{"type": "json_object"}} or '
@@ -254,7 +257,7 @@ def _read_tool_choice(
     if tool_choice == "none":
         return [], False
     names = [function["name"] for function in functions]
-    if twice := {name for name in names if names.count(name) > 1}:
+    if twice := {name for name, count in Counter(names).items() if count > 1}:
         raise ConversationError(f"tools: two are named {min(twice)!r}; a call must tell which; rename one")
     if tool_choice in (None, "auto"):
         return functions, False
@@ -262,8 +265,8 @@ def _read_tool_choice(
         raise ConversationError(f"tool_choice {tool_choice!r}: there are no tools to call; pass tools")
     if tool_choice in ("required", "any"):
         return functions, True
-    chosen = tool_choice.get("function") if isinstance(tool_choice, Mapping) else None
-    name = chosen.get("name") if isinstance(chosen, Mapping) else None
+    chosen = as_mapping((as_mapping(tool_choice) or {}).get("function"))
+    name = chosen.get("name") if chosen is not None else None
     if name is None:
         raise ConversationError(
             f'tool_choice {tool_choice!r}: it is "none", "auto", "required" or '

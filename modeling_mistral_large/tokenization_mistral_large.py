@@ -230,7 +230,8 @@ class MistralLargeTokenizer(TokenizersBackend):
 
         The ids are the reference's. Texts are encoded apart from control tokens, so `sanitize_control_tokens` has
         nothing left to do; the format has no generation prompt, so `add_generation_prompt` changes nothing.
-        `strict=True` refuses what the reference refuses. `reference_documents_as_text=True` keeps the one kind of
+        `strict=True` refuses what the reference refuses, `finetuning=True` what its fine-tuning mode refuses in a
+        training sample. `reference_documents_as_text=True` keeps the one kind of
         pieces from a text that the reference does take from it, `[REFERENCE_DOC_n]`, which has no meaning in this
         format. Another `chat_template` is left to transformers.
 
@@ -280,10 +281,11 @@ class MistralLargeTokenizer(TokenizersBackend):
         is_batch = _is_batch(conversation)
         prompts = [
             build_prompt(
-                getattr(messages, "messages", messages),
+                messages,
                 tools,
                 continue_final_message=bool(continue_final_message),
                 strict=kwargs.get("strict", False),
+                finetuning=kwargs.get("finetuning", False),
             )
             for messages in (conversation if is_batch else [conversation])
         ]
@@ -416,7 +418,9 @@ def _added_tokens(backend: Tokenizer) -> list[AddedToken]:
 def _is_batch(conversation: Any) -> bool:
     if not isinstance(conversation, list | tuple) or not conversation:
         return False
-    return isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
+    first = conversation[0]
+    is_request = hasattr(first, "messages") or (isinstance(first, dict) and "messages" in first)
+    return is_request or isinstance(first, list | tuple)
 
 
 def _as_batch(sequences: Any) -> tuple[list[Any], bool]:

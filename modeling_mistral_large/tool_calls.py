@@ -7,7 +7,6 @@ import re
 import string
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, TypeAlias
 
 EOS_ID, EOS_TEXT = 2, "</s>"
@@ -43,6 +42,7 @@ def map_tool_call_ids(ids: Iterable[Hashable]) -> dict[Hashable, str]:
     mapped: dict[Hashable, str] = {}
     taken = {given for given in ids if isinstance(given, str) and is_tool_call_id(given)}
     renamed = 0
+    running = FIRST_RUNNING_ID
     for given in ids:
         if given in mapped:
             continue
@@ -51,8 +51,11 @@ def map_tool_call_ids(ids: Iterable[Hashable]) -> dict[Hashable, str]:
             continue
         kept = _NOT_IN_ID.sub("", given)[-ID_LENGTH:] if isinstance(given, str) else ""
         if len(kept) < ID_LENGTH or kept in taken:
-            running = map(str, count(FIRST_RUNNING_ID + renamed))
-            kept = next(candidate for candidate in running if candidate not in taken)
+            # The first free number only grows, so no number is tried twice.
+            running = max(running, FIRST_RUNNING_ID + renamed)
+            while str(running) in taken:
+                running += 1
+            kept = str(running)
         mapped[given] = kept
         taken.add(kept)
         renamed += 1
@@ -68,16 +71,25 @@ def _beginnings_of(text: str) -> str:
 
 
 # In a text, the end of the answer is `</s>` and any padding; more text may still turn it into something else.
-_EOS_AND_PADDING = r"</s>(?:</s>|\[control_\d+\])*"
-_END = re.compile(rf"{_EOS_AND_PADDING}\Z")
-_BEGUN_MARKER = rf"(?:{_beginnings_of(EOS_TEXT)}|{_beginnings_of(TOOL_CALLS_TEXT)}|{_beginnings_of('[control_')}\d*)"
-_POSSIBLE_END = re.compile(rf"(?:{_EOS_AND_PADDING})?{_BEGUN_MARKER}\Z")
+_PADDING = r"\[control_[0-9]{1,3}\]"
+_MARKER = re.compile(rf"{re.escape(EOS_TEXT)}|{re.escape(TOOL_CALLS_TEXT)}|{_PADDING}")
+_BEGUN_MARKER = re.compile(
+    rf"(?:{_beginnings_of(EOS_TEXT)}|{_beginnings_of(TOOL_CALLS_TEXT)}|{_beginnings_of('[control_')}[0-9]{{0,3}})\Z"
+)
+_LONGEST_BEGINNING = len("[control_123")
 
 _BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 _JSON_SPACE = " \t\n\r"
-_IN_OBJECT = re.compile(r'["{}\[\]]')
+_BRACE = re.compile(r'["{}\[\]]')
+# Also finds what no JSON value has outside of its strings.
+_BRACE_OR_NO_JSON = re.compile(r'["{}\[\]]|[^-+.0-9eEtrufalsnNIiy,: \t\n\r]')
 _IN_STRING = re.compile(r'["\\]')
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+_CUT_OFF = "the tool calls are cut off"
+_NESTED = "tool calls begin inside tool calls"
+_NO_LIST = "the tool calls are not a JSON list of objects"
+_NO_CALL = "a tool call is not an object with a name and arguments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +153,10 @@ def parse_answer(
 
 
 class AnswerStream:
-    """Parser for an answer that arrives in pieces; its events put together are what `parse_answer` returns."""
+    """Parser for an answer that arrives in pieces; its events put together are what `parse_answer` returns.
+
+    The time is linear in the length of the answer, whatever the answer and its pieces.
+    """
 
     def __init__(
         self,
@@ -155,13 +170,19 @@ class AnswerStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._is_start = not continues_text
         self._is_text = False
-        self._held = ""  # may turn out to be a marker
-        self._gap: str | None = None  # white space after tool calls
+        # The end of a text that may turn out to be the end of the answer, and the beginning of a marker after it.
+        self._end: list[str] = []
+        self._begun = ""
+        # White space after tool calls.
+        self._gap: list[str] | None = None
         self._open_list: _CallList | None = None
         self._events: list[AnswerEvent] = []
         self._content: list[str] = []
         self._tool_calls: list[dict[str, Any]] = []
+        self._ids: set[str] = set()
         self._problem: str | None = None
+        # What is still to decide the problem: the rest of the first call that was given up before its end.
+        self._undecided: _Braces | None = None
         self._is_finished = False
 
     def feed(self, part: str | Iterable[int]) -> list[AnswerEvent]:
@@ -177,11 +198,13 @@ class AnswerStream:
         """Take the end of the answer and return what was held back for it."""
         self._read(self._decode([], final=True))
         while self._open_list:
-            self._read(self._give_up("the tool calls are cut off"))
-        held, self._held = self._held, ""
-        if end := _END.search(held):
-            held, self._is_finished = held[: end.start()], True
-        self._say(held)
+            self._read_on(*self._give_up(_CUT_OFF))
+        self._decide(_CUT_OFF)
+        if self._end and not self._begun:
+            self._is_finished = True
+        else:
+            self._say("".join([*self._end, self._begun]))
+        self._end, self._begun = [], ""
         return self._take_events()
 
     @property
@@ -209,159 +232,227 @@ class AnswerStream:
                 if token_id == EOS_ID:
                     self._is_finished = True
                 else:
-                    self._begin_calls()
-            else:
-                piece = self._vocabulary[token_id] if 0 <= token_id < len(self._vocabulary) else "\ufffd"
-                pieces.append(_BYTE_PIECES.get(piece) or piece.replace("▁", " ").encode())
+                    if self._open_list:
+                        text, position = self._give_up(_NESTED)
+                        self._say(text[position:])
+                    self._decide(_NESTED)
+                    self._begin_calls(0)
+                continue
+            piece = self._vocabulary[token_id] if 0 <= token_id < len(self._vocabulary) else "\ufffd"
+            if self._is_start and piece:
+                # The tokenizer puts a ▁ before every text; a space that is a byte is the model's own.
+                piece = piece.removeprefix("▁")
+                self._is_start = False
+            pieces.append(_BYTE_PIECES.get(piece) or piece.replace("▁", " ").encode())
         self._read(self._decode(pieces))
 
     def _decode(self, pieces: Iterable[bytes], *, final: bool = False) -> str:
         """Return the complete characters, and � for each byte that is not part of one, as SentencePiece does."""
-        text = _SURROGATE.sub("\ufffd", self._utf8.decode(b"".join(pieces), final))
-        if text and self._is_start:
-            # The tokenizer puts a space before every text.
-            text = text.removeprefix(" ")
-            self._is_start = False
-        return text
+        return _SURROGATE.sub("\ufffd", self._utf8.decode(b"".join(pieces), final))
 
     def _read(self, text: str) -> None:
-        while text:
+        if self._undecided:
+            self._walk_on(text, 0)
+        if self._begun:
+            text, self._begun = self._begun + text, ""
+        self._read_on(text, 0)
+
+    def _read_on(self, text: str, position: int) -> None:
+        """Read a text from a position on. One that is given up is read again from there, and never copied for it."""
+        while position < len(text):
             if self._open_list is None:
-                text = self._read_content(text)
+                position = self._read_content(text, position)
                 continue
-            calls, text = self._open_list.read(text)
-            for call in calls:
+            call, position = self._open_list.read(text, position)
+            if call:
                 self._add_call(call)
-            if self._open_list.problem:
-                text = self._give_up(self._open_list.problem)
             elif self._open_list.is_closed:
                 self._open_list = None
-                self._gap = ""
-
-    def _read_content(self, text: str) -> str:
-        """Say the text up to a marker that is spelled out, and return what follows the marker."""
-        if not self._is_text:
-            self._say(text)
-            return ""
-        said, marker, rest = (self._held + text).partition(TOOL_CALLS_TEXT)
-        if marker:
-            self._held = ""
-            self._say(said)
-            self._begin_calls()
-            return rest
-        possible_end = _POSSIBLE_END.search(said)
-        assert possible_end is not None, "the pattern matches the empty end"
-        self._held = said[possible_end.start() :]
-        self._say(said[: possible_end.start()])
-        return ""
-
-    def _begin_calls(self) -> None:
+                self._gap = []
+            elif self._open_list.problem:
+                text, position = self._give_up(self._open_list.problem, text)
+            elif self._open_list.is_broken:
+                # No more text makes a call of it. Why it is none is known where the object ends.
+                if self._problem is None and self._undecided is None:
+                    self._undecided = self._open_list.braces
+                    self._walk_on(text, position)
+                text, position = self._give_up(None, text)
         if self._open_list:
-            self._say(self._give_up("tool calls begin inside tool calls"))
+            self._open_list.keep(text)
+
+    def _read_content(self, text: str, position: int) -> int:
+        """Say the text up to a marker that is spelled out, and return where what follows the marker begins."""
+        if not self._is_text:
+            self._say(text[position:])
+            return len(text)
+        said: list[str] = []
+        while found := _MARKER.search(text, position):
+            is_mark = found[0] == TOOL_CALLS_TEXT
+            if found.start() > position or is_mark:
+                said += [*self._end, text[position : found.start()]]
+                self._end = []
+            position = found.end()
+            if is_mark:
+                self._say("".join(said))
+                self._begin_calls(position)
+                return position
+            (self._end if self._end or found[0] == EOS_TEXT else said).append(found[0])
+        begun = _BEGUN_MARKER.search(text, max(position, len(text) - _LONGEST_BEGINNING))
+        assert begun is not None, "the pattern matches the empty end"
+        if begun.start() > position:
+            said += [*self._end, text[position : begun.start()]]
+            self._end = []
+        self._begun = begun[0]
+        self._say("".join(said))
+        return len(text)
+
+    def _begin_calls(self, position: int) -> None:
         self._gap = None
-        self._open_list = _CallList()
+        self._open_list = _CallList(position)
 
     def _add_call(self, call: dict[str, Any]) -> None:
-        used = {other["id"] for other in self._tool_calls}
         call_id = call.pop("id")
         if not isinstance(call_id, str) or not is_tool_call_id(call_id):
             call_id = new_tool_call_id(self._rng)
-        while call_id in used:
+        while call_id in self._ids:
             call_id = new_tool_call_id(self._rng)
+        self._ids.add(call_id)
         tool_call = {"type": "function", "id": call_id, "function": call}
         self._tool_calls.append(tool_call)
         self._events.append(ToolCallEvent(tool_call))
 
-    def _give_up(self, problem: str) -> str:
-        """Leave the list of calls and return what of it is unread."""
+    def _give_up(self, problem: str | None, text: str = "") -> tuple[str, int]:
+        """Leave the list of calls; return a text that ends as `text` does, and where in it the unread begins."""
         assert self._open_list is not None
         if not self._open_list.has_calls:
             self._say(TOOL_CALLS_TEXT)
-        unread = self._open_list.unread
-        self._open_list = None
-        self._problem = self._problem or problem
-        return unread
+        given_up, self._open_list = self._open_list, None
+        if problem:
+            self._note(problem)
+        if given_up.parts:
+            return "".join([*given_up.parts, text]), 0
+        return text, given_up.start
+
+    def _note(self, problem: str) -> None:
+        """Keep the first problem."""
+        if self._problem is None and self._undecided is None:
+            self._problem = problem
+
+    def _walk_on(self, text: str, position: int) -> None:
+        assert self._undecided is not None
+        self._undecided.walk(text, position, _BRACE)
+        if self._undecided.depth == 0:
+            self._decide(_NO_CALL)
+
+    def _decide(self, problem: str) -> None:
+        """Say what the problem of the call was that was given up before its end."""
+        if self._undecided:
+            self._undecided, self._problem = None, problem
 
     def _say(self, text: str) -> None:
         if self._gap is not None:
             # White space between tool calls and the end is not something the assistant says.
-            self._gap += text
-            if not self._gap.strip(_JSON_SPACE):
+            self._gap.append(text)
+            if not text.strip(_JSON_SPACE):
                 return
-            text, self._gap = self._gap, None
-            self._problem = self._problem or "there is text after the tool calls"
+            text, self._gap = "".join(self._gap), None
+            self._note("there is text after the tool calls")
         if text:
             self._content.append(text)
             self._events.append(TextEvent(text))
 
 
+class _Braces:
+    """The braces and brackets of a JSON object that arrives in pieces: how many are open after each."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.is_string = False
+        self.is_escaped = False
+
+    def walk(self, text: str, position: int, outside: re.Pattern[str]) -> int:
+        """Walk to the end of the object, of the text, or up to what `outside` finds and is neither brace nor quote."""
+        while self.depth > 0 and position < len(text):
+            if self.is_escaped:
+                self.is_escaped = False
+                position += 1
+                continue
+            found = (_IN_STRING if self.is_string else outside).search(text, position)
+            if found is None:
+                return len(text)
+            if found[0] == '"':
+                self.is_string = not self.is_string
+            elif self.is_string:
+                self.is_escaped = True
+            elif found[0] in "{[":
+                self.depth += 1
+            elif found[0] in "}]":
+                self.depth -= 1
+            else:
+                return found.start()
+            position = found.end()
+        return position
+
+
 class _CallList:
     """A JSON list of tool calls that arrives in pieces.
 
-    unread: the text since the last complete call.
+    parts, start: the text since the last complete call: whole earlier texts, and where in the one at hand it begins.
     problem: why reading stopped before the end of the list, or None.
+    is_broken: whether it stopped inside of an object that no JSON object begins like.
     """
 
-    def __init__(self) -> None:
-        self.unread = ""
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.parts: list[str] = []
         self.has_calls = False
         self.is_closed = False
+        self.is_broken = False
         self.problem: str | None = None
-        self._position = 0  # in `unread`
-        self._call_start = 0
-        self._depth = 0
-        self._is_string = False
-        self._is_escaped = False
+        self.braces = _Braces(0)
         self._expected = "["
 
-    def read(self, text: str) -> tuple[list[dict[str, Any]], str]:
-        """Return the calls that `text` completes, and what follows the end of the list."""
-        self.unread += text
-        calls: list[dict[str, Any]] = []
-        while self._position < len(self.unread):
-            if self._depth > 0:
-                self._walk()
-                if self._depth == 0:
-                    call = _read_call(self.unread[self._call_start : self._position])
+    def read(self, text: str, position: int) -> tuple[dict[str, Any] | None, int]:
+        """Read on up to the end of a call, of the list or of the text, or to a problem; return the call and the place.
+
+        A broken object is left at once: where marks of tool calls stand in an object, outside of its strings, each
+        is a new beginning, and text would be walked as often as there are marks before it.
+        """
+        while position < len(text):
+            if self.braces.depth > 0:
+                position = self.braces.walk(text, position, _BRACE_OR_NO_JSON)
+                if self.braces.depth == 0:
+                    unread = "".join([*self.parts, text[self.start : position]])
+                    call = _read_call(unread[unread.index("{") :])
                     if call is None:
-                        self.problem = "a tool call is not an object with a name and arguments"
-                        break
-                    calls.append(call)
+                        self.problem = _NO_CALL
+                        return None, position
                     self.has_calls = True
-                    self.unread, self._position = self.unread[self._position :], 0
-                    self._expected = ",]"
+                    self.parts, self.start, self._expected = [], position, ",]"
+                    return call, position
+                if position < len(text):
+                    self.is_broken = True
+                    return None, position
                 continue
-            character = self.unread[self._position]
+            character = text[position]
             if character not in _JSON_SPACE and character not in self._expected:
-                self.problem = "the tool calls are not a JSON list of objects"
-                break
+                self.problem = _NO_LIST
+                return None, position
+            position += 1
             if character == "{":
-                self._call_start, self._depth = self._position, 1
+                self.braces = _Braces(1)
             elif character in "[,":
                 self._expected = "{"
             elif character == "]":
                 self.is_closed = True
-                return calls, self.unread[self._position + 1 :]
-            self._position += 1
-        return calls, ""
+                return None, position
+        return None, position
 
-    def _walk(self) -> None:
-        """Go on past the next brace, quote or backslash of the call, or to the end of the text."""
-        if self._is_escaped:
-            self._is_escaped = False
-            self._position += 1
-            return
-        found = (_IN_STRING if self._is_string else _IN_OBJECT).search(self.unread, self._position)
-        if found is None:
-            self._position = len(self.unread)
-            return
-        self._position = found.end()
-        if found[0] == '"':
-            self._is_string = not self._is_string
-        elif found[0] == "\\":
-            self._is_escaped = True
-        else:
-            self._depth += 1 if found[0] in "{[" else -1
+    def keep(self, text: str) -> None:
+        """Take the end of the text at hand."""
+        if self.start < len(text):
+            self.parts.append(text[self.start :])
+        self.start = 0
 
 
 def _read_call(text: str) -> dict[str, Any] | None:
@@ -369,7 +460,12 @@ def _read_call(text: str) -> dict[str, Any] | None:
     value = _read_json(text)
     if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
         return None
-    if _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    try:
+        written = json.dumps(value, ensure_ascii=False)
+    # Writing needs more of the stack than reading.
+    except RecursionError:
+        return None
+    if _SURROGATE.search(written):
         return None
     arguments = value.get("arguments")
     if arguments is None:

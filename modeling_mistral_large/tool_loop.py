@@ -1,12 +1,16 @@
 """The complete tool cycle: the model calls functions, gets their results, and answers."""
 
+import asyncio
+import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any, NamedTuple, TypeAlias
 
 from .errors import ConversationError
-from .json_text import rewrite_json, show
-from .tool_schemas import describe_function
+from .json_text import json_value, rewrite_json, show
+from .tool_schemas import describe_function, find_function, list_tools, parameters_of
 
 Message: TypeAlias = dict[str, Any]
 Generate: TypeAlias = Callable[[list[Message], Sequence[Callable[..., Any]]], Message]
@@ -23,37 +27,62 @@ PYTHON_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+class _Tool(NamedTuple):
+    """A function that the model may call."""
+
+    function: Callable[..., Any]
+    schema: Mapping[str, Any]
+    # Arguments that Python takes by their place only, with their defaults.
+    positional: Sequence[inspect.Parameter]
+
+
 def run_tool_loop(
     generate: Generate, messages: Sequence[Message], tools: Sequence[Callable[..., Any]], *, max_rounds: int = 8
 ) -> list[Message]:
     """Return the messages with the model's calls, the tools' results and the final answer appended.
 
     generate: returns the assistant's next message for these messages and tools; `generate_with` makes one.
-    tools: functions with type hints and Google-style docstrings. What a call does wrong, and what a function raises,
-        goes back to the model as the call's result.
+    tools: functions with type hints and Google-style docstrings, also async ones, which are awaited. What a call does
+        wrong, and what a function raises, goes back to the model as the call's result. A result is text, or what JSON
+        can hold: see `json_text.json_value`.
     max_rounds: how many answers the model may give. If the last of them still calls tools, the list ends with their
         results.
 
-    Raises ConversationError for a function whose schema cannot be read, or two of one name.
+    Raises ConversationError for a function whose schema cannot be read, a generator, or two of one name, before the
+    model is asked; and for a result that is no JSON value, before the model reads it.
     """
-    schemas = [describe_function(tool, f"tool {index}")["function"] for index, tool in enumerate(tools)]
-    named = {schema["name"]: (tool, schema["parameters"]) for schema, tool in zip(schemas, tools, strict=True)}
-    if len(named) < len(tools):
-        names = ", ".join(schema["name"] for schema in schemas)
-        raise ConversationError(f"tools {names}: two have one name; the model calls tools by name; rename one")
-    conversation = list(messages)
-    for _ in range(max_rounds):
-        answer = generate(conversation, tools)
-        conversation.append(answer)
-        calls = answer.get("tool_calls")
-        if not calls:
-            break
-        for call in calls:
-            function = call["function"]
-            result = _run_call(function["name"], function["arguments"], named)
-            conversation.append(
-                {"role": "tool", "tool_call_id": call.get("id"), "name": function["name"], "content": result}
+    tools = list_tools(tools)
+    named: dict[str, _Tool] = {}
+    for index, function in enumerate(tools):
+        schema = describe_function(function, f"tool {index}")["function"]
+        name = schema["name"]
+        source = find_function(function)
+        if inspect.isasyncgenfunction(source) or inspect.isgeneratorfunction(source):
+            raise ConversationError(f"tool {index} ({name}): a generator has no one result; return a list of its items")
+        if name in named:
+            raise ConversationError(
+                f"tools {name}, {name}: two have one name; the model calls tools by name; rename one"
             )
+        parameters = [] if isinstance(function, type) else parameters_of(function)
+        positional = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
+        named[name] = _Tool(function, schema["parameters"], positional)
+    conversation = list(messages)
+    event_loop = _EventLoop()
+    try:
+        for _ in range(max_rounds):
+            answer = generate(conversation, tools)
+            conversation.append(answer)
+            calls = answer.get("tool_calls")
+            if not calls:
+                break
+            for call in calls:
+                function = call["function"]
+                result = _run_call(function["name"], function["arguments"], named, event_loop)
+                conversation.append(
+                    {"role": "tool", "tool_call_id": call.get("id"), "name": function["name"], "content": result}
+                )
+    finally:
+        event_loop.close()
     return conversation
 
 
@@ -70,19 +99,80 @@ def generate_with(model: Any, tokenizer: Any, **generation: Any) -> Generate:
     return generate
 
 
-def _run_call(name: str, arguments: Any, named: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]) -> str:
+class _EventLoop:
+    """The event loop of async tools: in this thread, or in one of its own where this one runs a loop already."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def run(self, awaitable: Awaitable[Any]) -> Any:
+        """Return what an awaitable gives."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+
+        async def result() -> Any:
+            return await awaitable
+
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._loop.run_until_complete(result())
+        self._thread = self._thread or ThreadPoolExecutor(1)
+        future = self._thread.submit(copy_context().run, self._loop.run_until_complete, result())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for task in asyncio.all_tasks(self._loop):
+                self._loop.call_soon_threadsafe(task.cancel)
+            raise
+
+    def close(self) -> None:
+        """End what the tools have left running."""
+        if self._loop is None:
+            return
+        self.run(_cancel_all())
+        self._loop.close()
+        if self._thread:
+            self._thread.shutdown()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+def _run_call(name: str, arguments: Any, named: Mapping[str, _Tool], event_loop: _EventLoop) -> str:
     """Return the result of a call as the content of a tool message."""
     if name not in named:
         return _write_error(f"there is no tool {show(name)}; the tools are {', '.join(named)}")
-    tool, schema = named[name]
-    if finding := _find_argument_error(arguments, schema):
-        return _write_error(finding)
+    tool = named[name]
+    if problem := _find_argument_error(arguments, tool.schema):
+        return _write_error(problem)
+    by_name = dict(arguments)
+    by_place = [by_name.pop(parameter.name, parameter.default) for parameter in tool.positional]
+    where = f"the result of tool {name}"
     try:
-        result = tool(**arguments)
-        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        return _as_content(text)
+        result = tool.function(*by_place, **by_name)
+        if inspect.isawaitable(result) and not isinstance(result, asyncio.Future):
+            result = event_loop.run(result)
     # Whatever a tool does wrong is for the model to deal with.
     except Exception as error:
+        return _write_error(f"{type(error).__name__}: {error}")
+    if isinstance(result, asyncio.Future):
+        raise ConversationError(
+            f"{where}: a task of an event loop that waits for this call to end; make the tool an async function"
+        )
+    if isinstance(result, str):
+        return _as_content(str.__str__(result))
+    result = json_value(result, where)
+    try:
+        return _as_content(json.dumps(result, ensure_ascii=False))
+    # A whole number that is too long for Python to write.
+    except ValueError as error:
         return _write_error(f"{type(error).__name__}: {error}")
 
 

@@ -1,18 +1,28 @@
 """Tool definitions: Python callables and OpenAI dicts become the JSON the model reads before `[INST]`."""
 
-import json
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, get_type_hints
 
 from .errors import ConversationError
-from .json_text import show, write_json
+from .json_text import as_mapping, is_list, show, write_json
 
 ToolDefinition: TypeAlias = Mapping[str, Any] | Callable[..., Any]
 
 # The reference matches with `$`, which also lets one final newline through.
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}\n?")
 FUNCTION_NAME_RULE = "a function name is 1 to 64 of a-z, A-Z, 0-9, _ and -"
+
+
+def list_tools(tools: Any) -> Sequence[Any]:
+    """Return the tools of a request, none for None, or raise if they are no list."""
+    if tools is None:
+        return ()
+    if not is_list(tools):
+        raise ConversationError(f"tools {show(tools)}: tools are a list, even if there is one; pass tools=[…]")
+    return tools
 
 
 def write_tools(tools: Sequence[ToolDefinition], *, strict: bool = False) -> str:
@@ -32,12 +42,13 @@ def write_tools(tools: Sequence[ToolDefinition], *, strict: bool = False) -> str
 
 def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, Any]:
     if not isinstance(tool, Mapping):
-        tool = describe_function(tool, where)
+        fields = None if callable(tool) else as_mapping(tool)
+        tool = describe_function(tool, where) if fields is None else fields
     if tool.get("type", "function") != "function":
         raise ConversationError(f"{where}: type {show(tool['type'])}; the only tools of this format are functions")
     # A definition without its wrapper is an older habit of transformers users.
-    function = tool.get("function", None if strict else tool)
-    if not isinstance(function, Mapping):
+    function = as_mapping(tool.get("function", None if strict else tool))
+    if function is None:
         raise ConversationError(f'{where}: no "function"; write {{"type": "function", "function": {{"name": …}}}}')
     name = function.get("name")
     if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
@@ -58,23 +69,81 @@ def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, A
 
 
 def describe_function(tool: Any, where: str) -> dict[str, Any]:
-    """Return the definition transformers derives from a function's type hints and Google-style docstring."""
+    """Return the definition transformers derives from a function's type hints and Google-style docstring.
+
+    tool: a function, also an async or decorated one, a bound method, a `functools.partial`, whose arguments are not the
+        model's to choose, or an object with `__call__`.
+    """
     if not callable(tool):
         raise ConversationError(f"{where}: {show(tool)}; pass an OpenAI tool definition or a Python function")
     # Slow to import, and only needed here.
-    from transformers.utils.chat_template_utils import (
-        DocstringParsingException,
-        TypeHintParsingException,
-        get_json_schema,
-    )
+    from transformers.utils.chat_template_utils import get_json_schema
 
     try:
-        schema: dict[str, Any] = get_json_schema(tool)
-    except (DocstringParsingException, TypeHintParsingException, json.JSONDecodeError, NameError, TypeError) as error:
+        schema: dict[str, Any] = get_json_schema(tool if isinstance(tool, type) else _as_function(tool, where))
+    except ConversationError:
+        raise
+    # Its hints are the user's own expressions.
+    except Exception as error:
         raise ConversationError(
             f"{where}: {error}; a function needs a type hint for every argument and a Google-style docstring"
         ) from error
     return schema
+
+
+def find_function(tool: Any) -> Any:
+    """Return the function that a callable runs in the end, behind partials, methods and decorators."""
+    while True:
+        if isinstance(tool, partial):
+            tool = tool.func
+        elif inspect.ismethod(tool):
+            tool = tool.__func__
+        elif hasattr(tool, "__wrapped__"):
+            tool = tool.__wrapped__
+        elif inspect.isroutine(tool) or isinstance(tool, type):
+            return tool
+        else:
+            tool = type(tool).__call__
+
+
+def parameters_of(tool: Any) -> list[inspect.Parameter]:
+    """Return the parameters that a call may set; what a `functools.partial` has set is not among them."""
+    if not isinstance(tool, partial):
+        return list(inspect.signature(tool).parameters.values())
+    # A new one, as one that is dressed up as its function would have that function's signature.
+    parameters = inspect.signature(partial(tool.func, *tool.args, **tool.keywords)).parameters
+    return [parameter for name, parameter in parameters.items() if name not in tool.keywords]
+
+
+def _as_function(tool: Any, where: str) -> Callable[..., Any]:
+    """Return a function with the name, docstring, hints and parameters of a callable of any kind, for transformers."""
+    source = find_function(tool)
+    named = tool
+    while isinstance(named, partial) and "__name__" not in vars(named):
+        named = named.func
+    name = getattr(named, "__name__", type(named).__name__)
+    own = vars(tool).get("__doc__") if isinstance(tool, partial) else None
+    doc = own or source.__doc__ or inspect.getdoc(named)
+    if not doc:
+        raise ConversationError(f"{where}: {name} has no docstring; the model reads what a function does; write one")
+    parameters = parameters_of(tool)
+    for number, parameter in enumerate(parameters):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ConversationError(
+                f"{where} ({name}): {parameter}; the arguments of a call are one object, each by its name; "
+                "name them, or take a list or a dict"
+            )
+        if number == 0 and parameter.name in ("self", "cls") and parameter.annotation is parameter.empty:
+            raise ConversationError(f"{where} ({name}): {parameter.name} is not bound; pass the method of an object")
+
+    def function() -> None: ...
+
+    function.__name__, function.__doc__ = name, doc
+    hints = get_type_hints(source)
+    # The hint of the result describes nothing that the model writes.
+    function.__annotations__ = {given.name: hints[given.name] for given in parameters if given.name in hints}
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by `inspect.signature`
+    return function
 
 
 SIMPLE_TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
