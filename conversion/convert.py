@@ -6,33 +6,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.destination import State, check_destination, json_bytes, unfinished, whole_file
+from modeling_mistral_large.conversion.destination import (
+    State,
+    check_destination,
+    is_own_file,
+    json_bytes,
+    unfinished,
+    whole_file,
+)
 from modeling_mistral_large.conversion.finished import refuse_another, verify_finished
-from modeling_mistral_large.conversion.hf_files import consolidated_files, hf_files
+from modeling_mistral_large.conversion.hf_files import ARCHITECTURES, consolidated_files, hf_files
 from modeling_mistral_large.conversion.hub import CONSOLIDATED_FILES, HF_FILES, LICENCE_PATTERNS, resolve_source
 from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, new_checksum
 from modeling_mistral_large.conversion.model_card import ModelType, licence_files
 from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_config
 from modeling_mistral_large.conversion.plan import (
     DEFAULT_SHARD_SIZE,
+    OTHER_LAYOUT,
     TOKENIZER_NAME,
     ConversionPlan,
     Layout,
     OutputDtype,
+    check_option,
+    layout_to_read,
     plan_conversion,
     plan_export,
 )
 from modeling_mistral_large.conversion.quantize import Quantization
 from modeling_mistral_large.conversion.safetensors_header import LENGTH_BYTES, FileTensor
-from modeling_mistral_large.conversion.source_files import file_finding
+from modeling_mistral_large.conversion.source_files import file_finding, read_json_object, shown
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, write_weights
-from modeling_mistral_large.errors import CheckpointError, DestinationError, MistralLargeError
+from modeling_mistral_large.errors import CheckpointError, DestinationError, MistralLargeError, SettingError
+from modeling_mistral_large.sentencepiece_bpe import VOCAB_SIZE
 
 if TYPE_CHECKING:
     import torch
 
 # A change of what is written makes another journal: an interrupted run of before is not continued.
 JOURNAL_VERSION = 1
+# More threads than that only take memory.
+MOST_JOBS = 1024
 
 
 @dataclass(frozen=True)
@@ -69,8 +82,8 @@ class Conversion:
             DestinationError: a destination that cannot be written, or is of another conversion.
         """
         threads = DEFAULT_JOBS if jobs is None else jobs
-        if threads < 1:
-            raise ValueError(f"jobs {jobs}: must be at least 1")
+        if type(threads) is not int or not 1 <= threads <= MOST_JOBS:
+            raise SettingError(f"jobs {shown(jobs)}: must be a whole number from 1 to {MOST_JOBS}")
         tell = progress or (lambda _: None)
         try:
             if self.check_destination() == "finished":
@@ -91,7 +104,7 @@ class Conversion:
         with unfinished(destination, keep=names, identity=self._identity()) as journal:
             for name, content in self.small_files.items():
                 path = destination / name
-                if not path.exists() or path.read_bytes() != content:
+                if not is_own_file(path) or path.stat().st_size != len(content) or path.read_bytes() != content:
                     _write_file(path, content)
             checksums = write_weights(plan, destination, journal, jobs=jobs, progress=progress)
             _write_file(destination / MANIFEST_NAME, json_bytes(Manifest.of(plan, checksums).to_json()))
@@ -127,10 +140,14 @@ def prepare_conversion(
     Raises:
         CheckpointError, TokenizerFileError: the reasons of `convert_checkpoint`.
     """
+    check_option("to", to, OTHER_LAYOUT)
+    check_option("model_type", model_type, ARCHITECTURES)
     if to == "consolidated" and model_type != "mistral_large":
         raise CheckpointError(f"model type {model_type!r}: the consolidated layout has none; leave it out")
     folder = resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES)
     plan = plan_conversion(folder, to=to, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
+    if layout_to_read(folder, to=to, quantize=quantize) == "hf":
+        _refuse_added_tokens(folder, plan.config.vocab_size)
     licences = licence_files(folder)
     if to == "hf":
         small_files = hf_files(
@@ -220,6 +237,31 @@ def export_checkpoint(
         small_files = consolidated_files(plan.config, source=folder, licences=licence_files(folder), cast=plan.cast)
     Conversion(plan, None, Path(destination), small_files).run(jobs=jobs, progress=progress)
     return plan
+
+
+def _refuse_added_tokens(folder: Path, rows: int) -> None:
+    """Refuse a fine-tune with a larger vocabulary: what is written has the vendor's tokenizer, which knows none of it.
+
+    Raises:
+        CheckpointError: the rows, and the tokens that the folder's own tokenizer has for them.
+    """
+    if rows <= VOCAB_SIZE:
+        return
+    try:
+        entries = read_json_object(folder / "tokenizer.json").get("added_tokens")
+    except (OSError, ValueError):
+        entries = None
+    added = [
+        entry.get("content")
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int) and entry["id"] >= VOCAB_SIZE
+    ]
+    names = f", {shown(added)}" if added else ""
+    raise CheckpointError(
+        f"{folder}: the weights have {rows} rows, {TOKENIZER_NAME} has {VOCAB_SIZE} pieces: {rows - VOCAB_SIZE} were "
+        f"added{names}, and the vendor's tokenizer, which is written, has no place for added tokens; use this folder "
+        "as it is, or remove them and their rows first"
+    )
 
 
 def _file_identity(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ from threading import Lock
 from typing import Any, BinaryIO, Literal
 
 from modeling_mistral_large.conversion.manifest import MANIFEST_NAME
-from modeling_mistral_large.conversion.source_files import parse_json_object
+from modeling_mistral_large.conversion.source_files import LARGEST_JSON, parse_json_object
 from modeling_mistral_large.errors import DestinationError
 
 # This file is the first to come and the last to go: a folder that holds it is an unfinished conversion of ours.
@@ -41,8 +42,11 @@ State = Literal["new", "unfinished", "finished"]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its place, and rename it into its place once all of it is on the disk."""
-    with path.with_name(path.name + PARTIAL_SUFFIX).open("wb") as stream:
+    """Write a file next to its place, and rename it into its place once all of it is on the disk."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    # Whatever has the name, a link too, loses it: only a new file has certainly no other name.
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as stream:
         yield stream
     settle_file(path)
 
@@ -54,6 +58,15 @@ def settle_file(path: Path) -> None:
         os.fsync(stream.fileno())
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a name is that of a regular file without any other name, so that no one else's bytes are written."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def json_bytes(content: dict[str, Any]) -> bytes:
@@ -88,6 +101,8 @@ def check_destination(source: Path | None, destination: Path, needed_bytes: int)
         raise DestinationError(f"{destination}: is a file; choose a new or an empty folder")
     if (target / MANIFEST_NAME).exists() and not (target / UNFINISHED_NAME).exists():
         return "finished"
+    if os.path.lexists(target / UNFINISHED_NAME):
+        _check_marker(target / UNFINISHED_NAME)
     leftovers = _leftovers(target, may_be_unfinished=True) if target.is_dir() else []
     existing = next(folder for folder in (target, *target.parents) if folder.is_dir())
     # What an unfinished conversion has left is kept or removed: both makes room. A file may have holes.
@@ -107,7 +122,9 @@ class Journal:
         self._lock = Lock()
         self.checksums: dict[str, str] = {}
         # Any line may be torn or damaged: what it says of is written again.
-        entries = [entry for line in stream.read().splitlines() if (entry := _json_object(line)) is not None]
+        is_readable = os.fstat(stream.fileno()).st_size <= LARGEST_JSON
+        lines = stream.read().splitlines() if is_readable else []
+        entries = [entry for line in lines if (entry := _json_object(line)) is not None]
         if identity is not None and entries[:1] == [{"identity": identity}]:
             for entry in entries[1:]:
                 self.checksums |= entry
@@ -146,7 +163,9 @@ def unfinished(
     """
     destination.mkdir(parents=True, exist_ok=True)
     marker = destination / UNFINISHED_NAME
-    may_be_unfinished = marker.exists()
+    may_be_unfinished = os.path.lexists(marker)
+    if may_be_unfinished:
+        _check_marker(marker)
     with marker.open("r+b" if may_be_unfinished else "x+b") as stream:
         _lock(stream, destination)
         try:
@@ -190,20 +209,39 @@ def _bytes_on_disk(path: Path) -> int:
 def _leftovers(destination: Path, may_be_unfinished: bool) -> list[Path]:
     """What an unfinished conversion has left, without its marker; a DestinationError if anything else is there."""
     present = {path.name: path for path in destination.iterdir()}
-    marker = present.pop(UNFINISHED_NAME, None)
-    is_unfinished = may_be_unfinished and marker is not None
+    is_unfinished = present.pop(UNFINISHED_NAME, None) is not None and may_be_unfinished
     strangers = [
         name
         for name in sorted(present)
         if not is_unfinished or not any(fnmatchcase(name, pattern) for pattern in OUTPUT_PATTERNS)
     ]
-    if marker is not None and (marker.is_symlink() or not marker.is_file()):
-        strangers.append(UNFINISHED_NAME)
     if strangers:
         raise DestinationError(
             f"{destination}: holds {strangers[0]!r}, not of an unfinished conversion; choose a new or empty folder"
         )
     return list(present.values())
+
+
+def _check_marker(marker: Path) -> None:
+    """Refuse a marker that is no file, or has a second name: it is written in place, as it holds the lock.
+
+    Raises:
+        DestinationError: such a marker, and what to do about it.
+    """
+    try:
+        status = marker.lstat()
+    except FileNotFoundError:
+        raise DestinationError(
+            f"{marker.parent}: another conversion has just finished in it; use what it wrote"
+        ) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DestinationError(
+            f"{marker.parent}: holds {marker.name!r}, not of an unfinished conversion; choose a new or empty folder"
+        )
+    if status.st_nlink > 1:
+        raise DestinationError(
+            f"{marker}: a hard link, so another file would be written too; remove the folder and convert again"
+        )
 
 
 def _lock(stream: BinaryIO, destination: Path) -> None:

@@ -31,7 +31,7 @@ from modeling_mistral_large.conversion.model_card import (
     is_research_licence,
     licence_files,
 )
-from modeling_mistral_large.conversion.names import expected_tensors
+from modeling_mistral_large.conversion.names import expected_tensors, unwrapped_name
 from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_config
 from modeling_mistral_large.conversion.plan import (
     CONFIG_NAMES,
@@ -43,10 +43,15 @@ from modeling_mistral_large.conversion.plan import (
 )
 from modeling_mistral_large.conversion.quantize import FORMATS, Quantization, is_part, is_quantized, quantization_of
 from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES, FileTensor
-from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
+from modeling_mistral_large.conversion.source_files import adapter_finding, file_finding, read_json_object, shown
 from modeling_mistral_large.errors import CheckpointError
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", TOKENIZER_NAME)
+ADAPTER_KIND = "an adapter (PEFT)"
+WRAPPED = (
+    "tensor {name!r} has the name of a wrapped module in its name, from torch.compile or a trainer: loaders do not find "
+    "it, `mistral-large convert` does"
+)
 LAYOUT_NAMES: dict[Layout, str] = {"consolidated": "the vendor's consolidated layout", "hf": "HF layout"}
 # What loads a folder, by what it is; `text` and `word` are its name in Python and in a shell.
 PIPELINE = 'transformers.pipeline("text-generation", {text}, dtype="auto", device_map="auto")'
@@ -160,22 +165,25 @@ def _inspect(folder: Path, name: str) -> Inspection:
     try:
         layouts = layouts_of(folder)
         findings = unfinished_findings(folder)
+        adapter = adapter_finding(folder)
         is_unfinished = bool(findings)
         config, config_findings_ = _settings(folder)
         quantization = _quantization(config, layouts)
-        dtypes, parameters, file_bytes, file_findings = _weights(folder, layouts)
+        dtypes, parameters, file_bytes, file_findings, name_findings = _weights(folder, layouts)
         checkpoint = None
-        if layouts and (quantization is None or quantization_of((config or {}).get("quantization_config"))):
+        if adapter is not None:
+            findings.append(adapter)
+        elif layouts and (quantization is None or quantization_of((config or {}).get("quantization_config"))):
             try:
                 checkpoint = load_headers(folder, layouts[0])
             except CheckpointError as error:
                 findings += finding_lines(error)
         else:
             findings += config_findings_ + file_findings
-        if not layouts:
+        if not layouts and adapter is None:
             findings.append(f"no {' and no '.join(CONFIG_NAMES.values())}: not a checkpoint")
         if checkpoint is not None:
-            findings += config_findings(checkpoint, None)
+            findings += name_findings + config_findings(checkpoint, None)
         if "hf" in layouts[:1]:
             findings += chat_template_findings(folder)
         if layouts:
@@ -185,10 +193,11 @@ def _inspect(folder: Path, name: str) -> Inspection:
         raise CheckpointError(f"{name}: cannot be read: {error}") from error
     model_type = None if config is None else config.get("model_type")
     reader = layouts[0] if layouts[:1] == ["consolidated"] else str(model_type)
-    loaders = LOADS_WITH.get(reader, ()) if checkpoint is not None and not is_unfinished else ()
+    is_loadable = checkpoint is not None and not is_unfinished and not name_findings
+    loaders = LOADS_WITH.get(reader, ()) if is_loadable else ()
     return Inspection(
         name=name,
-        kind=_kind(layouts, model_type, quantization, is_unfinished),
+        kind=_kind(layouts, model_type, quantization, is_unfinished) if adapter is None else ADAPTER_KIND,
         geometry=None if checkpoint is None else params_from_config(checkpoint.config),
         bits_per_weight=None if checkpoint is None else checkpoint.bits_per_weight,
         dtypes=dict(dtypes),
@@ -228,9 +237,9 @@ def config_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[s
     config = read_json_object(checkpoint.folder / CONFIG_NAME)
     torch_name = config.get("dtype", config.get("torch_dtype"))
     if torch_name != TORCH_NAMES[checkpoint.dtype]:
-        findings.append(f"{CONFIG_NAME}: dtype is {torch_name}, the weights are {TORCH_NAMES[checkpoint.dtype]}")
+        findings.append(f"{CONFIG_NAME}: dtype is {shown(torch_name)}, the weights are {TORCH_NAMES[checkpoint.dtype]}")
     if config.get("architectures") != [ARCHITECTURES[config["model_type"]]]:
-        findings.append(f"{CONFIG_NAME}: architectures {config.get('architectures')} of a {config['model_type']}")
+        findings.append(f"{CONFIG_NAME}: architectures {shown(config.get('architectures'))} of a {config['model_type']}")
     if finding := file_finding(checkpoint.folder, GENERATION_CONFIG_NAME):
         return [*findings, finding]
     try:
@@ -238,10 +247,19 @@ def config_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[s
     except (OSError, ValueError) as error:
         return [*findings, f"{GENERATION_CONFIG_NAME}: {error}"]
     return findings + [
-        f"{GENERATION_CONFIG_NAME}: {name} is {generation_config.get(name)}, {CONFIG_NAME} has {config.get(name)}"
+        f"{GENERATION_CONFIG_NAME}: {name} is {shown(generation_config.get(name))}, "
+        f"{CONFIG_NAME} has {shown(config.get(name))}"
         for name in SPECIAL_IDS
-        if generation_config.get(name) != config.get(name)
+        if _differ(generation_config.get(name), config.get(name))
     ]
+
+
+def _differ(one: object, other: object) -> bool:
+    try:
+        # In Python, True is 1.
+        return type(one) is not type(other) or one != other
+    except RecursionError:
+        return True
 
 
 def chat_template_findings(folder: Path) -> list[str]:
@@ -298,14 +316,20 @@ def _quantization(config: dict[str, Any] | None, layouts: Sequence[Layout]) -> s
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     ours = quantization_of(settings)
     if ours is None:
-        return str(method or "by an unknown method")
+        return method if isinstance(method, str) and method else "by an unknown method"
     groups = f", groups of {ours[1]}" if ours[0] == "int4" else ""
     return f"{ours[0]}{groups} ({method}, {FORMATS[ours[0]]})"
 
 
-def _weights(folder: Path, layouts: Sequence[Layout]) -> tuple[Counter[str], int, dict[str, int | None], list[str]]:
-    """Tensors by dtype, number of parameters and sizes of files of the layout that is read, and what is wrong."""
+def _weights(
+    folder: Path, layouts: Sequence[Layout]
+) -> tuple[Counter[str], int, dict[str, int | None], list[str], list[str]]:
+    """Tensors by dtype, number of parameters and sizes of files of the layout that is read.
+
+    Then what is wrong with the files, and with names that `convert` reads and no loader does.
+    """
     dtypes: Counter[str] = Counter()
+    wrapped = None
     parameters, file_bytes, findings = 0, dict[str, int | None](), []
     stem = WEIGHTS_STEM[layouts[0]] if layouts else ""
     for path in sorted(folder.glob(f"{stem}*.safetensors")):
@@ -315,13 +339,16 @@ def _weights(folder: Path, layouts: Sequence[Layout]) -> tuple[Counter[str], int
             try:
                 with safe_open(path, "numpy") as opened:
                     for name in opened.keys():  # noqa: SIM118  # not a dict
+                        if unwrapped_name(name) != name:
+                            wrapped = name
                         tensor = opened.get_slice(name)
                         dtypes[tensor.get_dtype()] += 1
                         parameters += math.prod(tensor.get_shape())
             except SafetensorError as error:
                 finding = f"{path.name}: {error}"
         findings += [finding] if finding else []
-    return dtypes, parameters, file_bytes, findings
+    name_findings = [] if wrapped is None else [WRAPPED.format(name=wrapped)]
+    return dtypes, parameters, file_bytes, findings, name_findings
 
 
 def _kind(layouts: Sequence[Layout], model_type: object, quantization: str | None, is_unfinished: bool) -> str:
@@ -333,7 +360,7 @@ def _kind(layouts: Sequence[Layout], model_type: object, quantization: str | Non
         return f"both layouts; {LAYOUT_NAMES[layouts[0]]} is the one that is read"
     kind = LAYOUT_NAMES[layouts[0]]
     if layouts[0] == "hf":
-        kind += f", model type {model_type}"
+        kind += f", model type {model_type if isinstance(model_type, str) else shown(model_type)}"
     return kind if quantization is None else f"{kind}, quantized: {quantization}"
 
 

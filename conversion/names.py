@@ -1,5 +1,6 @@
 """Names and shapes of the tensors in the consolidated and in the HF layout."""
 
+import re
 from typing import NamedTuple
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
@@ -39,6 +40,21 @@ SHAPES = {
 # The rows of these are the rotary pairs of each head: interleaved in the consolidated layout, split in the HF layout.
 ROPE_PAIRS = ("layers.{layer}.attention.wq.weight", "layers.{layer}.attention.wk.weight")
 
+# Modules that torch.compile, DDP, FSDP and activation checkpointing put around others: parts of names in saved files.
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Frequencies of rope that older versions of transformers saved: computed, not learned.
+BUFFERS = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def unwrapped_name(name: str) -> str:
+    """The name of a tensor without the modules that training put around the model or a part of it."""
+    return WRAPPERS.sub("", name)
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of this HF name is computed from the config, so that no checkpoint needs it."""
+    return BUFFERS.fullmatch(name) is not None
+
 
 class ExpectedTensor(NamedTuple):
     """One tensor that a checkpoint of a given geometry must have."""
@@ -49,8 +65,11 @@ class ExpectedTensor(NamedTuple):
     has_rope_pairs: bool
 
 
-def expected_tensors(config: MistralLargeConfig) -> list[ExpectedTensor]:
-    """All tensors of a geometry and no others, in the order in which a forward pass needs them."""
+def expected_tensors(config: MistralLargeConfig, *, layers: int | None = None) -> list[ExpectedTensor]:
+    """All tensors of a geometry and no others, in the order in which a forward pass needs them.
+
+    layers: of the first few layers only, as all are alike; None for all layers.
+    """
     sizes = {
         **{name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")},
         "query_rows": config.num_attention_heads * config.head_dim,
@@ -69,6 +88,6 @@ def expected_tensors(config: MistralLargeConfig) -> list[ExpectedTensor]:
     first, *others = (pattern for pattern in TO_HF if pattern not in of_layers)
     return [
         expand(first),
-        *(expand(pattern, layer) for layer in range(config.num_hidden_layers) for pattern in of_layers),
+        *(expand(pattern, layer) for layer in range(config.num_hidden_layers if layers is None else layers) for pattern in of_layers),
         *(expand(pattern) for pattern in others),
     ]

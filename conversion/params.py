@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modeling_mistral_large.configuration_mistral_large import ABSENT, MistralLargeConfig
+from modeling_mistral_large.conversion.source_files import shown
 from modeling_mistral_large.errors import CheckpointError
 
 PARAMS_NAME = "params.json"
@@ -58,10 +59,10 @@ def params_findings(params: Mapping[str, Any]) -> list[str]:
         elif key not in OPTIONAL:
             findings.append(f"{key} is missing")
     for key, value in params.items():
-        if key in FIXED and repr(value) not in map(repr, FIXED[key]):
-            findings.append(f"{key} is {value!r}: only {FIXED[key][-1]!r} is this architecture")
+        if key in FIXED and not _is_one_of(value, FIXED[key]):
+            findings.append(f"{key} is {shown(value)}: only {FIXED[key][-1]!r} is this architecture")
         elif key not in (*KEYS, *FIXED, *IGNORED):
-            findings.append(f"{key!r} is unknown: it may change the architecture")
+            findings.append(f"{shown(key)} is unknown: it may change the architecture")
     if not findings and params["n_heads"] % params["n_kv_heads"]:
         findings.append(f"n_heads {params['n_heads']} is not a multiple of n_kv_heads {params['n_kv_heads']}")
     if not findings and params["head_dim"] % 2:
@@ -71,11 +72,24 @@ def params_findings(params: Mapping[str, Any]) -> list[str]:
 
 def _number_findings(key: str, value: object) -> list[str]:
     if key in REAL_NUMBERS:
-        valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        return [] if valid else [f"{key} is {value!r}: must be a finite number greater than 0"]
+        return [] if _is_positive(value) else [f"{key} is {shown(value)}: must be a finite number greater than 0"]
     largest = LARGEST_SIZE.get(key, LARGEST_OTHER_SIZE)
     valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
-    return [] if valid else [f"{key} is {value!r}: must be a whole number from 1 to {largest}"]
+    return [] if valid else [f"{key} is {shown(value)}: must be a whole number from 1 to {largest}"]
+
+
+def _is_one_of(value: object, values: tuple[object, ...]) -> bool:
+    # In Python, False is 0; what has another type is not compared, however deep it is.
+    return any(type(value) is type(each) and value == each for each in values)
+
+
+def _is_positive(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:
+        return False
 
 
 def config_from_params(params: Mapping[str, Any]) -> MistralLargeConfig:
@@ -86,10 +100,10 @@ def config_from_params(params: Mapping[str, Any]) -> MistralLargeConfig:
     """
     if findings := params_findings(params):
         raise CheckpointError(f"{PARAMS_NAME} is not a Mistral Large geometry: {'; '.join(findings)}")
-    sizes = {config_key: params[key] for key, config_key in TO_CONFIG.items() if key in params}
-    return MistralLargeConfig(
-        **sizes, rope_parameters={"rope_type": "default", "rope_theta": float(params[ROPE_THETA])}
-    )
+    # A whole number is a real one too, in JSON.
+    values = {key: float(value) if key in REAL_NUMBERS else value for key, value in params.items()}
+    sizes = {config_key: values[key] for key, config_key in TO_CONFIG.items() if key in values}
+    return MistralLargeConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": values[ROPE_THETA]})
 
 
 def params_from_config(config: MistralLargeConfig) -> dict[str, Any]:
@@ -107,9 +121,11 @@ def params_from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], li
 
     What is absent there is absent here: defaults would be those of another geometry.
     """
-    # Older files have the settings of rope at the top level, and its scaling apart.
-    rope = config.get("rope_parameters") or {**config, **(config.get("rope_scaling") or {})}
+    rope, findings = _rope_of(config)
     params = {key: config[name] for key, name in TO_CONFIG.items() if name in config}
+    if params.get("head_dim", 0) is None:
+        # For transformers, null is the same as an older file without it.
+        del params["head_dim"]
     if ROPE_THETA in rope:
         params[ROPE_THETA] = rope[ROPE_THETA]
     allowed: dict[str, tuple[object, ...]] = {
@@ -117,11 +133,39 @@ def params_from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], li
         "quantization_config": (None,),
         **{name: (None, value) for name, value in ABSENT.items()},
     }
-    findings = [
-        f"{name} is {config.get(name)!r}: only {values[-1]!r} is this architecture"
+    findings += [
+        f"{name} is {shown(config.get(name))}: only {values[-1]!r} is this architecture"
         for name, values in allowed.items()
-        if repr(config.get(name)) not in map(repr, values)
+        if not _is_one_of(config.get(name), values)
     ]
-    if (rope_type := rope.get("rope_type", "default")) != "default":
-        findings.append(f"rope_type is {rope_type!r}: only 'default' is this architecture")
     return params, findings
+
+
+def _rope_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of rope in a config.json under their names of today, and what is wrong with them.
+
+    Older files have the base of rope at the top level, and its scaling under `rope_scaling`.
+    """
+    findings = []
+    found: dict[str, Any] = {ROPE_THETA: config[ROPE_THETA]} if ROPE_THETA in config else {}
+    for name in ("rope_scaling", "rope_parameters"):
+        settings = config.get(name)
+        if settings is None:
+            continue
+        if not isinstance(settings, Mapping):
+            findings.append(f"{name} is {shown(settings)}: must be an object")
+            continue
+        for key, value in settings.items():
+            # The name of older files.
+            own = "rope_type" if key == "type" else key
+            if own in found and (isinstance(value, list | dict) or found[own] != value):
+                findings.append(f"{own} is {shown(found[own])} and {shown(value)}: must be one")
+            found[own] = value
+    if (rope_type := found.get("rope_type", "default")) != "default":
+        findings.append(f"rope_type is {shown(rope_type)}: only 'default' is this architecture")
+    findings += [
+        f"rope has {shown(key)} {shown(value)}: the default rope has only {ROPE_THETA}"
+        for key, value in found.items()
+        if key not in ("rope_type", ROPE_THETA) and value is not None and not findings
+    ]
+    return found, findings

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.names import expected_tensors
+from modeling_mistral_large.conversion.names import expected_tensors, is_buffer, unwrapped_name
 from modeling_mistral_large.conversion.params import (
     PARAMS_NAME,
     config_from_params,
@@ -21,6 +21,7 @@ from modeling_mistral_large.conversion.params import (
 )
 from modeling_mistral_large.conversion.quantize import (
     CANNOT_UNDO,
+    FORMATS,
     Quantization,
     Quantize,
     choose_group_size,
@@ -41,9 +42,9 @@ from modeling_mistral_large.conversion.safetensors_header import (
     encode_header,
     read_header,
 )
-from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
+from modeling_mistral_large.conversion.source_files import adapter_finding, file_finding, read_json_object, shown
 from modeling_mistral_large.conversion.transforms import Cast, RegroupRopePairs, Rows, Step
-from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.errors import CheckpointError, SettingError
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ OUTPUT_DTYPES: dict[OutputDtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": 
 WEIGHTS_STEM: dict[Layout, str] = {"consolidated": "consolidated", "hf": "model"}
 CONFIG_NAMES: dict[Layout, str] = {"consolidated": PARAMS_NAME, "hf": "config.json"}
 TOKENIZER_NAME = "tokenizer.model.v3"
+FIRST_QUERY = "model.layers.0.self_attn.q_proj.weight"
 DEFAULT_SHARD_SIZE = "5GB"
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # An error that lists more than this is no longer read.
@@ -196,20 +198,39 @@ def plan_conversion(
         CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
             error; options that do not fit together.
     """
+    check_option("to", to, OTHER_LAYOUT)
+    check_option("dtype", dtype, (None, *OUTPUT_DTYPES))
+    check_option("quantize", quantize, (None, *FORMATS))
+    layout = layout_to_read(source, to=to, quantize=quantize)
     if quantize is None:
-        config, tensors = read_checkpoint(source, OTHER_LAYOUT[to], may_mix_dtypes=dtype is not None)
-        return _plan(tensors, config, OTHER_LAYOUT[to], to, dtype, max_shard_size)
+        config, tensors = read_checkpoint(source, layout, may_mix_dtypes=dtype is not None)
+        return _plan(tensors, config, layout, to, dtype, max_shard_size)
     if to != "hf":
         raise CheckpointError(f"quantizing to {quantize}: only the HF layout has a place for it; leave `to` out")
-    if dtype not in (None, "bf16"):
+    if dtype is not None:
         raise CheckpointError(
-            f"quantizing to {quantize}: what is not quantized is bf16, not {dtype}; leave `dtype` out"
+            f"quantizing to {quantize}: what is not quantized is bf16, whatever `dtype` says; leave `dtype` out"
         )
-    layout = source_layout(source)
     config, tensors = read_checkpoint(source, layout, may_mix_dtypes=True)
     quantized_shapes = [tensor.shape for tensor in expected_tensors(config) if is_quantized(tensor.hf)]
     config.quantization_config = quantization_config(quantize, choose_group_size(quantized_shapes, quantize))
     return _plan(tensors, config, layout, to, "bf16", max_shard_size)
+
+
+def layout_to_read(source: Path | str, *, to: Layout, quantize: Quantization | None) -> Layout:
+    """The layout that is converted: the other one, unless it is quantized."""
+    return OTHER_LAYOUT[to] if quantize is None else source_layout(source)
+
+
+def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Refuse an option whose value means nothing.
+
+    Raises:
+        SettingError: the option, its value and what it may be.
+    """
+    values = tuple(allowed)
+    if not any(type(value) is type(each) and value == each for each in values):
+        raise SettingError(f"{name} {shown(value)}: must be one of {', '.join(map(repr, values))}")
 
 
 def source_layout(source: Path | str) -> Layout:
@@ -241,12 +262,11 @@ def read_checkpoint(
             error.
     """
     folder = Path(source)
-    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
-        raise CheckpointError(f"{folder}: no folder that can be read; give the one that holds {CONFIG_NAMES[layout]}")
-    params, quantization, findings = _read_params(folder, layout)
+    _check_folder(folder, layout)
+    tensors, weight_findings = _read_weights(folder, layout)
+    params, quantization, findings = _read_params(folder, layout, tensors)
     if quantization is not None and not may_be_quantized:
         raise CheckpointError(f"{folder}: {CANNOT_UNDO}")
-    tensors, weight_findings = _read_weights(folder, WEIGHTS_STEM[layout])
     findings += weight_findings
     if needs_tokenizer and (finding := file_finding(folder, TOKENIZER_NAME)):
         findings.append(finding)
@@ -263,6 +283,32 @@ def read_checkpoint(
     return config, tensors
 
 
+def read_geometry(source: Path | str, layout: Layout) -> MistralLargeConfig:
+    """The geometry and quantization that the settings of a folder say; its weights may be elsewhere.
+
+    Raises:
+        CheckpointError: settings that are not those of a Mistral Large, all reasons in one error.
+    """
+    folder = Path(source)
+    _check_folder(folder, layout)
+    # Only for a config.json without head_dim, which its weights can prove.
+    tensors, _ = _read_weights(folder, layout)
+    params, quantization, findings = _read_params(folder, layout, tensors)
+    _refuse(findings, f"{folder} has no geometry of a Mistral Large")
+    assert params is not None
+    config = config_from_params(params)
+    if quantization is not None:
+        config.quantization_config = quantization_config(*quantization)
+    return config
+
+
+def _check_folder(folder: Path, layout: Layout) -> None:
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: no folder that can be read; give the one that holds {CONFIG_NAMES[layout]}")
+    if finding := adapter_finding(folder):
+        raise CheckpointError(f"{folder}: {finding}")
+
+
 def plan_export(
     state_dict: Mapping[str, "torch.Tensor"],
     config: Mapping[str, Any],
@@ -277,13 +323,16 @@ def plan_export(
     Raises:
         CheckpointError: as for `plan_conversion`.
     """
+    check_option("dtype", dtype, (None, *OUTPUT_DTYPES))
     if quantization_of(config.get("quantization_config")) is not None:
         raise CheckpointError(f"the model: {CANNOT_UNDO}")
+    tensors = [MemoryTensor.of(unwrapped_name(name), tensor) for name, tensor in state_dict.items()]
+    tensors = [tensor for tensor in tensors if not is_buffer(tensor.name)]
     params, findings = params_from_hf_config(config)
+    findings += _derive_head_dim(params, tensors)
     findings += params_findings(params)
     _refuse([f"config: {finding}" for finding in findings], "the config is not that of a Mistral Large")
     own_config = config_from_params(params)
-    tensors = [MemoryTensor.of(name, tensor) for name, tensor in state_dict.items()]
     findings = _tensor_findings(tensors, own_config, "hf", are_complete=True)
     findings += [
         f"tensor {tensor.name!r} is on device meta, without data; load the model without offload"
@@ -299,16 +348,19 @@ def plan_export(
 def _refuse(findings: Sequence[str], what: str) -> None:
     if not findings:
         return
-    listed = [f"  {finding[:LONGEST_FINDING]}" for finding in findings[:MOST_FINDINGS]]
+    listed = [f"  {' '.join(finding.splitlines())[:LONGEST_FINDING]}" for finding in findings[:MOST_FINDINGS]]
     if len(findings) > MOST_FINDINGS:
         listed.append(f"  and {len(findings) - MOST_FINDINGS} more")
     raise CheckpointError("\n".join([f"{what}; nothing was done, mend or download it again:", *listed]))
 
 
 def _read_params(
-    folder: Path, layout: Layout
+    folder: Path, layout: Layout, tensors: Sequence[StoredTensor]
 ) -> tuple[dict[str, Any] | None, tuple[Quantization, int] | None, list[str]]:
-    """The geometry under the names of params.json and the quantization, or no geometry and the reasons."""
+    """The geometry under the names of params.json and the quantization, or no geometry and the reasons.
+
+    tensors: those of the folder, which must say what an older config.json does not.
+    """
     name = CONFIG_NAMES[layout]
     if finding := file_finding(folder, name):
         return None, None, [finding]
@@ -322,12 +374,37 @@ def _read_params(
         if (quantization := quantization_of(params.get("quantization_config"))) is not None:
             del params["quantization_config"]
         params, findings = params_from_hf_config(params)
+        findings += _derive_head_dim(params, tensors)
     findings += params_findings(params)
     return (None if findings else params), quantization, [f"{name}: {finding}" for finding in findings]
 
 
-def _read_weights(folder: Path, stem: str) -> tuple[list[FileTensor], list[str]]:
-    """All tensors of the files `stem*.safetensors`, and what is wrong with the files, their number and their index."""
+def _derive_head_dim(params: dict[str, Any], tensors: Iterable[StoredTensor]) -> list[str]:
+    """Add the head_dim that a config.json of 2024 leaves to the reader, or say why it is not proven.
+
+    transformers takes hidden_size / num_attention_heads. That is a guess, unless the rows of the query weights agree.
+    """
+    width, heads = params.get("dim"), params.get("n_heads")
+    if "head_dim" in params or type(width) is not int or type(heads) is not int or heads < 1:
+        return []
+    rows = next((tensor.shape[0] for tensor in tensors if tensor.name == FIRST_QUERY and tensor.shape), None)
+    if rows is None or width % heads:
+        return []
+    if rows != width:
+        return [
+            f"hidden_size / num_attention_heads is {width // heads}, but {FIRST_QUERY!r} has {rows} rows, not {width}: "
+            "add the model's own head_dim"
+        ]
+    params["head_dim"] = width // heads
+    return []
+
+
+def _read_weights(folder: Path, layout: Layout) -> tuple[list[FileTensor], list[str]]:
+    """All tensors of the files of weights, and what is wrong with the files, their number and their index.
+
+    Names are those of the model alone, without what training has put around it, and buffers are left out.
+    """
+    stem = WEIGHTS_STEM[layout]
     names, findings = _weight_files(folder, stem)
     tensors: list[FileTensor] = []
     for name in names:
@@ -340,7 +417,8 @@ def _read_weights(folder: Path, stem: str) -> tuple[list[FileTensor], list[str]]
     index_name = f"{stem}.safetensors.index.json"
     if not findings and os.path.lexists(folder / index_name):
         findings = _index_findings(folder, index_name, tensors)
-    return tensors, findings
+    tensors = [replace(tensor, name=unwrapped_name(tensor.name)) for tensor in tensors]
+    return [tensor for tensor in tensors if layout != "hf" or not is_buffer(tensor.name)], findings
 
 
 def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
@@ -358,8 +436,9 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
         return [], [f"files of more than one checkpoint: {present}"]
     (total,) = totals
     wanted = [f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
-    return present, [f"{name} is missing" for name in wanted if name not in present] + [
-        f"{name} is not one of {total}" for name in present if name not in wanted
+    there, needed = set(present), set(wanted)
+    return present, [f"{name} is missing" for name in wanted if name not in there] + [
+        f"{name} is not one of {total}" for name in present if name not in needed
     ]
 
 
@@ -375,7 +454,7 @@ def _index_findings(folder: Path, index_name: str, tensors: Iterable[FileTensor]
         return [f"{index_name} has no weight_map"]
     stored = {tensor.name: tensor.path.name for tensor in tensors}
     return [
-        f"{index_name}: {name!r} is in {weight_map.get(name)!r}, but stored in {stored.get(name)!r}"
+        f"{index_name}: {shown(name)} is in {shown(weight_map.get(name))}, but stored in {shown(stored.get(name))}"
         for name in sorted({*stored, *weight_map})
         if weight_map.get(name) != stored.get(name)
     ]
@@ -477,10 +556,10 @@ def _plan(
     return ConversionPlan(to=to, config=config, dtype=written_dtype, source_dtypes=source_dtypes, files=files)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes of a size such as 5GB, 750 MB or 1000000."""
+def parse_size(size: int | str, what: str = "max_shard_size") -> int:
+    """Bytes of a size such as 5GB, 750 MB or 1000000; `what` has that size, for the error."""
     match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([KMGT]?B|)\s*", str(size), re.IGNORECASE)
     size_bytes = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
     if size_bytes < 1:
-        raise CheckpointError(f"max_shard_size {size!r}: must be a size such as 5GB or 750MB")
+        raise CheckpointError(f"{what} {shown(size)}: must be a size such as 5GB or 750MB")
     return size_bytes

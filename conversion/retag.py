@@ -4,6 +4,7 @@ from pathlib import Path
 
 from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, whole_file
 from modeling_mistral_large.conversion.hf_files import (
+    ARCHITECTURES,
     CHAT_TEMPLATE_NAME,
     CHAT_TEMPLATES,
     CONFIG_NAME,
@@ -13,6 +14,7 @@ from modeling_mistral_large.conversion.hf_files import (
 )
 from modeling_mistral_large.conversion.inspect import load_headers
 from modeling_mistral_large.conversion.model_card import ModelType, retag_model_card
+from modeling_mistral_large.conversion.plan import check_option
 from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
 from modeling_mistral_large.conversion.tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_findings
 from modeling_mistral_large.errors import CheckpointError, DestinationError
@@ -28,6 +30,7 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
         CheckpointError: a folder that is not a sound, finished conversion of ours.
         DestinationError: a file that cannot be written.
     """
+    check_option("model_type", model_type, ARCHITECTURES)
     folder = Path(folder)
     config = load_headers(folder, "hf").config
     if (folder / UNFINISHED_NAME).exists():

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from modeling_mistral_large.conversion.source_files import parse_json_object
+from modeling_mistral_large.conversion.source_files import parse_json_object, shown
 
 if TYPE_CHECKING:
     import torch
@@ -95,11 +95,12 @@ def read_header(path: Path) -> tuple[list[FileTensor], list[str]]:
             if length > min(file_size - LENGTH_BYTES, LARGEST_HEADER):
                 return [], [f"{path.name} is not a whole safetensors file: header of {length} in {file_size} bytes"]
             header = parse_json_object(stream.read(length))
+            if not _is_metadata(header.pop("__metadata__", {})):
+                return [], [f"{path.name} has a broken header: __metadata__ must be an object of texts"]
     except OSError as error:
         return [], [f"{path.name} cannot be read: {error.strerror}"]
     except ValueError as error:
         return [], [f"{path.name} has a broken header: {error}"]
-    header.pop("__metadata__", None)
     data_start = LENGTH_BYTES + length
     tensors, findings = [], []
     for name, entry in header.items():
@@ -125,16 +126,20 @@ def _tensor(path: Path, data_start: int, name: str, entry: object) -> FileTensor
         raise ValueError("has another entry than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BYTES_OF:
-        raise ValueError(f"has dtype {dtype!r}, must be one of {', '.join(BYTES_OF)}")
+        raise ValueError(f"has dtype {shown(dtype)}, must be one of {', '.join(BYTES_OF)}")
     if not _are_sizes(shape):
-        raise ValueError(f"has shape {shape!r}, must be a short list of whole numbers")
+        raise ValueError(f"has shape {shown(shape)}, must be a short list of whole numbers")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"has data_offsets {offsets!r}, must be two whole numbers")
+        raise ValueError(f"has data_offsets {shown(offsets)}, must be two whole numbers")
     start, end = offsets
     size = math.prod(shape) * BYTES_OF[dtype]
     if end - start != size:
         raise ValueError(f"has {end - start} bytes, {dtype} {shape} needs {size}")
     return FileTensor(name, dtype, tuple(shape), size, path, data_start + start)
+
+
+def _is_metadata(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _are_sizes(values: Any) -> bool:

@@ -1,27 +1,39 @@
 """Reading of a folder that someone else made: nothing outside of it, nothing but regular files, nothing of any size."""
 
 import json
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 100_000_000
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxdict = _SHORT.maxlist = 8
+# A value of a file as an error shows it: on one line, and short whatever it is.
+shown = _SHORT.repr
 
 
 def file_finding(folder: Path, name: str) -> str | None:
     """What keeps a file of the folder from being read, or None if nothing does.
 
     A link may point inside the folder, or to the `blobs` of the hub cache when the folder is one of its snapshots.
+    Only files of weights, which are never read whole, may be larger than 100 MB.
     """
     path = folder / name
     try:
         target = path.resolve(strict=True)
-        if not stat.S_ISREG(target.stat().st_mode):
+        status = target.stat()
+        if not stat.S_ISREG(status.st_mode):
             return f"{name} is not a regular file"
         folder = folder.resolve()
         allowed = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
         if target.parent not in allowed:
             return f"{name} is a link out of the folder, to {str(target)!r}"
+        if status.st_size > LARGEST_JSON and not name.endswith(".safetensors"):
+            return f"{name} has more than {LARGEST_JSON} bytes"
         with target.open("rb"):
             pass
     except FileNotFoundError:
@@ -29,6 +41,23 @@ def file_finding(folder: Path, name: str) -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{name} cannot be read: {error}"
     return None
+
+
+def adapter_finding(folder: Path) -> str | None:
+    """What a folder with an adapter is, of which base, and the way out; None for any other folder."""
+    if not (folder / ADAPTER_CONFIG_NAME).exists():
+        return None
+    base: object = None
+    if file_finding(folder, ADAPTER_CONFIG_NAME) is None:
+        try:
+            base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        except (OSError, ValueError):
+            base = None
+    of_base = f"the base {shown(base)}" if isinstance(base, str) and base else "a base that it does not name"
+    return (
+        f"an adapter (PEFT) of {of_base}, not a checkpoint; load the base with the adapter, save what "
+        "merge_and_unload() returns, and give that folder"
+    )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

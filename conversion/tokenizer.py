@@ -9,6 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
 from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
+from modeling_mistral_large.sentencepiece_bpe import load_processor
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -63,7 +64,7 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
     for name in ("is_local", "local_files_only"):
         settings.pop(name, None)
     files[TOKENIZER_CONFIG_NAME] = json_bytes(settings)
-    processor = SentencePieceProcessor(model_file=str(source / TOKENIZER_NAME))
+    processor = load_processor(source / TOKENIZER_NAME)
     if processor.vocab_size() != vocab_size:
         raise CheckpointError(
             f"{source / TOKENIZER_NAME}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
@@ -79,7 +80,7 @@ def tokenizer_findings(folder: Path, *, vocab_size: int) -> list[str]:
     try:
         # Without the other file, so that it is read and nothing else.
         tokenizer = MistralLargeTokenizer(tokenizer_file=str(folder / "tokenizer.json"))
-        processor = SentencePieceProcessor(model_file=str(folder / TOKENIZER_NAME))
+        processor = load_processor(folder / TOKENIZER_NAME)
     except TokenizerFileError as error:
         return [str(error)]
     except (OSError, RuntimeError):

@@ -32,7 +32,7 @@ from modeling_mistral_large.conversion.safetensors_header import (
     FileTensor,
     read_metadata,
 )
-from modeling_mistral_large.conversion.source_files import file_finding
+from modeling_mistral_large.conversion.source_files import adapter_finding, file_finding
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, file_checksum, transformed
 from modeling_mistral_large.conversion.tokenizer import tokenizer_findings
 from modeling_mistral_large.conversion.transforms import Rows
@@ -64,6 +64,8 @@ def verify_checkpoint(
         CheckpointError: no checkpoint in `folder`, or none that is sound in `source`.
     """
     folder = Path(folder)
+    if finding := adapter_finding(folder):
+        raise CheckpointError(f"{folder}: {finding}")
     layouts = layouts_of(folder) if folder.is_dir() else []
     if not layouts:
         raise CheckpointError(f"{folder}: no checkpoint; give a folder with {' or '.join(CONFIG_NAMES.values())}")

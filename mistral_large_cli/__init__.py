@@ -4,11 +4,12 @@ A package beside modeling_mistral_large, because importing that one registers wi
 here nothing heavy is imported before a command runs, and help and usage errors answer at once.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from . import terminal
 
 app = typer.Typer(
     name="mistral-large",
@@ -43,9 +44,13 @@ def convert(
     destination: Annotated[Path, typer.Argument(file_okay=False, help="Folder to write, new or empty.")],
     to: Annotated[Literal["hf", "consolidated"], typer.Option(help="Layout to write, from the other one.")] = "hf",
     as_: Annotated[
-        Literal["mistral_large", "mistral"],
-        typer.Option("--as", help="Model type of the HF layout. mistral: for programs that do not know us."),
-    ] = "mistral_large",
+        Literal["mistral_large", "mistral"] | None,
+        typer.Option(
+            "--as",
+            help="Model type of the HF layout. mistral: for engines without this package.",
+            show_default="mistral_large",
+        ),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one output file, such as 5GB.")] = "5GB",
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Round the weights; else every bit stays.")
@@ -274,12 +279,4 @@ def doctor(
 
 def main() -> None:
     """Run the command line; an error the user can act on is one line on stderr and exit code 2."""
-    try:
-        app()
-    except Exception as error:
-        # Only a module that is already imported can have raised ours.
-        errors = sys.modules.get("modeling_mistral_large.errors")
-        if errors is None or not isinstance(error, errors.MistralLargeError):
-            raise
-        typer.echo(f"mistral-large: {error}", err=True)
-        sys.exit(2)
+    terminal.run(app)

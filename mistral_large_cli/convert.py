@@ -1,11 +1,13 @@
 """Printing of `mistral-large convert`: the plan, the progress, and what to do with the result."""
 
-import json
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from .marks import one_line
+from .terminal import console as safe_console
+from .terminal import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +40,7 @@ def convert(
     destination: Path,
     *,
     to: Literal["consolidated", "hf"],
-    model_type: Literal["mistral_large", "mistral"],
+    model_type: Literal["mistral_large", "mistral"] | None,
     max_shard_size: str,
     dtype: Literal["bf16", "fp16", "fp32"] | None,
     quantize: Literal["fp8", "int4"] | None,
@@ -48,16 +50,23 @@ def convert(
 ) -> None:
     """Convert `source` into `destination` and say so; with `dry_run` only check and print the plan.
 
-    Raises:
-        MistralLargeError: the reasons of `convert_checkpoint`.
-    """
-    from rich.console import Console
+    model_type: None for that of our classes.
 
+    Raises:
+        MistralLargeError: the reasons of `convert_checkpoint`, or an option without effect.
+    """
+    from modeling_mistral_large.errors import SettingError
+
+    if to == "consolidated" and model_type is not None:
+        raise SettingError(f"--as {model_type} with --to consolidated: that layout has no model type; leave it out")
+    if dry_run and jobs is not None:
+        raise SettingError(f"--jobs {jobs} with --dry-run: nothing is written; leave one out")
+    model_type = model_type or "mistral_large"
     from modeling_mistral_large.conversion import prepare_conversion
     from modeling_mistral_large.conversion.quantize import ConstantTensor
 
     # With JSON, people read standard error.
-    console = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
+    console = safe_console(soft_wrap=True, stderr=as_json)
     conversion = prepare_conversion(
         source,
         destination,
@@ -90,8 +99,8 @@ def convert(
         "destination_state": state,
     }
     if not as_json:
-        console.print(f"from  {source}: {tensors} tensors, {dtypes}{rounded}, {plan.tensor_bytes / 1e9:,.2f} GB")
-        console.print(f"to    {destination}: {len(plan.files)} × *.safetensors, --max-shard-size {max_shard_size}")
+        console.print(f"from  {one_line(source)}: {tensors} tensors, {dtypes}{rounded}, {plan.tensor_bytes / 1e9:,.2f} GB")
+        console.print(f"to    {one_line(str(destination))}: {len(plan.files)} × *.safetensors, --max-shard-size {max_shard_size}")
         if state != "new":
             console.print(f"which is {STATES[state]}")
     if dry_run:
@@ -113,8 +122,7 @@ def convert(
             snippet = SNIPPETS[to, model_type].format(folder=str(destination))
             console.print(f"python -c {shlex.quote(snippet)}")
     if as_json:
-        json.dump(report, sys.stdout, indent=2)
-        print()
+        print_json(report)
 
 
 def _run(conversion: "Conversion", jobs: int | None, console: "Console") -> bool:

@@ -1,7 +1,9 @@
 """Printing of `mistral-large inspect`: what a folder is, what it holds, what loads it, what is wrong with it."""
 
-import json
 from dataclasses import asdict
+
+from .marks import one_line
+from .terminal import console, print_json
 
 
 def inspect(source: str, as_json: bool) -> None:
@@ -14,9 +16,8 @@ def inspect(source: str, as_json: bool) -> None:
 
     inspection = inspect_checkpoint(source)
     if as_json:
-        print(json.dumps(asdict(inspection), indent=2))
+        print_json(asdict(inspection))
         return
-    from rich.console import Console
     from rich.text import Text
 
     sizes = [size for size in inspection.file_bytes.values() if size is not None]
@@ -34,9 +35,10 @@ def inspect(source: str, as_json: bool) -> None:
         "loads with": list(inspection.loads_with) or ["nothing"],
         "findings": list(inspection.findings) or ["nothing is wrong"],
     }
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    out = console(soft_wrap=True)
     for label, lines in rows.items():
         style = "bold red" if label == "findings" and inspection.findings else ""
         for line in lines:
-            console.print(Text.assemble((f"{label:12}", "dim"), (line, style)))
+            # A value with a line of its own could deny what the next one says.
+            out.print(Text.assemble((f"{label:12}", "dim"), (one_line(line), style)))
             label = ""

@@ -24,13 +24,21 @@ ROLES = {
     "[/TOOL_RESULTS]": "results",
 }
 COLOURS = {"prompt": "white", "tools": "blue", "user": "green", "assistant": "magenta", "results": "cyan"}
-# Everything that can move the cursor or change the terminal: what is left are line ends and tabs.
-_TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Everything that can move the cursor, change the terminal or turn the order of letters around, and what no terminal can
+# print: what is left are line ends and tabs.
+_TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What begins another line or column.
+_BREAKS = re.compile("[\t\n\u2028\u2029]")
 
 
 def printable(text: str) -> str:
     """Return a text that nobody has checked as it may be printed: escape sequences and the like become �."""
     return _TERMINAL_CONTROLS.sub("\ufffd", text)
+
+
+def one_line(text: str) -> str:
+    """Return a text that nobody has checked as it may be printed in a line that says something of it."""
+    return _BREAKS.sub("\ufffd", printable(text))
 
 
 def control_style(token: str) -> str:

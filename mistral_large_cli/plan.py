@@ -1,9 +1,12 @@
 """Printing of `mistral-large plan`: what fits where, how fast it can be, and how to run it."""
 
-import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .marks import one_line
+from .terminal import console, print_json, write_picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -53,8 +56,6 @@ def plan(
     Raises:
         PlanError, CheckpointError: what is asked for makes no sense, or the model has no geometry of ours.
     """
-    from rich.console import Console
-
     from modeling_mistral_large.conversion.quantize import quantization_of
     from modeling_mistral_large.errors import PlanError
     from modeling_mistral_large.sharding import (
@@ -67,6 +68,8 @@ def plan(
         plan_sharding,
     )
 
+    if svg is not None and as_json:
+        raise PlanError("--svg with --json: the picture is of what is printed, and JSON is not; leave one out")
     config = read_config(model)
     found = quantization_of(getattr(config, "quantization_config", None))
     if found is not None and weights not in (None, found[0]):
@@ -74,6 +77,8 @@ def plan(
     weights = weights or (found[0] if found else "bf16")
     devices = detect_devices() if gpus == "auto" else parse_devices(gpus)
     host_memory = parse_host(host)
+    if host_memory and weights in QUANTIZED:
+        raise PlanError(f"--host with {weights} weights: quantized weights are not offloaded; leave --host out")
     options: dict[str, Any] = {
         "batch": batch,
         "weights": weights,
@@ -85,7 +90,8 @@ def plan(
     best = plans[0]
     smaller = QUANTIZED if weights not in QUANTIZED else ()
     # What could be asked for instead is shown beside it.
-    others = [plan_sharding(config, devices, context=context, **{**options, "weights": each})[0] for each in smaller]
+    of_others = {**options, "host_memory": 0}
+    others = [plan_sharding(config, devices, context=context, **{**of_others, "weights": each})[0] for each in smaller]
     plans += [plan for plan in others if plan.fits]
     changes = {} if best.fits else smallest_changes(config, devices, context, options)
     cache = config.num_hidden_layers * cache_bytes_of_layer(config, Demand(context, batch, weights, kv))
@@ -104,68 +110,77 @@ def plan(
             "run": command,
             "changes": changes,
         }
-        print(json.dumps(report, indent=2))
+        print_json(report)
         return best.fits
-    console = Console(highlight=False, markup=False, soft_wrap=True, record=svg is not None)
-    console.print(
-        f"{model or PUBLISHED_NAME}: {gib(weight_bytes)} of weights in {weights}, {gib(cache)} of cache for {batch} × "
+    out = console(soft_wrap=True, record=svg is not None)
+    out.print(
+        f"{one_line(model or PUBLISHED_NAME)}: {gib(weight_bytes)} of weights in {weights}, {gib(cache)} of cache for {batch} × "
         f"{context:,} positions, prompts read {min(chunk, context):,} positions at a time"
     )
-    console.print(ways_table(plans))
+    out.print(ways_table(plans))
     for number, load in enumerate(best.loads):
-        console.print(bar(number, load))
+        out.print(bar(number, load))
     if best.host_weights:
-        console.print(f"host  {gib(best.host_weights)} of weights, read for every token")
+        out.print(f"host  {gib(best.host_weights)} of weights, read for every token")
     legend = "  ".join(f"{mark} {part}" for part, (mark, _) in PARTS.items())
-    console.print(f"{legend}  tokens/s: at most", style="dim")
+    out.print(f"{legend}  tokens/s: at most", style="dim")
     if command is not None:
-        console.print("\nRun it:\n")
-        console.print(command)
+        out.print("\nRun it:\n")
+        out.print(command)
     else:
-        console.print(f"\nIt does not fit: no room for {gib(best.missing)}. What would fit:")
+        out.print(f"\nIt does not fit: no room for {gib(best.missing)}. What would fit:")
         for change in changes.values() or ["nothing on such devices; take larger ones"]:
-            console.print(f"  {change}")
+            out.print(f"  {change}")
     if svg is not None:
-        svg.write_text(console.export_svg(title="mistral-large plan"), encoding="utf-8")
+        write_picture(svg, out.export_svg(title="mistral-large plan"))
     return best.fits
 
 
 def read_config(model: str | None) -> "MistralLargeConfig":
-    """Return the geometry of a folder or repository, or the published one."""
+    """Return the geometry of a folder or repository, or the published one.
+
+    Raises:
+        CheckpointError: no geometry of ours there.
+    """
     from modeling_mistral_large import MistralLargeConfig
-    from modeling_mistral_large.errors import CheckpointError, MistralLargeError
+    from modeling_mistral_large.conversion.hub import resolve_source
+    from modeling_mistral_large.conversion.inspect import layouts_of
+    from modeling_mistral_large.conversion.plan import CONFIG_NAMES, read_geometry
+    from modeling_mistral_large.conversion.source_files import ADAPTER_CONFIG_NAME
 
     if model is None:
         return MistralLargeConfig()
-    try:
-        config: MistralLargeConfig = MistralLargeConfig.from_pretrained(model)
-    except MistralLargeError:
-        raise
-    # transformers raises these for whatever it does not find.
-    except (OSError, ValueError) as error:
-        finding = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{model}: no geometry to be read ({finding}); pass a checkpoint, or no name") from error
-    return config
+    folder = resolve_source(model, patterns=(*CONFIG_NAMES.values(), ADAPTER_CONFIG_NAME))
+    return read_geometry(folder, next(iter(layouts_of(folder)), "hf"))
 
 
 def parse_host(size: str) -> int:
     """Return the bytes of a size such as 512GB."""
     from modeling_mistral_large.conversion.plan import parse_size
 
-    return 0 if size == "0" else parse_size(size)
+    return 0 if size == "0" else parse_size(size, "host memory")
 
 
 def smallest_changes(
     config: "MistralLargeConfig", devices: "Sequence[Device]", context: int, options: dict[str, Any]
 ) -> dict[str, str]:
     """Return what could be asked for instead, one thing changed at a time, by its name."""
-    from modeling_mistral_large.sharding import QUANTIZED, fewest_devices, largest_context, plan_sharding
+    from modeling_mistral_large.sharding import (
+        LARGEST,
+        QUANTIZED,
+        fewest_devices,
+        largest_batch,
+        largest_context,
+        plan_sharding,
+    )
 
     changes = {}
 
     def add_first_that_fits(name: str, values: "Iterable[Any]") -> None:
         for value in values:
-            if plan_sharding(config, devices, context=context, **{**options, name: value})[0].fits:
+            # Quantized weights are not offloaded.
+            changed = {**options, name: value, "host_memory": 0 if name == "weights" else options["host_memory"]}
+            if plan_sharding(config, devices, context=context, **changed)[0].fits:
                 changes[name] = f"--{name.replace('_', '-')} {value}"
                 return
 
@@ -173,11 +188,14 @@ def smallest_changes(
     add_first_that_fits("weights", QUANTIZED if options["weights"] not in QUANTIZED else [])
     if length := largest_context(config, devices, **options):
         changes["context"] = f"--context {length}"
-    add_first_that_fits("batch", range(options["batch"] - 1, 0, -1))
+    if batch := largest_batch(config, devices, context=context, **options):
+        changes["batch"] = f"--batch {batch}"
     add_first_that_fits("prefill_chunk", [chunk for chunk in (1024, 512, 256) if chunk < options["prefill_chunk"]])
     if count := fewest_devices(config, devices[0], context=context, **options):
         changes["gpus"] = f"--gpus {count}x{devices[0].name}"
-    unlimited = plan_sharding(config, devices, context=context, **{**options, "host_memory": 2**63})
+    unlimited = []
+    if options["weights"] not in QUANTIZED:
+        unlimited = plan_sharding(config, devices, context=context, **{**options, "host_memory": LARGEST})
     offloaded = next((plan for plan in unlimited if plan.fits), None)
     if offloaded is not None:
         rate = offloaded.tokens_per_second
@@ -194,15 +212,15 @@ def how_to_run(plan: "ShardingPlan", model: str, context: int, options: dict[str
     steps = []
     if plan.weights in QUANTIZED and not is_converted:
         folder = f"{Path(model).name}-{plan.weights}"
-        steps.append(CONVERT.format(model=model, folder=folder, weights=plan.weights))
+        steps.append(CONVERT.format(model=shlex.quote(model), folder=shlex.quote(folder), weights=plan.weights))
         model = folder
     kv = " --kv fp8" if options["kv"] == "fp8" else ""
     chunk = options["prefill_chunk"]
     chat_options = kv + (f" --prefill-chunk {chunk}" if chunk != PREFILL_CHUNK else "")
     if plan.way == "tensor parallel":
-        steps.append(PARALLEL.format(count=len(plan.loads), model=model, options=chat_options))
+        steps.append(PARALLEL.format(count=len(plan.loads), model=shlex.quote(model), options=chat_options))
     elif plan.way == "one device":
-        steps.append(TALK.format(model=model, options=chat_options))
+        steps.append(TALK.format(model=shlex.quote(model), options=chat_options))
     else:
         wanted = {name: options[name] for name in ("weights", "kv", "prefill_chunk", "host_memory")}
         usual = {"weights": "bf16", "kv": "auto", "prefill_chunk": PREFILL_CHUNK, "host_memory": 0}

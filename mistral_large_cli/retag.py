@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from .marks import one_line
+from .terminal import print_line
 
 if TYPE_CHECKING:
     from modeling_mistral_large.conversion.model_card import ModelType
@@ -18,4 +19,5 @@ def retag(folder: Path, model_type: "ModelType") -> None:
     from modeling_mistral_large.conversion.retag import retag_checkpoint
 
     changed = retag_checkpoint(folder, model_type)
-    typer.echo(f"{folder}: model type {model_type}; " + (f"changed {', '.join(changed)}" if changed else "as it was"))
+    done = f"changed {', '.join(changed)}" if changed else "as it was"
+    print_line(f"{one_line(str(folder))}: model type {model_type}; {done}")

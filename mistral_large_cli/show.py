@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .conversation_file import read_conversation
-from .marks import COLOURS, ROLES, control_style, printable
+from .marks import COLOURS, ROLES, control_style, one_line, printable
+from .terminal import console, write_picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.text import Text
 
     from modeling_mistral_large.instruct import Segment
@@ -43,8 +44,6 @@ def show(
         MistralLargeError: no such file, no conversation in it, one that the format refuses, ids without a tokenizer,
             or a file that cannot be written.
     """
-    from rich.console import Console
-
     from modeling_mistral_large.errors import ConversationError
     from modeling_mistral_large.instruct import build_prompt
 
@@ -54,40 +53,24 @@ def show(
     prompt = build_prompt(messages, own_tools if tools is None else read_tools(tools))
     segment_ids = None if model is None else encode(model, prompt)
 
-    def print_on(console: Console) -> None:
+    def print_on(out: "Console") -> None:
         if segment_ids is not None and ids:
-            console.print(with_ids(prompt, segment_ids, mask=mask))
+            out.print(with_ids(prompt, segment_ids, mask=mask))
         else:
             # Into a file or a pipe goes the prompt to the letter; a terminal breaks lines by itself.
-            console.print(flowing(prompt, mask=mask), soft_wrap=not console.record)
-        console.print()
-        console.print(legend(None if segment_ids is None else sum(map(len, segment_ids)), mask=mask))
+            out.print(flowing(prompt, mask=mask), soft_wrap=not out.record)
+        out.print()
+        out.print(legend(None if segment_ids is None else sum(map(len, segment_ids)), mask=mask))
 
-    print_on(Console(highlight=False, markup=False))
+    print_on(console())
     if html is None and svg is None:
         return
-    picture = Console(
-        record=True, file=StringIO(), width=PICTURE_WIDTH, highlight=False, markup=False, force_terminal=True
-    )
+    picture = console(record=True, file=StringIO(), width=PICTURE_WIDTH, force_terminal=True)
     print_on(picture)
     if html is not None:
-        write(html, picture.export_html(clear=False, inline_styles=True))
+        write_picture(html, picture.export_html(clear=False, inline_styles=True))
     if svg is not None:
-        write(svg, _WEB_FONTS.sub("", picture.export_svg(title=conversation.name)))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a picture.
-
-    Raises:
-        DestinationError: it cannot be written.
-    """
-    from modeling_mistral_large.errors import DestinationError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DestinationError(f"{path}: cannot be written: {error.strerror}; choose another name") from error
+        write_picture(svg, _WEB_FONTS.sub("", picture.export_svg(title=one_line(conversation.name))))
 
 
 def read_tools(path: Path) -> "Sequence[Any]":

@@ -1,9 +1,11 @@
 """Printing of `mistral-large verify`: one row for each check."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+
+from .marks import one_line
+from .terminal import console, print_json
 
 MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not checked", "yellow")}
 
@@ -14,7 +16,6 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
     Raises:
         MistralLargeError: the reasons of `verify_checkpoint` and `resolve_source`.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from modeling_mistral_large.conversion import verify_checkpoint
@@ -22,7 +23,7 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
 
     origin = None if source is None else resolve_source(source)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    stderr = Console(stderr=True)
+    stderr = console(stderr=True)
     with Progress(TextColumn("verifying"), *columns, console=stderr, disable=not stderr.is_terminal) as bar:
         # A folder with both layouts makes this too much, and the bar end early.
         task = bar.add_task(
@@ -31,7 +32,7 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
         checks = verify_checkpoint(folder, origin, progress=lambda count: bar.advance(task, count))
     is_ok = all(check.is_ok is not False for check in checks)
     if as_json:
-        print(json.dumps({"folder": str(folder), "ok": is_ok, "checks": [asdict(check) for check in checks]}, indent=2))
+        print_json({"folder": str(folder), "ok": is_ok, "checks": [asdict(check) for check in checks]})
     else:
         from rich.table import Table
         from rich.text import Text
@@ -39,6 +40,6 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
         table = Table("check", "result", "detail", box=None, pad_edge=False)
         for check in checks:
             mark, style = MARKS[check.is_ok]
-            table.add_row(check.name, Text(mark, style=style), Text(check.detail))
-        Console(highlight=False, markup=False).print(table)
+            table.add_row(check.name, Text(mark, style=style), Text(one_line(check.detail)))
+        console().print(table)
     sys.exit(not is_ok)

@@ -117,7 +117,8 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     if not Path(path).is_file():
         raise TokenizerFileError(f"{path}: no such file; {RULE}; {WAY_OUT}")
     try:
-        backend = Tokenizer.from_file(str(path))
+        # The library reads no path that is not UTF-8.
+        backend = Tokenizer.from_buffer(Path(path).read_bytes())
     # The Rust library raises nothing more specific.
     except Exception as error:
         raise TokenizerFileError(f"{path}: not a tokenizer.json ({error}); {RULE}; {WAY_OUT}") from error
@@ -138,11 +139,21 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     return backend
 
 
+def load_processor(path: Path) -> SentencePieceProcessor:
+    """The SentencePiece model in a file, which the library itself does not open under a path that is not UTF-8.
+
+    Raises `RuntimeError` for any other content, `OSError` for a file that cannot be read.
+    """
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(path.read_bytes())
+    return processor
+
+
 def _read_processor(path: Path) -> SentencePieceProcessor:
     if not path.is_file():
         raise TokenizerFileError(f"{path}: no such file; {RULE}; {WAY_OUT}")
     try:
-        processor = SentencePieceProcessor(model_file=str(path))
+        processor = load_processor(path)
     except (RuntimeError, OSError) as error:
         raise TokenizerFileError(f"{path}: not a SentencePiece model; {RULE}; {WAY_OUT}") from error
     _check_pieces(path, processor.id_to_piece(list(range(processor.get_piece_size()))))

@@ -5,8 +5,10 @@ transformers' sdpa attention, as `tests/test_sharding.py` measures them. Quantiz
 `quantized_linear` and `kv_cache`. Sizes are bytes, rates are bytes a second.
 """
 
+import heapq
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from typing import Any, Literal
 from .configuration_mistral_large import PREFILL_CHUNK, MistralLargeConfig
 from .conversion.names import expected_tensors
 from .conversion.quantize import EXPANDED_AT_ONCE, Quantization, choose_group_size, is_quantized, run_time_bytes
+from .conversion.source_files import shown
 from .errors import PlanError
 
 GIB = 2**30
@@ -50,8 +53,14 @@ REACHED_BANDWIDTH = 0.9
 HOST_BANDWIDTH = 25e9
 # Tensor parallelism cuts these along the features they read, and the others along those they write.
 CUT_COLUMNS = ("o_proj.weight", "down_proj.weight")
+# Of bytes and counts: more than any machine has, and few enough to be computed with.
+LARGEST = 2**62
+MOST_DEVICES = 1024
 # What the driver, the libraries and the allocator's gaps take of each device.
 RESERVE = 2 * GIB
+
+# A number of devices, what they are, and their bandwidth.
+DEVICES = r"\s*(?:(\d{1,3})\s*x\s*)?([\w.-]+?)(?:@(\d{1,6}(?:\.\d{1,12})?))?\s*"
 
 Way = Literal["one device", "device_map", "tensor parallel", "device_map with offload"]
 
@@ -151,7 +160,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: MistralLargeConfig, weights: str, *, ranks: int = 1) -> "Sizes":
-        shapes = {tensor.hf: tensor.shape for tensor in expected_tensors(config)}
+        shapes = {tensor.hf: tensor.shape for tensor in expected_tensors(config, layers=1)}
         first = {name: shape for name, shape in shapes.items() if name.startswith("model.layers.0.")}
         # As the converter chooses it.
         quantized = [shape for name, shape in first.items() if is_quantized(name)]
@@ -230,16 +239,22 @@ def _check(config: MistralLargeConfig, devices: Sequence[Device], demand: Demand
     if not devices:
         raise PlanError("no devices: a plan needs at least one; name them as in 8x80GB")
     if demand.weights not in BYTES_OF_NUMBER:
-        raise PlanError(f"weights {demand.weights!r}: must be one of {', '.join(BYTES_OF_NUMBER)}")
+        raise PlanError(f"weights {shown(demand.weights)}: must be one of {', '.join(BYTES_OF_NUMBER)}")
     if demand.kv not in CACHES:
-        raise PlanError(f"kv {demand.kv!r}: must be one of {', '.join(CACHES)}")
-    if not 1 <= demand.context <= config.max_position_embeddings:
-        raise PlanError(f"context {demand.context}: the model has 1 to {config.max_position_embeddings} positions")
+        raise PlanError(f"kv {shown(demand.kv)}: must be one of {', '.join(CACHES)}")
+    if not _is_whole(demand.context, 1, config.max_position_embeddings):
+        raise PlanError(f"context {shown(demand.context)}: the model has 1 to {config.max_position_embeddings} positions")
     for name, value in {"batch": demand.batch, "prefill_chunk": demand.prefill_chunk}.items():
-        if value < 1:
-            raise PlanError(f"{name} {value}: must be at least 1")
-    if host_memory < 0:
-        raise PlanError(f"host_memory {host_memory}: must be 0 or more bytes")
+        if not _is_whole(value, 1, LARGEST):
+            raise PlanError(f"{name} {shown(value)}: must be at least 1, and at most {LARGEST}")
+    if not _is_whole(host_memory, 0, LARGEST):
+        raise PlanError(f"host_memory {shown(host_memory)}: must be 0 or more bytes, and at most {LARGEST}")
+    if host_memory and demand.weights in QUANTIZED:
+        raise PlanError(f"host_memory with {demand.weights} weights: quantized weights are not offloaded; leave it out")
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def cache_bytes_of_layer(config: MistralLargeConfig, demand: Demand) -> int:
@@ -306,12 +321,15 @@ def _plan_device_map(
         used.remove(crowded[0])
     counts = dict.fromkeys(used, 0)
     to_place = sizes.layers - offloaded
-    while to_place:
-        roomy = [index for index in used if fixed[index] + (counts[index] + 1) * per_layer <= devices[index].memory]
-        if not roomy:
-            break
-        counts[min(roomy, key=lambda index: fixed[index] + counts[index] * per_layer)] += 1
-        to_place -= 1
+    # Each layer goes to the emptiest device that has room for it, the first of them.
+    emptiest = [(fixed[index], index) for index in used]
+    heapq.heapify(emptiest)
+    while to_place and emptiest:
+        held, index = heapq.heappop(emptiest)
+        if held + per_layer <= devices[index].memory:
+            heapq.heappush(emptiest, (held + per_layer, index))
+            counts[index] += 1
+            to_place -= 1
     missing = to_place * per_layer + sum(max(0, fixed[index] - devices[index].memory) for index in used)
 
     layers = iter(range(sizes.layers))
@@ -387,11 +405,16 @@ def _plan_offload(
     config: MistralLargeConfig, devices: Sequence[Device], demand: Demand, host_memory: int
 ) -> ShardingPlan:
     """As many layers on the devices as they hold, the others on the host."""
-    counts = range(1, config.num_hidden_layers + 1)
-    plan = _plan_device_map(config, devices, demand, offloaded=counts[-1])
+    layers = config.num_hidden_layers
+    plan = _plan_device_map(config, devices, demand, offloaded=layers)
     if plan.fits:
-        plans = (_plan_device_map(config, devices, demand, offloaded=count) for count in counts)
-        plan = next(plan for plan in plans if plan.fits)
+        # Where all can be offloaded, one more always can: the first device has room for the cache of all.
+        fewest = 1 + bisect_left(
+            range(1, layers),
+            True,
+            key=lambda count: _plan_device_map(config, devices, demand, offloaded=count).fits,
+        )
+        plan = _plan_device_map(config, devices, demand, offloaded=fewest)
     if plan.host_weights <= host_memory:
         return plan
     lacking = plan.host_weights - host_memory
@@ -421,6 +444,18 @@ def largest_context(config: MistralLargeConfig, devices: Sequence[Device], **opt
     return low
 
 
+def largest_batch(config: MistralLargeConfig, devices: Sequence[Device], *, batch: int, **options: Any) -> int:
+    """Return the most sequences, fewer than `batch`, that fit at once, 0 if not even one does; options as above."""
+    low, high = 0, batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_sharding(config, devices, batch=middle, **options)[0].fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def fewest_devices(config: MistralLargeConfig, device: Device, **options: Any) -> int | None:
     """Return how many of one device it takes, None if no number up to 64 does; `options` as for `plan_sharding`."""
     counts: Iterable[int] = range(1, 65)
@@ -434,17 +469,20 @@ def parse_devices(text: str) -> list[Device]:
         PlanError: a part that names no device.
     """
     devices = []
-    for part in text.split("+"):
-        match = re.fullmatch(r"\s*(?:(\d{1,3})\s*x\s*)?([\w.-]+?)(?:@(\d+(?:\.\d+)?))?\s*", part, re.IGNORECASE)
+    # A list of any length is read no further than the most devices reach.
+    for part in text.split("+", MOST_DEVICES + 1):
+        match = re.fullmatch(DEVICES, part, re.IGNORECASE | re.ASCII)
         device = match and _parse_device(match[2])
-        if not match or not device or int(match[1] or 1) < 1:
+        if not match or not device or int(match[1] or 1) < 1 or (match[3] and float(match[3]) == 0):
             raise PlanError(
-                f"devices {part!r}: neither a known card ({', '.join(CARDS)}) nor a size; write 8x80GB, H200 or "
+                f"devices {shown(part)}: neither a known card ({', '.join(CARDS)}) nor a size; write 8x80GB, H200 or "
                 "4x95GiB@3.9 for a size and a bandwidth in TB/s"
             )
         if match[3]:
             device = replace(device, bandwidth=float(match[3]) * 1e12)
         devices += [device] * int(match[1] or 1)
+        if len(devices) > MOST_DEVICES:
+            raise PlanError(f"devices {shown(text)}: more than {MOST_DEVICES}; no plan shares a model among so many")
     return devices
 
 
@@ -452,7 +490,7 @@ def _parse_device(name: str) -> Device | None:
     upper = name.upper()
     if card := CARDS.get(CARDS_BY_SIZE.get(upper, upper)):
         return Device(name, int(card[0] * GIB), card[1] * 1e12)
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)(GI?B)", upper)
+    size = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)(GI?B)", upper)
     if size is None or float(size[1]) == 0:
         return None
     # What a card is called counts neither the driver's share nor, always, in powers of two: this is never too much.
