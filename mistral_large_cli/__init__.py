@@ -133,21 +133,31 @@ def chat(
     load: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Conversation to go on with, as /save writes it.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the likeliest tokens to choose from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes the answers the same each time.")] = None,
-    max_rounds: Annotated[int, typer.Option(min=1, help="Answers with tool calls in a row, at most.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float16 or float32.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time.")] = 0.7,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens of this total probability.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="Random seed, also of the ids of tool calls.")
+    ] = None,
+    max_rounds: Annotated[int, typer.Option(min=1, help="Responses with tool calls in a row, at most.")] = 8,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Of the weights; auto: as stored.")
+    ] = "auto",
     device_map: Annotated[
-        str, typer.Option(help="Where the weights go: auto, cpu, cuda, …; not under torchrun.")
-    ] = "auto",
-    kv: Annotated[
-        Literal["auto", "fp8"], typer.Option(help="Numbers of the key-value cache: the model's, or 8 bits each.")
-    ] = "auto",
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Positions of a prompt that are read at once.")] = 2048,
+        str | None, typer.Option(help="Where the weights go: auto (default), cpu, cuda, …; not under torchrun.")
+    ] = None,
+    kv: Annotated[Literal["auto", "fp8"], typer.Option(help="KV-cache dtype: the model's, or FP8.")] = "auto",
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prefill chunk size in tokens.")] = 2048,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Obey lines that begin with a slash also from a pipe; see /help.")
+    ] = False,
 ) -> None:
-    """Talk with a model in the terminal, with tools; under torchrun with tensor parallelism."""
+    """Talk with a model in the terminal, with tools; under torchrun with tensor parallelism.
+
+    From a pipe, each line is a message, and so is a block between two lines that are \"\"\".
+    """
     from .chat import Sampling
     from .chat import chat as run
 
@@ -162,6 +172,7 @@ def chat(
         device_map=device_map,
         kv=kv,
         prefill_chunk=prefill_chunk,
+        commands=commands,
     )
 
 
@@ -254,6 +265,16 @@ def demo(
     from .demo import run_demo
 
     run_demo(keep)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Say what is installed and check that it computes right, on every device; exit code 1 if anything is wrong."""
+    from .doctor import doctor as run
+
+    raise typer.Exit(0 if run(as_json=as_json) else 1)
 
 
 def main() -> None:

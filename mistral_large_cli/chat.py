@@ -4,8 +4,6 @@ Under `torchrun` the first process reads and prints; it sends every prompt to th
 """
 
 import importlib
-import importlib.util
-import inspect
 import json
 import math
 import os
@@ -15,12 +13,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .conversation_file import read_conversation
 from .marks import printable, with_marks
+from .tools_file import Tool, load_tools, tool_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from modeling_mistral_large import MistralLargeTokenizer
 
 Message = dict[str, Any]
-Tool = Callable[..., Any]
 
 HELP = """\
 /system TEXT   set the system prompt; without a text, drop it
@@ -39,23 +38,50 @@ HELP = """\
 /prompt        show what the model has read and written, control tokens and all
 /help          this
 /exit          leave, as ctrl-D does
-Ctrl-C stops an answer. A message of several lines begins and ends with a line that is \"\"\"."""
+//TEXT         a message that begins with one slash
+Ctrl-C stops an answer. A message of several lines begins and ends with a line that is \"\"\"; none of them is a command."""
+WITH_ARGUMENT = ("/system", "/tools", "/save", "/load")
 BLOCK_MARK = '"""'
+# Logits divided by less overflow.
+SMALLEST_TEMPERATURE = 0.001
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedily at a temperature of 0."""
+    """How tokens are chosen: greedily at a temperature of 0.
+
+    seed: also of the ids of tool calls that the model gives none.
+
+    Raises:
+        SettingError: a temperature that logits cannot be divided by, or a top_p without effect.
+    """
 
     max_new_tokens: int
     temperature: float
-    top_p: float
+    top_p: float | None
     seed: int | None
+
+    def __post_init__(self) -> None:
+        from modeling_mistral_large.errors import SettingError
+
+        if not (self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf):
+            raise SettingError(
+                f"temperature {self.temperature}: must be finite, and 0 or at least {SMALLEST_TEMPERATURE}; 0 takes "
+                "the most likely token each time"
+            )
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise SettingError(f"top_p {self.top_p}: must be a probability, from 0 to 1; leave it out for 1")
+        if self.temperature == 0 and self.top_p is not None:
+            raise SettingError(
+                "top_p: has no effect at a temperature of 0, which takes the most likely token each time; leave one of "
+                "the two out"
+            )
 
     def options(self) -> dict[str, Any]:
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return {"do_sample": True, "temperature": self.temperature, "top_p": top_p, "top_k": 0}
 
 
 @dataclass
@@ -82,31 +108,39 @@ def chat(
     sampling: Sampling,
     max_rounds: int,
     dtype: str,
-    device_map: str,
+    device_map: str | None,
     kv: str,
     prefill_chunk: int,
+    commands: bool,
 ) -> None:
     """Talk with a model until the input ends.
 
     model_name: a folder of either layout, or a repository on the hub.
+    commands: obey commands that come from a pipe; those of a terminal are obeyed anyway.
 
     Raises:
         MistralLargeError: what the command line asks for cannot be had; in a pipe also what a line asks for.
     """
     from rich.console import Console
 
-    conversation = Conversation(system=system)
+    from modeling_mistral_large.errors import ConversationError
+
+    conversation = Conversation()
     if tools is not None:
         conversation.tools = load_tools(tools)
     if load is not None:
         load_conversation(conversation, load)
+    if system is not None:
+        if conversation.system is not None:
+            raise ConversationError(f"--system: {load} has a system prompt of its own; leave one of the two out")
+        conversation.system = system
     console = Console(highlight=False, markup=False, soft_wrap=True)
     speaker = Speaker(model_name, sampling, dtype=dtype, device_map=device_map, kv=kv, prefill_chunk=prefill_chunk)
     if not speaker.is_first:
         speaker.follow()
         return
     try:
-        Chat(console, conversation, speaker, max_rounds).run()
+        Chat(console, conversation, speaker, max_rounds, commands=commands).run()
     finally:
         speaker.dismiss()
 
@@ -114,12 +148,15 @@ def chat(
 class Chat:
     """The lines that are read, and what becomes of each."""
 
-    def __init__(self, console: "Console", conversation: Conversation, speaker: "Speaker", max_rounds: int) -> None:
+    def __init__(
+        self, console: "Console", conversation: Conversation, speaker: "Speaker", max_rounds: int, *, commands: bool
+    ) -> None:
         self._console = console
         self._conversation = conversation
         self._speaker = speaker
         self._max_rounds = max_rounds
         self._is_terminal = sys.stdin.isatty()
+        self._obeys_commands = self._is_terminal or commands
         self._is_line_open = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._set_system,
@@ -140,19 +177,23 @@ class Chat:
                 # Gives `input` a history and the arrow keys.
                 importlib.import_module("readline")
             self._note(f"{self._speaker.description}\nCtrl-C stops an answer, /help lists the commands.")
-        for text in self._texts():
-            if text.strip() == "/exit":
-                return
+        elif isinstance(sys.stdin, TextIOWrapper):
+            # Whatever the locale: a document in a pipe is not typed by the user of this terminal.
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        for text, is_command in self._inputs():
             try:
-                self._take(text)
+                if not is_command:
+                    self._answer(text)
+                elif self._obey(text):
+                    return
             except MistralLargeError as error:
                 # A pipe has nobody to read it and do better.
                 if not self._is_terminal:
                     raise
                 self._console.print(printable(str(error)), style="red")
 
-    def _texts(self) -> Iterator[str]:
-        """Yield what is written, line by line or between two marks."""
+    def _inputs(self) -> Iterator[tuple[str, bool]]:
+        """Yield each message, a line or all between two marks, and each command, with whether it is one."""
         from modeling_mistral_large.errors import ConversationError
 
         block: list[str] | None = None
@@ -161,33 +202,47 @@ class Chat:
                 line = input(("… " if block is not None else "> ") if self._is_terminal else "")
             except EOFError:
                 if block:
-                    yield "\n".join(block)
+                    yield "\n".join(block), False
                 return
             except UnicodeDecodeError as error:
                 raise ConversationError(f"standard input: {error}; messages are UTF-8; convert them") from error
+            except OSError as error:
+                raise ConversationError(
+                    f"standard input: cannot be read: {error.strerror}; messages are lines of text; name such a file"
+                ) from error
             except KeyboardInterrupt:
+                if not self._is_terminal:
+                    raise
                 block = None
                 self._note("\n/exit or ctrl-D leaves.")
                 continue
             if line.strip() == BLOCK_MARK:
-                if block is not None:
-                    yield "\n".join(block)
+                if block is not None and any(text.strip() for text in block):
+                    yield "\n".join(block), False
                 block = [] if block is None else None
             elif block is not None:
                 block.append(line)
+            elif self._obeys_commands and line.startswith("/"):
+                is_command = not line.startswith("//")
+                yield (line if is_command else line[1:]), is_command
             elif line.strip():
-                yield line
+                yield line, False
 
-    def _take(self, text: str) -> None:
+    def _obey(self, line: str) -> bool:
+        """Do what a command says, and return whether it ends the chat."""
         from modeling_mistral_large.errors import ConversationError
 
-        name, _, argument = text.strip().partition(" ")
-        if not name.startswith("/"):
-            self._answer(text)
-        elif name in self._commands:
-            self._commands[name](argument.strip())
-        else:
-            raise ConversationError(f"{name}: no such command; /help lists them; a message cannot begin with a slash")
+        name, *rest = line.split(maxsplit=1)
+        argument = rest[0].strip() if rest else ""
+        if name not in self._commands and name != "/exit":
+            raise ConversationError(
+                f"{name}: no such command; /help lists them; // begins a message with a slash; correct it"
+            )
+        if argument and name not in WITH_ARGUMENT:
+            raise ConversationError(f"{name}: takes nothing, not {argument!r}; write {name} alone")
+        if name != "/exit":
+            self._commands[name](argument)
+        return name == "/exit"
 
     def _answer(self, text: str) -> None:
         """Let the model answer, call tools and answer again; an answer of nothing takes the message back."""
@@ -253,7 +308,7 @@ class Chat:
 
     def _set_tools(self, name: str) -> None:
         self._conversation.tools = load_tools(Path(name)) if name else []
-        self._note(f"tools: {', '.join(tool.__name__ for tool in self._conversation.tools) or 'none'}")
+        self._note(f"tools: {', '.join(tool_names(self._conversation.tools)) or 'none'}")
 
     def _save(self, name: str) -> None:
         path = save_conversation(self._conversation, name)
@@ -280,21 +335,24 @@ class Speaker:
     """The model with its cache: what two prompts have in common is computed once."""
 
     def __init__(
-        self, model_name: str, sampling: Sampling, *, dtype: str, device_map: str, kv: str, prefill_chunk: int
+        self, model_name: str, sampling: Sampling, *, dtype: str, device_map: str | None, kv: str, prefill_chunk: int
     ) -> None:
         import torch
         import transformers
         from transformers import DynamicCache
 
         from modeling_mistral_large.conversion.names import expected_tensors
+        from modeling_mistral_large.errors import SettingError
         from modeling_mistral_large.kv_cache import Fp8Cache
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._is_parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self._is_parallel and device_map is not None:
+            raise SettingError("--device-map: under torchrun each process has its own GPU; leave it out")
         self.is_first = int(os.environ.get("RANK", "0")) == 0
         if not self.is_first:
             transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        place = {"tp_plan": "auto"} if self._is_parallel else {"device_map": device_map}
+        place = {"tp_plan": "auto"} if self._is_parallel else {"device_map": device_map or "auto"}
         self._model, self.tokenizer = load_model(model_name, dtype=dtype, **place)
         self._sampling = sampling
         config = self._model.config
@@ -306,8 +364,10 @@ class Speaker:
             self._random.manual_seed(sampling.seed)
         else:
             self._random.seed()
-        weights = sum(math.prod(tensor.shape) for tensor in expected_tensors(config))
-        self.description = f"{model_name}: {weights / 1e9:,.3g} B weights, {self._model.dtype}, {self._model.device}"
+        parameters = sum(math.prod(tensor.shape) for tensor in expected_tensors(config))
+        self.description = (
+            f"{model_name}: {parameters / 1e9:,.3g} B parameters, {self._model.dtype}, {self._model.device}"
+        )
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """Return the ids of a prompt."""
@@ -368,8 +428,9 @@ class Speaker:
 
     def _generate(self, prompt: list[int], seed: int, take: Callable[[list[int]], None], stop: "_Stop") -> None:
         import torch
-        from transformers import StoppingCriteriaList
         from transformers.generation.streamers import BaseStreamer
+
+        from modeling_mistral_large.transformers_api import cache_argument
 
         class Streamer(BaseStreamer):
             is_prompt = True
@@ -383,8 +444,10 @@ class Speaker:
             def end(self) -> None:
                 pass
 
-        def is_stopped(ids: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
-            return torch.full((len(ids),), stop.is_set, device=ids.device)
+        # Between two forward passes, also those of a long prompt's chunks, all layers have cached the same tokens.
+        def stop_here(*_: Any) -> None:
+            if stop.is_set:
+                raise _StoppedError
 
         written: list[int] = []
         # The last token of a prompt is always read, as its logits are wanted.
@@ -394,28 +457,28 @@ class Speaker:
         self._cached = self._cached[:common]
         input_ids = torch.tensor([prompt], device=self._model.device)
         torch.manual_seed(seed)
+        hook = self._model.register_forward_pre_hook(stop_here)
         try:
-            # As `generate` reads a long prompt, but it can be stopped after each part.
-            with torch.no_grad():
-                for start in range(common, len(prompt) - self._prefill_chunk, self._prefill_chunk):
-                    if stop.is_set:
-                        return
-                    part = input_ids[:, start : start + self._prefill_chunk]
-                    self._model(input_ids=part, past_key_values=self._cache, logits_to_keep=1)
-            self._model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                past_key_values=self._cache,
-                max_new_tokens=min(
-                    self._sampling.max_new_tokens, self._model.config.max_position_embeddings - len(prompt)
-                ),
-                streamer=Streamer(),
-                stopping_criteria=StoppingCriteriaList([is_stopped]),
-                **self._sampling.options(),
-            )
+            with suppress(_StoppedError):
+                self._model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    prefill_chunk_size=self._prefill_chunk,
+                    max_new_tokens=min(
+                        self._sampling.max_new_tokens, self._model.config.max_position_embeddings - len(prompt)
+                    ),
+                    streamer=Streamer(),
+                    **cache_argument(self._cache),
+                    **self._sampling.options(),
+                )
         finally:
+            hook.remove()
             # The last token that was written has not been read yet, and an error may have left more unread.
             self._cached = [*prompt, *written][: self._cache.get_seq_length()]
+
+
+class _StoppedError(Exception):
+    """Ctrl-C was pressed while an answer was generated."""
 
 
 @dataclass
@@ -484,36 +547,6 @@ def load_model(name: str, **options: Any) -> tuple[Any, "MistralLargeTokenizer"]
     return model.eval(), tokenizer
 
 
-def load_tools(path: Path) -> list[Tool]:
-    """Return the public functions that a Python file defines; the file is run.
-
-    Raises:
-        ConversationError: no such file, it fails, it defines no function, or one that no schema can be made of.
-    """
-    from modeling_mistral_large.errors import ConversationError
-    from modeling_mistral_large.tool_schemas import describe_function
-
-    spec = importlib.util.spec_from_file_location("mistral_large_tools", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ConversationError(f"{path}: no Python file; tools are functions in one; name such a file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    # The file is the user's own program.
-    except Exception as error:
-        raise ConversationError(f"{path}: {type(error).__name__}: {error}; it must run by itself; mend it") from error
-    tools: list[Tool] = [
-        value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-    ]
-    if not tools:
-        raise ConversationError(f"{path}: no functions; tools are public functions with type hints; define one")
-    for tool in tools:
-        describe_function(tool, f"{path}: {tool.__name__}")
-    return tools
-
-
 def save_conversation(conversation: Conversation, name: str) -> Path:
     """Write a conversation to a new file, or to one it was saved to or loaded from, and return its path.
 
@@ -542,9 +575,15 @@ def load_conversation(conversation: Conversation, path: Path) -> None:
     """Take over the messages of a file; tools stay as they are.
 
     Raises:
-        ConversationError: no such file, or no conversation in it.
+        ConversationError: no such file, no conversation in it, or one with definitions of tools, which nobody could run.
     """
-    messages, _ = read_conversation(path)
+    from modeling_mistral_large.errors import ConversationError
+
+    messages, tools = read_conversation(path)
+    if tools:
+        raise ConversationError(
+            f"{path}: has definitions of tools; the chat calls Python functions; take tools out of it and pass a tools file"
+        )
     system = None
     if isinstance(messages[0], dict) and messages[0].get("role") == "system":
         system, *messages = messages

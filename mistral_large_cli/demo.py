@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
     from transformers import TextGenerationPipeline
+
+    from modeling_mistral_large import MistralLargeTokenizer
 
 CHECKPOINT_FOLDER = Path(__file__).parent / "demo_checkpoint"
 GOLDEN_NAME = "golden.json"
@@ -68,6 +70,12 @@ def golden_conversations() -> dict[str, GoldenConversation]:
         )
         for entry in golden["conversations"]
     }
+
+
+def wrong_answer(tokenizer: "MistralLargeTokenizer", ids: Sequence[int], golden_answer: str) -> str | None:
+    """Return what the ids of a whole answer say where that is not the golden one, and else None."""
+    said: str = tokenizer.decode(list(ids))
+    return None if said == f"{golden_answer}{tokenizer.eos_token}" else said
 
 
 def tokenizer_model_file() -> Path:
@@ -243,8 +251,11 @@ def _ask(
     # Greedy answers are the same each time: once as ids, to be shown, and once as a message.
     answer = chat(messages, tools=tools, return_tensors=True)[0]["generated_token_ids"][len(prompt) :]
     _show(console, "raw answer", with_marks(tokenizer, answer))
-    if tokenizer.decode(answer) != f"{golden_answer}{tokenizer.eos_token}":
-        sys.exit(f"mistral-large: the demo must answer {golden_answer!r}; something in this environment is broken")
+    if wrong_answer(tokenizer, answer, golden_answer) is not None:
+        sys.exit(
+            f"mistral-large: the demo must answer {golden_answer!r}; something in this environment is broken; "
+            "mistral-large doctor says what"
+        )
     message: dict[str, Any] = chat(messages, tools=tools)[0]["generated_text"][-1]
     return message
 

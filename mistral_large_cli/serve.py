@@ -1,5 +1,6 @@
 """The servers of others on our checkpoints."""
 
+import inspect
 import json
 import os
 import sys
@@ -20,17 +21,18 @@ TOOL_OPTIONS = (
 )
 CONSOLIDATED_OPTIONS = ("--load-format", "mistral", "--config-format", "mistral", "--tokenizer-mode", "mistral")
 # What `transformers serve` needs beside transformers.
-SERVER_LIBRARIES = ("fastapi", "uvicorn")
+SERVER_LIBRARIES = ("fastapi", "uvicorn", "openai", "pydantic")
 
 
 def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence[str]) -> None:
     """Serve a checkpoint with OpenAI's API until stopped, with vLLM or, without that, with `transformers serve`.
 
-    options: go to the engine's own command as they are.
+    options: go to the engine's own command unchanged.
 
     Raises:
         MissingLibraryError: the engine is not installed, or none is.
-        CheckpointError: a layout that the engine does not read.
+        CheckpointError: a layout that the engine does not read, or no checkpoint.
+        SettingError: an option that the engine does not know, or that would have no effect.
     """
     from modeling_mistral_large.consolidated_loading import is_consolidated
     from modeling_mistral_large.errors import CheckpointError
@@ -90,11 +92,13 @@ def vllm_command(model: str, *, host: str, port: int, has_consolidated: bool, op
 def serve_with_transformers(checkpoint: str, *, host: str, port: int, options: Sequence[str] = ()) -> None:
     """Run `transformers serve` on a checkpoint of ours until it is stopped; `options` are that command's.
 
-    It loads the class that config.json names out of the module `transformers`, and imports no other package. A
-    checkpoint converted with `--as mistral` needs none of this.
+    It loads the class that config.json names out of the module `transformers`, and imports no other package. What it
+    would drop of a request is refused, and so are its other routes; see `serve_guard`.
 
     Raises:
         ImportError: what the server needs is not installed.
+        SettingError: an option that it does not know, or that would have no effect.
+        CheckpointError: no such checkpoint, or one that cannot be loaded.
     """
     # It puts a new module `transformers` in the place of the old one when it is imported, so that comes first.
     import transformers.processing_utils  # noqa: F401
@@ -102,22 +106,39 @@ def serve_with_transformers(checkpoint: str, *, host: str, port: int, options: S
     from transformers.cli.transformers import app
 
     import modeling_mistral_large
+    from modeling_mistral_large.errors import CheckpointError, MistralLargeError
 
+    from . import serve_guard
+
+    serve_guard.check_options(options)
     model_class = modeling_mistral_large.MistralLargeForCausalLM
     setattr(sys.modules["transformers"], model_class.__name__, model_class)
     build_server = server.build_server
 
-    def build_refusing_server(*arguments: Any, **options: Any) -> Any:
-        built = build_server(*arguments, **options)
-        built.add_exception_handler(modeling_mistral_large.errors.ConversationError, _refuse)
+    def build_guarded_server(*arguments: Any, **keywords: Any) -> Any:
+        built = build_server(*arguments, **keywords)
+        given = inspect.signature(build_server).bind(*arguments, **keywords).arguments
+        (loaded,) = given["model_manager"].loaded_models.values()
+        serve_guard.guard(
+            built,
+            chat_handler=given["chat_handler"],
+            loaded=loaded,
+            name=checkpoint,
+            host=host,
+            allows_all_origins=given.get("enable_cors", False),
+        )
         return built
 
-    server.build_server = build_refusing_server
-    app(["serve", checkpoint, "--host", host, "--port", str(port), *options])
-
-
-async def _refuse(request: Any, error: Exception) -> Any:
-    """Answer a conversation that the format refuses as the client's mistake; the server would say 500 and no reason."""
-    from fastapi.responses import JSONResponse
-
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+    server.build_server = build_guarded_server
+    try:
+        app(["serve", checkpoint, "--host", host, "--port", str(port), *options])
+    except MistralLargeError:
+        raise
+    # transformers raises these for whatever it does not find, and torch for a device that is not there.
+    except (OSError, ValueError, RuntimeError) as error:
+        finding = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{checkpoint}: cannot be served ({finding}); pass a folder of the HF layout, or a repository"
+        ) from error
+    finally:
+        server.build_server = build_server

@@ -82,7 +82,7 @@ def read_tools(path: Path) -> "Sequence[Any]":
     from modeling_mistral_large.errors import ConversationError
 
     if path.suffix != ".json":
-        from .chat import load_tools
+        from .tools_file import load_tools
 
         return load_tools(path)
     try:

@@ -18,9 +18,10 @@ import pytest
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
-from mistral_large_cli.chat import Sampling, Speaker, load_tools
+from mistral_large_cli.chat import Sampling, Speaker
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from mistral_large_cli.marks import printable, with_marks
+from mistral_large_cli.tools_file import load_tools
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.errors import MistralLargeError
 from modeling_mistral_large.kv_cache import Fp8Layer
@@ -55,9 +56,9 @@ def tools_file(tmp_path: Path) -> Path:
     return path
 
 
-def talk(folder: Path, *lines: str, options: tuple[str, ...] = ()) -> list[str]:
+def talk(folder: Path, *lines: str, options: tuple[str, ...] = (), commands: bool = True) -> list[str]:
     """What the command prints for these lines of standard input, greedily, without the output of other libraries."""
-    arguments = ["chat", str(folder), "--temperature", "0", *options]
+    arguments = ["chat", str(folder), "--temperature", "0", *(("--commands",) if commands else ()), *options]
     result = CliRunner().invoke(app, arguments, input="".join(f"{line}\n" for line in lines), catch_exceptions=False)
     assert result.exit_code == 0
     return result.stdout.splitlines()
@@ -238,7 +239,7 @@ def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
 
 def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file: Path) -> None:
     speaker = Speaker(
-        str(demo_folder), Sampling(64, 0, 1, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
+        str(demo_folder), Sampling(64, 0, None, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
     )
     (tool,) = load_tools(tools_file)
     messages = GOLDEN["weather_call"].messages
@@ -342,7 +343,7 @@ def terminal_with(*arguments: str) -> Iterator[tuple[Terminal, "subprocess.Popen
 
 def test_at_a_terminal(demo_folder: Path) -> None:
     with terminal_with(str(demo_folder), "--temperature", "0") as (terminal, process):
-        assert f"{demo_folder}: 0.00444 B weights" in terminal.wait_for("/help lists the commands.")
+        assert f"{demo_folder}: 0.00444 B parameters" in terminal.wait_for("/help lists the commands.")
         terminal.wait_for("> ")
         terminal.type(f"{question('who_are_you')}\n")
         assert GOLDEN["who_are_you"].answer in terminal.wait_for("\n> ").replace("\r\n", "\n")

@@ -18,6 +18,7 @@ from modeling_mistral_large.errors import CheckpointError, MissingLibraryError
 
 SERVE = sys.modules[choose_engine.__module__]
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "mistral", "--exclude-tools-when-tool-choice-none"]
+SERVER = ("fastapi", "uvicorn", "openai", "pydantic")
 NATIVE = ["--load-format", "mistral", "--config-format", "mistral", "--tokenizer-mode", "mistral"]
 
 
@@ -44,7 +45,7 @@ def run(*arguments: str) -> str:
 def test_vllm_takes_each_layout_with_its_options(
     demo_folder: Path, tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(monkeypatch, "vllm", "fastapi", "uvicorn")
+    install(monkeypatch, "vllm", *SERVER)
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
     run(str(demo_folder), "--port", "8123", "--tensor-parallel-size", "8")
     run(str(folder))
@@ -65,7 +66,7 @@ def test_vllm_takes_each_layout_with_its_options(
 def test_transformers_serves_without_vllm(
     demo_folder: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    install(monkeypatch, "fastapi", "uvicorn")
+    install(monkeypatch, *SERVER)
     printed = run(str(demo_folder), "--engine", engine, "--device", "cpu")
     assert started == [(str(demo_folder), {"host": "127.0.0.1", "port": 8000, "options": ["--device", "cpu"]})]
     (line,) = re.findall("^curl .+$", printed, re.MULTILINE)
@@ -77,7 +78,7 @@ def test_transformers_serves_without_vllm(
 def test_transformers_is_not_given_the_consolidated_layout(
     tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(monkeypatch, "fastapi", "uvicorn")
+    install(monkeypatch, *SERVER)
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
     with pytest.raises(CheckpointError, match="does not read the consolidated layout; convert it"):
         run(str(folder))
@@ -87,8 +88,8 @@ def test_transformers_is_not_given_the_consolidated_layout(
 @pytest.mark.parametrize(
     ("engine", "installed", "finding"),
     [
-        ("auto", ["fastapi"], r"pip install vllm, or pip install 'transformers\[serving\]'"),
-        ("vllm", ["fastapi", "uvicorn"], "vLLM is not installed; run pip install vllm$"),
+        ("auto", ["fastapi", "uvicorn", "pydantic"], r"pip install vllm, or pip install 'transformers\[serving\]'"),
+        ("vllm", list(SERVER), "vLLM is not installed; run pip install vllm$"),
         ("transformers", ["vllm"], r"run pip install 'transformers\[serving\]'"),
     ],
 )

@@ -1,0 +1,408 @@
+"""What stands between a client and the server of transformers: each request is obeyed, or refused with the reason.
+
+By itself that server drops what it does not know (images, `response_format`, `tool_choice`, `n`, …), samples only where
+the folder says so, computes prompts beyond the model's context, and has routes for anyone to load and unload models. Here
+a request is read strictly, before anything of it is dropped; what goes on to the server is only what it obeys.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.errors import ConversationError, MistralLargeError
+from modeling_mistral_large.sentencepiece_bpe import CONTROL_TOKENS
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+
+CHAT_ROUTE = "/v1/chat/completions"
+OPEN_ROUTES = (CHAT_ROUTE, "/health")
+DEFAULT_MAX_TOKENS = 1024
+# Logits divided by less overflow.
+SMALLEST_TEMPERATURE = 0.001
+
+# Parameters that this server does not have, and the values that ask for nothing; null always does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "chat_template_kwargs": ({},),
+    "frequency_penalty": (0,),
+    "function_call": (),
+    "functions": (),
+    "generation_config": (),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "stop": ([],),
+    "store": (False,),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# About the request and not about its response.
+LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
+READ = (
+    *("model", "messages", "tools", "tool_choice", "stream", "stream_options"),
+    *("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"),
+)
+
+
+class RequestError(MistralLargeError, ValueError):
+    """A request that the server cannot answer as it is meant; `parameter` is the one it is about."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What a request for a chat completion asks for, in the types that it must have."""
+
+    messages: list[Any]
+    tools: list[Any] | None
+    may_call_tools: bool
+    is_streamed: bool
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+
+
+def read_chat_request(body: Mapping[str, Any]) -> ChatRequest:
+    """Read the JSON of a request.
+
+    Raises:
+        RequestError: a parameter that is unknown, of another type, out of its range, or that this server cannot obey.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        if name not in READ and name not in LABELS:
+            _check_neutral(name, value)
+    messages = _read(given, "messages", list, "a list of messages")
+    if not messages:
+        raise RequestError("messages: there are none; a conversation has at least one; pass a user message", "messages")
+    if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        raise RequestError(
+            "messages: the last one is the assistant's; this server cannot continue it; end with a user message or a "
+            "tool's result",
+            "messages",
+        )
+    for index, message in enumerate(messages):
+        _check_arguments(message, f"messages[{index}]")
+    tools, may_call = _read_tools(given)
+    is_streamed = bool(_read(given, "stream", bool, "true or false"))
+    options = _read(given, "stream_options", dict, "an object")
+    if options is not None and (not is_streamed or options.keys() - {"include_usage"}):
+        raise RequestError(
+            "stream_options: only include_usage is known, of a request with stream; leave the rest out", "stream_options"
+        )
+    return ChatRequest(
+        messages=messages,
+        tools=tools,
+        may_call_tools=may_call,
+        is_streamed=is_streamed,
+        max_tokens=_read_max_tokens(given),
+        temperature=_read_number(
+            given,
+            "temperature",
+            lambda value: value == 0 or SMALLEST_TEMPERATURE <= value < math.inf,
+            f"0 or a number of at least {SMALLEST_TEMPERATURE}",
+        ),
+        top_p=_read_number(given, "top_p", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+        seed=_read_whole(given, "seed", -(2**63), 2**63 - 1),
+    )
+
+
+def _check_arguments(message: Any, where: str) -> None:
+    """Refuse calls whose arguments are no JSON: a text of the tokenizer's, but not of this API's.
+
+    All else about messages is the format's to refuse, when the prompt is made.
+    """
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(arguments, str):
+            try:
+                json.loads(arguments or "{}")
+            except (ValueError, RecursionError) as error:
+                raise RequestError(
+                    f"{where}: arguments of a call: {error}; they are the JSON text of an object; correct them", "messages"
+                ) from error
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    if name not in NEUTRAL:
+        raise RequestError(f"{name}: no such parameter here; it would have no effect; leave it out", name)
+    # 0, 0.0 and false are equal to Python.
+    if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[name]):
+        raise RequestError(f"{name}: this server cannot obey it; leave it out, or serve with vLLM", name)
+
+
+def _read(given: Mapping[str, Any], name: str, kind: type, rule: str) -> Any:
+    value = given.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f"{name}: must be {rule}; correct it", name)
+    if value is None and name == "messages":
+        raise RequestError(f"{name}: missing; pass {rule}", name)
+    return value
+
+
+def _read_whole(given: Mapping[str, Any], name: str, smallest: int, largest: int) -> int | None:
+    value = given.get(name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and smallest <= value <= largest):
+        raise RequestError(f"{name}: must be a whole number from {smallest} to {largest}; correct it", name)
+    return value
+
+
+def _read_number(given: Mapping[str, Any], name: str, fits: Callable[[float], bool], rule: str) -> float | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not fits(value):
+        raise RequestError(f"{name}: must be {rule}; correct it", name)
+    return float(value)
+
+
+def _read_max_tokens(given: Mapping[str, Any]) -> int | None:
+    limits = {
+        value
+        for name in ("max_tokens", "max_completion_tokens")
+        if (value := _read_whole(given, name, 1, 2**31)) is not None
+    }
+    if len(limits) > 1:
+        raise RequestError("max_tokens and max_completion_tokens: differ; leave one of the two out", "max_tokens")
+    return limits.pop() if limits else None
+
+
+def _read_tools(given: Mapping[str, Any]) -> tuple[list[Any] | None, bool]:
+    """Return the tools of the prompt, and whether the response may call any."""
+    tools = _read(given, "tools", list, "a list of tool definitions") or None
+    choice = given.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise RequestError(
+            "tool_choice: this server can obey auto and none only; choose one of them, or serve with vLLM", "tool_choice"
+        )
+    return (None, False) if choice == "none" else (tools, True)
+
+
+def generation_options(request: ChatRequest, of_model: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+    """Return a generation config for a request; what it leaves open is `of_model`'s, the folder's own."""
+    options = {**of_model, "max_new_tokens": max_tokens}
+    # transformers would only choose among the 50 most likely tokens.
+    options.setdefault("top_k", 0)
+    if request.temperature == 0:
+        for name in ("temperature", "top_p", "top_k"):
+            options.pop(name, None)
+        options["do_sample"] = False
+    else:
+        asked = {"temperature": request.temperature, "top_p": request.top_p}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        options |= asked | ({"do_sample": True} if asked else {})
+    if not options.get("do_sample"):
+        for name in ("temperature", "top_p", "top_k"):
+            options.pop(name, None)
+    if not request.may_call_tools:
+        options["suppress_tokens"] = [*(options.get("suppress_tokens") or []), CONTROL_TOKENS["[TOOL_CALLS]"]]
+    if request.seed is not None:
+        options[SEED_NAME] = request.seed
+    return options
+
+
+# Carries a request's seed to the thread that generates.
+SEED_NAME = "request_seed"
+
+
+class ChatGuard:
+    """The handler of chat completions, with strict requests in front of it.
+
+    handler: of transformers; its `handle_request` takes the JSON of a request.
+    model, tokenizer: those that are served under `name`.
+    """
+
+    def __init__(self, handler: Any, model: Any, tokenizer: MistralLargeTokenizer, name: str) -> None:
+        self._handle = handler.handle_request
+        self._model = model
+        self._tokenizer = tokenizer
+        self._name = name
+        handler.handle_request = self.handle_request
+        # By itself it drops images, names and the text next to calls, and joins text chunks with a space.
+        handler.get_processor_inputs_from_messages = lambda messages, _: messages
+        handler.chunk_to_sse = event_with_finish_reason
+        _seed_when_generating(model)
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answer a request, or raise RequestError or ConversationError."""
+        if body.get("model") not in (None, self._name):
+            raise RequestError(f"model: {body['model']!r} is not served here; the model is {self._name!r}", "model")
+        request = read_chat_request(body)
+        prompt = self._tokenizer.apply_chat_template(request.messages, tools=request.tools, return_dict=False)
+        of_model = json.loads(self._model.generation_config.to_json_string(ignore_metadata=True))
+        options = generation_options(request, of_model, self._max_tokens(request, len(prompt)))
+        passed_on = {
+            "model": self._name,
+            "messages": request.messages,
+            "stream": request.is_streamed,
+            "generation_config": json.dumps(options),
+        }
+        return await self._handle(passed_on | ({"tools": request.tools} if request.tools else {}), request_id)
+
+    def _max_tokens(self, request: ChatRequest, prompt_tokens: int) -> int:
+        """Return the most tokens that a response may have."""
+        context = self._model.config.max_position_embeddings
+        if prompt_tokens >= context:
+            raise RequestError(
+                f"messages: {prompt_tokens} tokens; the model reads fewer than {context}; send less", "messages"
+            )
+        room = context - prompt_tokens
+        if request.max_tokens is not None and request.max_tokens > room:
+            raise RequestError(
+                f"max_tokens: {request.max_tokens} after a prompt of {prompt_tokens} tokens; the context has {context}; "
+                f"ask for at most {room}",
+                "max_tokens",
+            )
+        own = self._model.generation_config.max_new_tokens or 0
+        return request.max_tokens or min(room, max(own, DEFAULT_MAX_TOKENS))
+
+
+def _seed_when_generating(model: Any) -> None:
+    """Have the model set the seed of a request where its tokens are drawn: those before it in the queue draw from the same generator."""
+    import torch
+
+    generate = model.generate
+
+    def generate_seeded(*args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        seed = getattr(generation_config, SEED_NAME, None)
+        if seed is not None:
+            torch.manual_seed(seed)
+        # For stop strings, which are refused; the model does not know it.
+        kwargs.pop("tokenizer", None)
+        return generate(*args, generation_config=generation_config, **kwargs)
+
+    model.generate = generate_seeded
+
+
+def event_with_finish_reason(chunk: Any) -> str:
+    """Return a chunk of a stream as an event; clients ask for `finish_reason`, null until the last one."""
+    content = chunk.model_dump(mode="json", exclude_none=True)
+    for choice in content["choices"]:
+        choice.setdefault("finish_reason", None)
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def guard(app: "FastAPI", *, chat_handler: Any, loaded: Any, name: str, host: str, allows_all_origins: bool) -> None:
+    """Close the routes of transformers' server that are not OpenAI's or that it cannot serve right, and check requests.
+
+    loaded: transformers' record of the model: `.model` and `.processor`.
+    host: the address that is listened on.
+    """
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    if not isinstance(loaded.processor, MistralLargeTokenizer):
+        # A folder of stock Mistral's type; its template alone would take control strings in texts for control tokens.
+        loaded.processor = MistralLargeTokenizer.from_pretrained(name)
+    ChatGuard(chat_handler, loaded.model, loaded.processor, name)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
+    entry = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
+
+    @app.get("/v1/models")
+    def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{asked:path}")
+    def describe_model(asked: str) -> dict[str, Any]:
+        if asked != name:
+            raise HTTPException(404, f"model {asked!r} is not served here; the model is {name!r}")
+        return entry
+
+    @app.exception_handler(MistralLargeError)
+    async def refuse(_: "Request", error: MistralLargeError) -> "JSONResponse":
+        is_of_client = isinstance(error, RequestError | ConversationError)
+        return error_response(400 if is_of_client else 500, str(error), getattr(error, "parameter", None))
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(_: "Request", error: RequestValidationError) -> "JSONResponse":
+        return error_response(400, f"the body is no JSON object: {error.errors()[0]['msg']}; correct it")
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: "Request", error: HTTPException) -> "JSONResponse":
+        message = str(error.detail)
+        if error.status_code == 404 and message == "Not Found":
+            message = f"{request.url.path}: not served; there are {', '.join((*OPEN_ROUTES, '/v1/models'))}"
+        return error_response(error.status_code, message)
+
+    @app.middleware("http")
+    async def refuse_foreign_pages(request: "Request", call_next: Any) -> Any:
+        origin = request.headers.get("origin")
+        if origin is None or allows_all_origins or is_own_origin(origin, request.headers.get("host", ""), host):
+            return await call_next(request)
+        return error_response(403, f"origin {origin}: pages of other sites may not ask; --enable-cors lets them")
+
+
+def is_own_origin(origin: str, asked_host: str, host: str) -> bool:
+    """Return whether a page was loaded from this server, and not under a name that was made to lead to it."""
+    parts = urlsplit(origin)
+    return parts.netloc == asked_host and (not _is_loopback(host) or _is_loopback(parts.hostname or ""))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def error_response(status: int, message: str, parameter: str | None = None) -> "JSONResponse":
+    """Return an error in the shape of OpenAI's API."""
+    from fastapi.responses import JSONResponse
+
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": parameter, "code": None}}, status)
+
+
+# What `transformers serve` is asked for at its start, and why not here.
+REFUSED_OPTIONS = {
+    "--continuous-batching": "its requests would all be sampled as the first one is",
+    "--cb-": "there is no continuous batching",
+    "--chat-template-kwargs": "the prompts are those of the vendor's reference",
+    "--reasoning": "the format has no place for reasoning",
+    "--decision-config": "its route is closed",
+    "--model-timeout": "a model that is named stays loaded",
+    "--non-blocking": "the command runs until it is stopped",
+}
+ENGINE_OPTIONS = (
+    *("--attn-implementation", "--compile", "--no-compile", "--quantization", "--device", "--dtype"),
+    *("--trust-remote-code", "--no-trust-remote-code", "--enable-cors", "--no-enable-cors", "--log-level"),
+    "--default-seed",
+)
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Refuse options for `transformers serve` that it does not know, or that have no effect here.
+
+    Raises:
+        SettingError: with the options that there are.
+    """
+    from modeling_mistral_large.errors import SettingError
+
+    for option in options:
+        name = option.partition("=")[0]
+        if not name.startswith("-") or name in ENGINE_OPTIONS or name.lstrip("-").isdigit():
+            continue
+        reason = next((why for refused, why in REFUSED_OPTIONS.items() if name.startswith(refused)), "no such option")
+        raise SettingError(f"{name}: {reason}; leave it out; options for this engine are {', '.join(ENGINE_OPTIONS)}")
