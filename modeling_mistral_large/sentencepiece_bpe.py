@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from .errors import TokenizerFileError
 
@@ -198,9 +198,17 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     # The Rust library raises nothing more specific.
     except Exception as error:
         raise TokenizerFileError(f"{path}: not a tokenizer.json ({error}); {RULE}; {WAY_OUT}") from error
-    _check_pieces(
-        path, [backend.id_to_token(index) for index in range(backend.get_vocab_size(with_added_tokens=False))]
-    )
+    check_backend(backend, path)
+    return backend
+
+
+def check_backend(backend: Tokenizer, source: str | os.PathLike[str]) -> None:
+    """Raise `TokenizerFileError` for a backend that `load_sentencepiece_bpe` did not build.
+
+    source: what to call it.
+    """
+    pieces = [backend.id_to_token(index) for index in range(backend.get_vocab_size(with_added_tokens=False))]
+    _check_pieces(source, pieces)
     # Conversions by others have the same pieces, but not the same ids for every text.
     model, splitter, decoder = backend.model, backend.pre_tokenizer, backend.decoder
     if not (
@@ -211,8 +219,7 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
         and decoder is not None
         and decoder.__getstate__() == _decoder().__getstate__()
     ):
-        raise TokenizerFileError(f"{path}: has v3's pieces, but another program converted it; {RULE}; {WAY_OUT}")
-    return backend
+        raise TokenizerFileError(f"{source}: has v3's pieces, but another program converted it; {RULE}; {WAY_OUT}")
 
 
 def _read_processor(path: Path) -> SentencePieceProcessor:
@@ -263,8 +270,41 @@ def _space_merges() -> Iterator[tuple[str, str]]:
         yield "▁" * length, "▁"
 
 
-def pre_tokenizer(*, reference_documents_as_text: bool = False) -> pre_tokenizers.PreTokenizer:
-    """Return what writes spaces as ▁, puts the dummy ▁ before the first text, and cuts the text into words."""
+def added_tokens(backend: Tokenizer) -> list[tuple[int, AddedToken]]:
+    """Return the tokens beyond the vendor's vocabulary with their ids, in the order of these."""
+    return [
+        (index, token) for index, token in sorted(backend.get_added_tokens_decoder().items()) if index >= VOCAB_SIZE
+    ]
+
+
+def clone_backend(
+    backend: Tokenizer,
+    *,
+    added: Sequence[AddedToken] | None = None,
+    dummy: bool = True,
+    reference_documents_as_text: bool = False,
+) -> Tokenizer:
+    """Return a backend on the same model, which is not copied, with settings of its own.
+
+    added: its added tokens, in the order of their ids, instead of all of the backend's.
+    dummy, reference_documents_as_text: see `pre_tokenizer`.
+    """
+    clone = Tokenizer(backend.model)
+    clone.pre_tokenizer = pre_tokenizer(dummy=dummy, reference_documents_as_text=reference_documents_as_text)
+    clone.decoder = backend.decoder
+    if backend.post_processor is not None:
+        clone.post_processor = backend.post_processor
+    if added is None:
+        added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    clone.add_tokens(added)
+    return clone
+
+
+def pre_tokenizer(*, dummy: bool = True, reference_documents_as_text: bool = False) -> pre_tokenizers.PreTokenizer:
+    """Return what writes spaces as ▁, puts the dummy ▁ before the first text, and cuts the text into words.
+
+    dummy: false for a text that goes on after a control token.
+    """
 
     def metaspace(replacement: str, prepend_scheme: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Metaspace(replacement=replacement, prepend_scheme=prepend_scheme, split=False)
@@ -274,7 +314,7 @@ def pre_tokenizer(*, reference_documents_as_text: bool = False) -> pre_tokenizer
             metaspace("▁", "never"),
             # Metaspace prepends nothing to a text that begins with its replacement, and SentencePiece always does:
             # with a space as the replacement it always prepends, as no space is left.
-            metaspace(" ", "first"),
+            metaspace(" ", "first" if dummy else "never"),
             metaspace("▁", "never"),
             pre_tokenizers.Split(Regex(_WORD_OF_TEXT if reference_documents_as_text else _WORD), "isolated"),
         ]
@@ -329,11 +369,17 @@ def _decoder() -> decoders.Decoder:
 
 
 def join_pieces(pieces: Iterable[str]) -> str:
-    """Return the text of pieces as SentencePiece does: � for each byte that is not part of a character."""
+    """Return the text of pieces as SentencePiece does: � for each byte that is not part of a character.
+
+    A ▁ at the start is the dummy; a space that a byte piece stands for is part of the text.
+    """
+    pieces = list(pieces)
+    if pieces:
+        pieces[0] = pieces[0].removeprefix("▁")
     encoded = (
         bytes([BYTE_PIECES[piece]]) if piece in BYTE_PIECES else piece.replace("▁", " ").encode() for piece in pieces
     )
-    text = b"".join(encoded).decode("utf-8", errors="surrogateescape").removeprefix(" ")
+    text = b"".join(encoded).decode("utf-8", errors="surrogateescape")
     return _ESCAPED_BYTE.sub("\ufffd", text)
 
 
