@@ -29,6 +29,7 @@ CONTROL_TOKENS = {
 # `<unk>` and the 750 control pieces, the 20 user-defined pieces, the 256 bytes, then the pieces of text.
 UNUSED_IDS = range(10, 14)
 CONTROL_IDS, REFERENCE_IDS, BYTE_IDS, TEXT_IDS = range(751), range(751, 771), range(771, 1027), range(1027, VOCAB_SIZE)
+NEWLINE_ID = BYTE_IDS[ord("\n")]
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 # Pieces at fixed ids. Those of 10 to 13 are left open: this format does not use them.
 PIECES_OF_V3 = {

@@ -3,9 +3,7 @@
 from torch import Tensor
 from transformers import TextIteratorStreamer, TextStreamer
 
-from .sentencepiece_bpe import CONTROL_IDS
-
-NEWLINE_ID = 781
+from .sentencepiece_bpe import CONTROL_IDS, NEWLINE_ID
 
 
 class _KeepsLineStarts(TextStreamer):
