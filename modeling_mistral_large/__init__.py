@@ -27,7 +27,7 @@ from .modeling_mistral_large import (
 )
 from .peft_defaults import add_peft_defaults
 from .tokenization_mistral_large import MistralLargeTokenizer
-from .transformers_api import export_names, read_config_dict_with, warn_outside_range
+from .transformers_api import export_names, read_config_dict_with, register_pipeline, warn_outside_range
 
 __version__ = "0.1.0"
 
@@ -62,6 +62,7 @@ def _register() -> None:
     export_names([MistralLargeConfig, MistralLargePreTrainedModel, MistralLargeTokenizer, *MODELS.values()])
     read_config_dict_with(read_consolidated)
     add_peft_defaults()
+    register_pipeline("text-generation", f"{__name__}.text_generation_pipeline", "MistralLargeTextGenerationPipeline")
 
 
 warn_outside_range()
