@@ -27,6 +27,7 @@ CONTROL_TOKENS = {
     "[/TOOL_RESULTS]": 9,
 }
 # `<unk>` and the 750 control pieces, the 20 user-defined pieces, the 256 bytes, then the pieces of text.
+UNUSED_IDS = range(10, 14)
 CONTROL_IDS, REFERENCE_IDS, BYTE_IDS, TEXT_IDS = range(751), range(751, 771), range(771, 1027), range(1027, VOCAB_SIZE)
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 # Pieces at fixed ids. Those of 10 to 13 are left open: this format does not use them.
@@ -40,6 +41,16 @@ PIECES_OF_V3 = {
 
 # The pieces of text decide about merges and words, so all are compared.
 TEXT_PIECES_SHA256 = "53a6491d971065614a9a39edcf88f81a9bccbc3df7e5e0ba82f65a5bca761bfa"
+
+# The vendor's file itself, and everything in it that decides about an id: see `_content_sha256`.
+KNOWN_FILES = {"9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33": "v3"}
+KNOWN_VOCABULARIES = {"ab8a3423b8d0fed7acee4a989ff6ecabd22edc2d13f6cd7c9c89da1149c71ac7": "v3"}
+# Field numbers in SentencePiece's ModelProto, and in its specs those that change ids, with their defaults: the model
+# type, white space as a suffix, byte fallback; the character map, dummy prefix, extra white space, escaped white space.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_TRAINER_FIELDS: dict[int, bytes | int] = {3: 1, 24: 0, 35: 0}
+_NORMALIZER_FIELDS: dict[int, bytes | int] = {2: b"", 3: 1, 4: 1, 5: 1}
+_CONTROL_TYPE = 3
 
 RULE = "this package reads the v3 SentencePiece model of Mistral-Large-Instruct-2407"
 WAY_OUT = "pass a folder with its tokenizer.model.v3, or with the files that save_pretrained wrote"
@@ -106,7 +117,73 @@ def load_sentencepiece_bpe(path: str | os.PathLike[str]) -> Tokenizer:
     backend.add_special_tokens(pieces[: CONTROL_IDS.stop])
     if _encode_as_text(backend, _PROBE) != processor.encode(_PROBE):
         raise TokenizerFileError(f"{path}: has v3's pieces, but encodes text in another way; {RULE}; {WAY_OUT}")
+    if known_vocabulary(Path(path)) != "v3":
+        raise TokenizerFileError(
+            f"{path}: has v3's pieces, but other scores, types or settings than the vendor's file; {RULE}; {WAY_OUT}"
+        )
     return backend
+
+
+def known_vocabulary(file: Path | str) -> str | None:
+    """Return the name of the vocabulary whose pieces, scores, types and settings a SentencePiece file has, or None.
+
+    Names of files prove nothing: mirrors call the same file `tokenizer.model`, and so are other models called.
+    """
+    try:
+        model = Path(file).read_bytes()
+        return KNOWN_FILES.get(sha256(model).hexdigest()) or KNOWN_VOCABULARIES.get(_content_sha256(model))
+    except (OSError, ValueError):
+        return None
+
+
+def _content_sha256(model: bytes) -> str:
+    """Return the hash of what decides about ids in a serialized ModelProto; raise ValueError where it is none.
+
+    The names of pieces 10 to 13 are left out, which this format does not use, and so is how the model was trained.
+    """
+    hashed = sha256()
+    specs: dict[int, dict[int, bytes | int]] = {_TRAINER: {}, _NORMALIZER: {}}
+    index = 0
+    for field, value in _proto_fields(model):
+        if field == _PIECES and isinstance(value, bytes):
+            piece: dict[int, bytes | int] = {1: b"", 2: bytes(4), 3: 1, **dict(_proto_fields(value))}
+            name = b"" if index in UNUSED_IDS and piece[3] == _CONTROL_TYPE else piece[1]
+            hashed.update(b"%d %r %r %r\n" % (index, name, piece[2], piece[3]))
+            index += 1
+        elif field in specs and isinstance(value, bytes):
+            specs[field].update(_proto_fields(value))
+    for field, defaults in ((_TRAINER, _TRAINER_FIELDS), (_NORMALIZER, _NORMALIZER_FIELDS)):
+        hashed.update(b"%r\n" % [specs[field].get(number, default) for number, default in defaults.items()])
+    return hashed.hexdigest()
+
+
+def _proto_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Yield number and value of each field of a protobuf message; protobuf itself is no dependency of this package."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        number = shift = 0
+        while True:
+            if position >= len(message) or shift > 63:
+                raise ValueError("not a protobuf message")
+            byte = message[position]
+            position += 1
+            number |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return number
+            shift += 7
+
+    while position < len(message):
+        tag = varint()
+        if (wire := tag & 7) == 0:
+            yield tag >> 3, varint()
+            continue
+        length = {1: lambda: 8, 2: varint, 5: lambda: 4}.get(wire, lambda: len(message))()
+        if length > len(message) - position:
+            raise ValueError("not a protobuf message")
+        yield tag >> 3, message[position : position + length]
+        position += length
 
 
 def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
