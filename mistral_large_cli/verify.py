@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not checked", "yellow")}
+MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not proven", "yellow")}
 
 
 def verify(folder: Path, source: str | None, as_json: bool) -> None:
@@ -31,7 +31,17 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
         checks = verify_checkpoint(folder, origin, progress=lambda count: bar.advance(task, count))
     is_ok = all(check.is_ok is not False for check in checks)
     if as_json:
-        print(json.dumps({"folder": str(folder), "ok": is_ok, "checks": [asdict(check) for check in checks]}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "folder": str(folder),
+                    "ok": is_ok,
+                    "proven": all(check.is_ok for check in checks),
+                    "checks": [asdict(check) for check in checks],
+                },
+                indent=2,
+            )
+        )
     else:
         from rich.table import Table
         from rich.text import Text

@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from .remote_code import ConfigWithRemoteCode
 
 ROPE_THETA = 1e6
 # Positions of a prompt that `generate` reads at once.
@@ -45,7 +46,7 @@ POSITIVE = (
 
 
 @strict
-class MistralLargeConfig(PreTrainedConfig):
+class MistralLargeConfig(ConfigWithRemoteCode):
     """Geometry of a Mistral Large model.
 
     `hidden_size`, `intermediate_size` and `head_dim` count features, `max_position_embeddings` counts tokens.

@@ -17,6 +17,7 @@ from transformers.utils.generic import PaddingStrategy, to_py_obj
 from .chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, RESPONSE_TEMPLATE
 from .errors import ConversationError, TokenizerFileError
 from .instruct import Segment, build_prompt
+from .remote_code import TOKENIZER_AUTO_MAP, write_remote_code
 from .sentencepiece_bpe import (
     BOS,
     CONTROL_IDS,
@@ -80,6 +81,8 @@ class MistralLargeTokenizer(TokenizersBackend):
             "add_bos_token": backend.token_to_id(BOS) in wrapping,
             "add_eos_token": backend.token_to_id(EOS) in wrapping,
         }
+        # Whatever a file says, so that no other module is named when the tokenizer is saved again.
+        kwargs["auto_map"] = TOKENIZER_AUTO_MAP
         super().__init__(**{**defaults, **kwargs})  # type: ignore[no-untyped-call]
         self.vocab_file = vocab_file
 
@@ -131,6 +134,10 @@ class MistralLargeTokenizer(TokenizersBackend):
         """Leave the files alone, whose format the base class would guess from their names."""
         return kwargs
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Do nothing: transformers would copy the source of this package into folders, instead of the module."""
+
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -139,6 +146,7 @@ class MistralLargeTokenizer(TokenizersBackend):
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        files = (*files, write_remote_code(save_directory))
         if self.vocab_file is None or not Path(self.vocab_file).is_file():
             return files
         prefix = f"{filename_prefix}-" if filename_prefix else ""
