@@ -14,7 +14,7 @@ from modeling_mistral_large.conversion.destination import (
     unfinished,
     whole_file,
 )
-from modeling_mistral_large.conversion.finished import refuse_another, verify_finished
+from modeling_mistral_large.conversion.finished import index_file, refuse_another, verify_finished
 from modeling_mistral_large.conversion.hf_files import ARCHITECTURES, consolidated_files, hf_files
 from modeling_mistral_large.conversion.hub import CONSOLIDATED_FILES, HF_FILES, LICENCE_PATTERNS, resolve_source
 from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, new_checksum
@@ -33,7 +33,7 @@ from modeling_mistral_large.conversion.plan import (
     plan_export,
 )
 from modeling_mistral_large.conversion.quantize import Quantization
-from modeling_mistral_large.conversion.safetensors_header import LENGTH_BYTES, FileTensor
+from modeling_mistral_large.conversion.safetensors_header import FileTensor, header_bytes
 from modeling_mistral_large.conversion.source_files import file_finding, read_json_object, shown
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, write_weights
 from modeling_mistral_large.errors import CheckpointError, DestinationError, MistralLargeError, SettingError
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
 # A change of what is written makes another journal: an interrupted run of before is not continued.
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 # More threads than that only take memory.
 MOST_JOBS = 1024
 
@@ -107,9 +107,11 @@ class Conversion:
                 if not is_own_file(path) or path.stat().st_size != len(content) or path.read_bytes() != content:
                     _write_file(path, content)
             checksums = write_weights(plan, destination, journal, jobs=jobs, progress=progress)
-            _write_file(destination / MANIFEST_NAME, json_bytes(Manifest.of(plan, checksums).to_json()))
-            if plan.index is not None:
-                _write_file(destination / plan.index_name, json_bytes(plan.index))
+            index = index_file(plan)
+            manifest = Manifest.of(plan, checksums, {**self.small_files, **index})
+            _write_file(destination / MANIFEST_NAME, json_bytes(manifest.to_json()))
+            for name, content in index.items():
+                _write_file(destination / name, content)
 
     def _identity(self) -> dict[str, Any] | None:
         """What is converted into what; None for weights in memory, which may change unseen."""
@@ -266,11 +268,8 @@ def _refuse_added_tokens(folder: Path, rows: int) -> None:
 
 def _file_identity(path: Path) -> dict[str, Any]:
     """What another version of a file would have otherwise, as far as that is seen without reading all of it."""
-    status = path.stat()
-    with path.open("rb") as stream:
-        header = stream.read(LENGTH_BYTES)
-        header += stream.read(int.from_bytes(header, "little"))
-    return {"size": status.st_size, "modified_ns": status.st_mtime_ns, "header": new_checksum(header).hexdigest()}
+    status, checksum = path.stat(), new_checksum(header_bytes(path))
+    return {"size": status.st_size, "modified_ns": status.st_mtime_ns, "header": checksum.hexdigest()}
 
 
 def _write_file(path: Path, content: bytes) -> None:

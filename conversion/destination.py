@@ -32,6 +32,7 @@ OUTPUT_PATTERNS = (
     "chat_template.jinja",
     "config.json",
     "generation_config.json",
+    "modeling_mistral_large_remote.py",
     "params.json",
     "special_tokens_map.json",
     "tokenizer*",

@@ -4,11 +4,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from modeling_mistral_large.conversion.destination import json_bytes
-from modeling_mistral_large.conversion.manifest import Manifest, read_manifest
+from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
 from modeling_mistral_large.conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
 from modeling_mistral_large.conversion.source_files import file_finding
 from modeling_mistral_large.conversion.stream import Progress, checksums_of, file_checksum, run_threads
 from modeling_mistral_large.errors import DestinationError
+
+
+def index_file(plan: ConversionPlan) -> dict[str, bytes]:
+    """Name and content of the index of the weights, if there is one."""
+    return {} if plan.index is None else {plan.index_name: json_bytes(plan.index)}
 
 
 def refuse_another(folder: Path, plan: ConversionPlan, small_files: Mapping[str, bytes]) -> None:
@@ -30,10 +35,12 @@ def _findings(
     checksums = {name: tensor.checksum for name, tensor in manifest.tensors.items()}
     if checksums.keys() != {output.name for file in plan.files for output in file.outputs}:
         yield "its tensors have other names"
-    elif manifest != Manifest.of(plan, checksums):
+        return
+    small_files = {**small_files, **index_file(plan)}
+    wanted = Manifest.of(plan, checksums, small_files)
+    if manifest.tensors != wanted.tensors:
         yield "its tensors have other shapes, dtypes or files"
-    index = {} if plan.index is None else {plan.index_name: json_bytes(plan.index)}
-    for name, content in {**small_files, **index}.items():
+    for name, content in small_files.items():
         if finding := file_finding(folder, name):
             yield finding
         elif (folder / name).read_bytes() != content:
@@ -43,6 +50,8 @@ def _findings(
             yield finding
         elif not _has_header_and_size(folder / file.name, file):
             yield f"its {file.name} is another"
+    if (folder / MANIFEST_NAME).read_bytes() != json_bytes(wanted.to_json()):
+        yield f"its {MANIFEST_NAME} is another"
 
 
 def _has_header_and_size(path: Path, file: PlannedFile) -> bool:

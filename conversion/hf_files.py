@@ -15,6 +15,7 @@ from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
 from modeling_mistral_large.conversion.quantize import quantization_of
 from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES
 from modeling_mistral_large.conversion.tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_files
+from modeling_mistral_large.remote_code import IN_CONFIG, REMOTE_CODE, REMOTE_CODE_NAME, TOKENIZER_AUTO_MAP
 
 ARCHITECTURES: dict[ModelType, str] = {"mistral_large": "MistralLargeForCausalLM", "mistral": "MistralForCausalLM"}
 TOKENIZER_CLASSES: dict[ModelType, str] = {
@@ -30,6 +31,9 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 MODEL_CARD_NAME = "README.md"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Files that only one of the model types has.
+OWN_FILES: dict[ModelType, dict[str, bytes]] = {"mistral_large": {REMOTE_CODE_NAME: REMOTE_CODE}, "mistral": {}}
 
 # What our classes have by themselves and stock ones must be told.
 STOCK_TOKENIZER_SETTINGS: dict[str, Any] = {
@@ -64,7 +68,8 @@ def hf_files(
     config.dtype = TORCH_NAMES[dtype]
     tokenizer = tokenizer_files(source, vocab_size=config.vocab_size)
     return {
-        **tokenizer,
+        **{name: content for name, content in tokenizer.items() if name != REMOTE_CODE_NAME},
+        **OWN_FILES[model_type],
         **licences,
         MODEL_CARD_NAME: model_card(
             licences,
@@ -114,7 +119,10 @@ def retag_config(content: bytes, model_type: ModelType) -> bytes:
     if model_type == "mistral":
         # Left out, the window would be 4096 there.
         settings |= {**{name: rope[name] for name in rope if name == "rope_theta"}, "sliding_window": None}
+        for name in IN_CONFIG:
+            settings.pop(name, None)
     else:
+        settings |= IN_CONFIG
         for name in ("sliding_window", *(name for name in rope if name == "rope_theta")):
             settings.pop(name, None)
     return json_bytes(dict(sorted(settings.items())))
@@ -124,6 +132,7 @@ def retag_tokenizer_config(content: bytes, model_type: ModelType) -> bytes:
     """A tokenizer_config.json for another model type; all else in it stays."""
     settings: dict[str, Any] = json.loads(content)
     settings["tokenizer_class"] = TOKENIZER_CLASSES[model_type]
+    settings.pop("auto_map", None)
     if model_type == "mistral":
         settings |= STOCK_TOKENIZER_SETTINGS
     else:
@@ -131,5 +140,5 @@ def retag_tokenizer_config(content: bytes, model_type: ModelType) -> bytes:
             name: value
             for name, value in settings.items()
             if name not in STOCK_TOKENIZER_SETTINGS or value != STOCK_TOKENIZER_SETTINGS[name]
-        }
+        } | {"auto_map": TOKENIZER_AUTO_MAP}
     return json_bytes(dict(sorted(settings.items())))

@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.destination import PARTIAL_SUFFIX, UNFINISHED_NAME
+from modeling_mistral_large.conversion.destination import PARTIAL_SUFFIX, UNFINISHED_NAME, json_bytes
 from modeling_mistral_large.conversion.hf_files import (
     ARCHITECTURES,
     CHAT_TEMPLATE_NAME,
@@ -24,6 +25,7 @@ from modeling_mistral_large.conversion.hf_files import (
     SPECIAL_IDS,
 )
 from modeling_mistral_large.conversion.hub import fetch_headers, is_repository_id, resolve_source
+from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
 from modeling_mistral_large.conversion.model_card import (
     AGREEMENT_NAME,
     LICENCE_NAMES,
@@ -53,6 +55,30 @@ WRAPPED = (
     "it, `mistral-large convert` does"
 )
 LAYOUT_NAMES: dict[Layout, str] = {"consolidated": "the vendor's consolidated layout", "hf": "HF layout"}
+# Names, in small letters, of files and folders that transformers, PEFT or an engine reads where it finds them: other
+# weights, adapters, tokenizers, processors, templates, code.
+READ_BY_LOADERS = (
+    "*.bin",
+    "*.ckpt*",
+    "*.gguf",
+    "*.h5",
+    "*.jinja",
+    "*.json",
+    "*.model",
+    "*.model.*",
+    "*.msgpack",
+    "*.pt",
+    "*.pth",
+    "*.py",
+    "*.safetensors",
+    "*.tiktoken",
+    "additional_chat_templates",
+    "custom_generate",
+    "merges.txt",
+    "requirements.txt",
+    "tokenizer*",
+    "vocab*",
+)
 # What loads a folder, by what it is; `text` and `word` are its name in Python and in a shell.
 PIPELINE = 'transformers.pipeline("text-generation", {text}, dtype="auto", device_map="auto")'
 LOADS_WITH: dict[str, tuple[str, ...]] = {
@@ -184,6 +210,12 @@ def _inspect(folder: Path, name: str) -> Inspection:
             findings.append(f"no {' and no '.join(CONFIG_NAMES.values())}: not a checkpoint")
         if checkpoint is not None:
             findings += name_findings + config_findings(checkpoint, None)
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            findings += finding_lines(error)
+        else:
+            findings += [] if manifest is None or manifest.files is None else manifest_findings(folder, manifest)
         if "hf" in layouts[:1]:
             findings += chat_template_findings(folder)
         if layouts:
@@ -239,7 +271,9 @@ def config_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[s
     if torch_name != TORCH_NAMES[checkpoint.dtype]:
         findings.append(f"{CONFIG_NAME}: dtype is {shown(torch_name)}, the weights are {TORCH_NAMES[checkpoint.dtype]}")
     if config.get("architectures") != [ARCHITECTURES[config["model_type"]]]:
-        findings.append(f"{CONFIG_NAME}: architectures {shown(config.get('architectures'))} of a {config['model_type']}")
+        findings.append(
+            f"{CONFIG_NAME}: architectures {shown(config.get('architectures'))} of a {config['model_type']}"
+        )
     if finding := file_finding(checkpoint.folder, GENERATION_CONFIG_NAME):
         return [*findings, finding]
     try:
@@ -270,6 +304,34 @@ def chat_template_findings(folder: Path) -> list[str]:
     if template in [bundled.encode() for bundled in CHAT_TEMPLATES.values()]:
         return []
     return [f"{CHAT_TEMPLATE_NAME} is not the bundled one"]
+
+
+def manifest_findings(folder: Path, manifest: Manifest) -> list[str]:
+    """Where the files of a folder are not those of its manifest; tensors have their own checksums.
+
+    Files that were added are named if a loader reads such files.
+    """
+    findings = []
+    if (folder / MANIFEST_NAME).read_bytes() != json_bytes(manifest.to_json()):
+        findings.append(f"{MANIFEST_NAME} is not as a conversion writes it")
+    for name, entry in (manifest.files or {}).items():
+        if finding := file_finding(folder, name):
+            findings.append(finding)
+        elif ManifestFile.of_file(folder / name) != entry:
+            findings.append(f"{name} has changed since the conversion")
+    return findings + [
+        f"{name!r} was added since the conversion: a loader may read it"
+        for name in added_files(folder, manifest)
+        if any(fnmatchcase(name.lower(), pattern) for pattern in READ_BY_LOADERS)
+    ]
+
+
+def added_files(folder: Path, manifest: Manifest) -> list[str]:
+    """The names of what a folder holds beside a conversion: files, and folders, of which a conversion writes none."""
+    known = {*(manifest.files or {}), MANIFEST_NAME, UNFINISHED_NAME}
+    return sorted(
+        path.name for path in folder.iterdir() if path.name not in known and not path.name.endswith(PARTIAL_SUFFIX)
+    )
 
 
 def licence_findings(folder: Path, origin: Checkpoint | None, layout: Layout) -> list[str]:

@@ -1,18 +1,22 @@
 """Another model type for a folder of the HF layout: the small files that say it, never the weights."""
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, whole_file
+from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, json_bytes, whole_file
 from modeling_mistral_large.conversion.hf_files import (
     ARCHITECTURES,
     CHAT_TEMPLATE_NAME,
     CHAT_TEMPLATES,
     CONFIG_NAME,
     MODEL_CARD_NAME,
+    OWN_FILES,
     retag_config,
     retag_tokenizer_config,
 )
 from modeling_mistral_large.conversion.inspect import load_headers
+from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
 from modeling_mistral_large.conversion.model_card import ModelType, retag_model_card
 from modeling_mistral_large.conversion.plan import check_option
 from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
@@ -42,13 +46,19 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
     if findings:
         raise CheckpointError(f"{folder}: cannot be retagged, it is not as it was converted: {'; '.join(findings)}")
     changed = _retagged(folder, model_type)
+    others = {name for files in OWN_FILES.values() for name in files} - OWN_FILES[model_type].keys()
+    removed = sorted(name for name in others if os.path.lexists(folder / name))
+    manifest = _retagged_manifest(folder, changed, removed)
     try:
-        for name, content in changed.items():
+        # First of all: a file that is not yet as it says does not pass, and after an interruption, this stays.
+        for name, content in {**manifest, **changed}.items():
             with whole_file(folder / name) as out:
                 out.write(content)
+        for name in removed:
+            (folder / name).unlink()
     except OSError as error:
         raise DestinationError(f"{folder}: not retagged: {error}; when that is mended, run it again") from error
-    return list(changed)
+    return [*changed, *removed]
 
 
 def _settings_findings(folder: Path) -> list[str]:
@@ -66,9 +76,26 @@ def _retagged(folder: Path, model_type: ModelType) -> dict[str, bytes]:
     if template in [bundled.encode() for bundled in CHAT_TEMPLATES.values()]:
         template = CHAT_TEMPLATES[model_type].encode()
     retagged = {
+        **OWN_FILES[model_type],
         CHAT_TEMPLATE_NAME: template,
         MODEL_CARD_NAME: retag_model_card(present[MODEL_CARD_NAME], model_type),
         TOKENIZER_CONFIG_NAME: retag_tokenizer_config((folder / TOKENIZER_CONFIG_NAME).read_bytes(), model_type),
         CONFIG_NAME: retag_config((folder / CONFIG_NAME).read_bytes(), model_type),
     }
-    return {name: content for name, content in retagged.items() if (folder / name).read_bytes() != content}
+    return {
+        name: content
+        for name, content in retagged.items()
+        if not (folder / name).exists() or (folder / name).read_bytes() != content
+    }
+
+
+def _retagged_manifest(folder: Path, changed: Mapping[str, bytes], removed: Sequence[str]) -> dict[str, bytes]:
+    """The manifest with the entries of files that change; those that were changed before keep what they do not match."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.files is None:
+        return {}
+    files = {name: entry for name, entry in manifest.files.items() if name not in removed}
+    for name, content in changed.items():
+        if name not in files or ManifestFile.of_file(folder / name) == files[name]:
+            files[name] = ManifestFile.of(content)
+    return {MANIFEST_NAME: json_bytes(Manifest(manifest.tensors, dict(sorted(files.items()))).to_json())}

@@ -32,6 +32,7 @@ FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # The limit of the safetensors library.
 LARGEST_HEADER = 100_000_000
 LENGTH_BYTES = 8
+WEIGHTS_SUFFIX = ".safetensors"
 # What every file of a checkpoint for PyTorch says of itself; transformers asks for it.
 METADATA = {"format": "pt"}
 
@@ -114,11 +115,15 @@ def read_header(path: Path) -> tuple[list[FileTensor], list[str]]:
     return tensors, findings
 
 
-def read_metadata(path: Path) -> object:
-    """What a file with a sound header says of itself beside its tensors."""
+def header_bytes(path: Path) -> bytes:
+    """The first bytes of a file, up to its data: the length of the header and the header, whatever they are.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open("rb") as stream:
-        header = parse_json_object(stream.read(int.from_bytes(stream.read(LENGTH_BYTES), "little")))
-    return header.get("__metadata__")
+        start = stream.read(LENGTH_BYTES)
+        return start + stream.read(min(int.from_bytes(start, "little"), LARGEST_HEADER))
 
 
 def _tensor(path: Path, data_start: int, name: str, entry: object) -> FileTensor:

@@ -9,10 +9,14 @@ from sentencepiece import SentencePieceProcessor
 from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
 from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
-from modeling_mistral_large.sentencepiece_bpe import load_processor
+from modeling_mistral_large.sentencepiece_bpe import load_processor, read_tokenizer_json
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TOKENIZER_JSON_NAME = "tokenizer.json"
+# The parts of tokenizer.json that decide about ids and text. The others, `truncation` and `padding`, are set anew by
+# each call of transformers.
+MAKES_IDS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 # One line for each way in which a conversion has been seen to go wrong.
 CORPUS = (
@@ -76,20 +80,23 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
 
 
 def tokenizer_findings(folder: Path, *, vocab_size: int) -> list[str]:
-    """What is wrong with tokenizer.json beside the tokenizer.model.v3 that it was made of; empty if nothing is."""
+    """What is wrong with tokenizer.json, compared whole with what is made of the tokenizer.model.v3 next to it.
+
+    Tokens may have been added since, if the weights have rows for them. Empty if nothing is wrong.
+    """
     try:
-        # Without the other file, so that it is read and nothing else.
-        tokenizer = MistralLargeTokenizer(tokenizer_file=str(folder / "tokenizer.json"))
-        processor = load_processor(folder / TOKENIZER_NAME)
+        wanted = json.loads(MistralLargeTokenizer(vocab_file=str(folder / TOKENIZER_NAME)).backend_tokenizer.to_str())
+        found = json.loads(read_tokenizer_json(folder / TOKENIZER_JSON_NAME).to_str())
     except TokenizerFileError as error:
         return [str(error)]
-    except (OSError, RuntimeError):
-        return [f"{TOKENIZER_NAME} is not a SentencePiece model"]
+    pieces, added = len(wanted["model"]["vocab"]), found["added_tokens"][len(wanted["added_tokens"]) :]
+    found["added_tokens"] = found["added_tokens"][: len(wanted["added_tokens"])]
     findings = []
-    if processor.vocab_size() != vocab_size:
-        findings.append(f"{TOKENIZER_NAME} has {processor.vocab_size()} pieces, the weights have {vocab_size} rows")
-    if (text := inexact_text(tokenizer, processor)) is not None:
-        findings.append(f"tokenizer.json: ids of {text[:40]!r} are not SentencePiece's")
+    if vocab_size < pieces + len(added) or (vocab_size > pieces and not added):
+        findings.append(f"{TOKENIZER_JSON_NAME} has {pieces + len(added)} tokens, the weights have {vocab_size} rows")
+    differing = [name for name in MAKES_IDS if found[name] != wanted[name]]
+    if differing:
+        findings.append(f"{TOKENIZER_JSON_NAME}: {', '.join(differing)} not as made from {TOKENIZER_NAME}")
     return findings
 
 

@@ -12,39 +12,46 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from modeling_mistral_large.conversion.hf_files import CONFIG_NAME, consolidated_files, hf_files
 from modeling_mistral_large.conversion.inspect import (
     Checkpoint,
+    added_files,
     chat_template_findings,
     config_findings,
     finding_lines,
     layouts_of,
     licence_findings,
     load_headers,
+    manifest_findings,
     unfinished_findings,
 )
 from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, ManifestTensor, read_manifest
+from modeling_mistral_large.conversion.model_card import licence_files
 from modeling_mistral_large.conversion.names import expected_tensors
-from modeling_mistral_large.conversion.plan import CONFIG_NAMES, TOKENIZER_NAME, PlannedTensor, planned_tensors
-from modeling_mistral_large.conversion.safetensors_header import (
-    BYTES_OF,
-    METADATA,
-    TORCH_NAMES,
-    FileTensor,
-    read_metadata,
+from modeling_mistral_large.conversion.plan import CONFIG_NAMES, TOKENIZER_NAME, Layout, PlannedTensor, planned_tensors
+from modeling_mistral_large.conversion.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
+from modeling_mistral_large.conversion.source_files import (
+    adapter_finding,
+    file_finding,
+    parse_json_object,
+    read_json_object,
 )
-from modeling_mistral_large.conversion.source_files import adapter_finding, file_finding
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, file_checksum, transformed
 from modeling_mistral_large.conversion.tokenizer import tokenizer_findings
 from modeling_mistral_large.conversion.transforms import Rows
-from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
+from modeling_mistral_large.sentencepiece_bpe import known_vocabulary
 
 if TYPE_CHECKING:
     import torch
 
+# What config.json says and no shape of a tensor shows.
+NOT_IN_SHAPES = ("numbers of heads", "head_dim", "norm_eps", "rope_theta", "max_position_embeddings")
+
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `is_ok` is None where there was nothing to compare it with."""
+    """One thing that was looked at; `is_ok` is None where it is not proven: there was nothing to compare it with."""
 
     name: str
     is_ok: bool | None
@@ -71,6 +78,7 @@ def verify_checkpoint(
         raise CheckpointError(f"{folder}: no checkpoint; give a folder with {' or '.join(CONFIG_NAMES.values())}")
     origin = None if source is None else load_headers(Path(source), may_mix_dtypes=True)
     checks = [_check("finished", unfinished_findings(folder), "no conversion was interrupted here")]
+    checkpoint = None
     try:
         checkpoint = load_headers(folder, layouts[0])
     except CheckpointError as error:
@@ -78,15 +86,14 @@ def verify_checkpoint(
         checks += [Check(name, None, "needs sound headers") for name in ("config", "tensors", "tokenizer")]
     else:
         count = len(checkpoint.tensors)
-        # With a source, its tensors are the question, and the files may have been written anew.
-        findings = _metadata_findings(checkpoint) if origin is None else []
-        checks.append(_check("headers", findings, f"{count} tensors, {checkpoint.dtype}, as the geometry says"))
-        checks.append(_check("config", config_findings(checkpoint, origin), "says what the weights are"))
+        checks.append(_check("headers", [], f"{count} tensors, {checkpoint.dtype}, match the config"))
+        checks.append(_config_check(checkpoint, origin))
         checks.append(_tensor_check(checkpoint, origin, progress))
-        checks.append(_check("tokenizer", _tokenizer_findings(checkpoint, origin), "SentencePiece's ids"))
+        checks.append(_check("tokenizer", _tokenizer_findings(checkpoint, origin), "the vendor's, made again from it"))
     if layouts[0] == "hf":
         checks.append(_check("chat template", chat_template_findings(folder), "the bundled one"))
-    checks.append(_check("licence", licence_findings(folder, origin, layouts[0]), "goes along"))
+    checks.append(_licence_check(folder, origin, layouts[0]))
+    checks.append(_files_check(folder, checkpoint, origin))
     return checks
 
 
@@ -94,12 +101,20 @@ def _check(name: str, findings: Sequence[str], detail: str) -> Check:
     return Check(name, not findings, "; ".join(findings) or detail)
 
 
-def _metadata_findings(checkpoint: Checkpoint) -> list[str]:
-    """Of files that a conversion wrote, what their headers say beside the tensors, which no checksum covers."""
-    if not (checkpoint.folder / MANIFEST_NAME).exists():
-        return []
-    paths = sorted({tensor.path for tensor in checkpoint.tensors.values()})
-    return [f"{path.name}: the metadata in its header has changed" for path in paths if read_metadata(path) != METADATA]
+def _has_file_checksums(folder: Path) -> bool:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest.files is not None
+
+
+def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
+    if findings := config_findings(checkpoint, origin):
+        return _check("config", findings, "")
+    if origin is None and not _has_file_checksums(checkpoint.folder):
+        return Check("config", None, f"matches the weights; not proven: {', '.join(NOT_IN_SHAPES)}; give the source")
+    return Check("config", True, "matches the weights" if origin is None else "matches the weights and the source")
 
 
 def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
@@ -116,7 +131,85 @@ def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> li
         findings.append(f"{TOKENIZER_NAME} is not the source's")
     if checkpoint.layout == "hf":
         findings += tokenizer_findings(folder, vocab_size=checkpoint.config.vocab_size)
+    elif known_vocabulary(folder / TOKENIZER_NAME) is None:
+        findings.append(f"{TOKENIZER_NAME} is not the vendor's: other pieces, scores, types or settings")
     return findings
+
+
+def _licence_check(folder: Path, origin: Checkpoint | None, layout: Layout) -> Check:
+    findings = licence_findings(folder, origin, layout)
+    if findings or origin is not None or _has_file_checksums(folder):
+        return _check("licence", findings, "is copied with the weights")
+    return Check("licence", None, "not proven: no manifest to compare it with; give the source")
+
+
+def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint | None) -> Check:
+    """Compare every file with the manifest; without one, say which are as a conversion would write them."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.files is not None:
+            if findings := manifest_findings(folder, manifest):
+                return _check("files", findings, "")
+            detail = f"all {len(manifest.files)} have the manifest's sizes and checksums"
+            if added := added_files(folder, manifest):
+                return Check("files", None, f"{detail}; not proven, added since: {', '.join(map(repr, added))}")
+            return Check("files", True, detail)
+    except CheckpointError as error:
+        return Check("files", False, str(error))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be compared: {error}") from error
+    what = "no manifest" if manifest is None else "a manifest without checksums of files"
+    detail = f"not proven: {what}; convert again for one"
+    if checkpoint is not None:
+        detail += f"; {_made_again(checkpoint, origin)}"
+    return Check("files", None, detail)
+
+
+def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
+    """Which small files are what a conversion of the source, or of what the folder says of itself, writes."""
+    folder, config = checkpoint.folder, checkpoint.config
+    source = (origin or checkpoint).folder
+    dtypes = {tensor.dtype for tensor in (origin or checkpoint).tensors.values()}
+    cast = None if origin is None or dtypes == {checkpoint.dtype} else (", ".join(sorted(dtypes)), checkpoint.dtype)
+    if file_finding(source, TOKENIZER_NAME):
+        return f"nothing made again: no {TOKENIZER_NAME}"
+    try:
+        licences = licence_files(source)
+        if checkpoint.layout == "hf":
+            model_type = read_json_object(folder / CONFIG_NAME)["model_type"]
+            files = hf_files(
+                config, dtype=checkpoint.dtype, model_type=model_type, source=source, licences=licences, cast=cast
+            )
+        else:
+            files = consolidated_files(config, source=source, licences=licences, cast=cast)
+    except (CheckpointError, TokenizerFileError, DestinationError) as error:
+        return f"nothing made again: {error}"
+    weights = {tensor.path.name for tensor in checkpoint.tensors.values()}
+    others = {path.name for path in folder.iterdir()} - weights - {MANIFEST_NAME, *files}
+    differing = [
+        difference for name, content in files.items() if (difference := _file_difference(folder, name, content))
+    ]
+    differing += [f"{name!r} is extra" for name in sorted(others)]
+    of_what = "itself" if origin is None else "the source"
+    return f"made again from {of_what}: " + ("; ".join(differing) if differing else "the same small files")
+
+
+def _file_difference(folder: Path, name: str, wanted: bytes) -> str | None:
+    if finding := file_finding(folder, name):
+        return finding
+    found = (folder / name).read_bytes()
+    if found == wanted:
+        return None
+    if not name.endswith(".json"):
+        return f"{name} differs"
+    try:
+        settings, wanted_settings = parse_json_object(found), parse_json_object(wanted)
+    except ValueError as error:
+        return f"{name}: {error}"
+    keys = sorted({*settings, *wanted_settings})
+    absent = object()
+    differing = [repr(key) for key in keys if settings.get(key, absent) != wanted_settings.get(key, absent)]
+    return f"{name} differs in {', '.join(differing) or 'its layout'}"
 
 
 def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: Progress | None) -> Check:

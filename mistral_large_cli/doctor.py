@@ -108,7 +108,9 @@ def find_packages() -> list[Package]:
     packages = [Package("modeling-mistral-large", own, None, None)]
     for name in PACKAGES:
         found, wanted = _installed(name), ranges.get(name)
-        text = f"{OLDEST_TRANSFORMERS} to {NEWEST_TRANSFORMERS}" if name == "transformers" else str(wanted or "") or None
+        text = (
+            f"{OLDEST_TRANSFORMERS} to {NEWEST_TRANSFORMERS}" if name == "transformers" else str(wanted or "") or None
+        )
         is_in_range = None if found is None or not wanted else wanted.contains(found, prereleases=True)
         packages.append(Package(name, found, text, is_in_range))
     return packages
@@ -242,9 +244,7 @@ def _check_tokenizer(folder: Path) -> str:
     return f"{len(TEXTS)} texts as SentencePiece encodes them"
 
 
-def _check_model(
-    folder: Path, device: str, dtype: str, golden: Mapping[str, GoldenConversation]
-) -> Iterator[Check]:
+def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, GoldenConversation]) -> Iterator[Check]:
     """Load the model as users do, and compare its answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -262,9 +262,7 @@ def _check_model(
         for name in ASKED:
             conversation = golden[name]
             prompt = tokenizer.apply_chat_template(conversation.messages, conversation.tools, return_tensors="pt")
-            output = model.generate(
-                **prompt.to(device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options
-            )
+            output = model.generate(**prompt.to(device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
             said = wrong_answer(tokenizer, output[0, prompt["input_ids"].shape[1] :].tolist(), conversation.answer)
             if said is not None:
                 raise _WrongError(f"{name}: {said!r} instead of {conversation.answer!r}")

@@ -107,7 +107,8 @@ def read_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     options = _read(given, "stream_options", dict, "an object")
     if options is not None and (not is_streamed or options.keys() - {"include_usage"}):
         raise RequestError(
-            "stream_options: only include_usage is known, of a request with stream; leave the rest out", "stream_options"
+            "stream_options: only include_usage is known, of a request with stream; leave the rest out",
+            "stream_options",
         )
     return ChatRequest(
         messages=messages,
@@ -140,7 +141,8 @@ def _check_arguments(message: Any, where: str) -> None:
                 json.loads(arguments or "{}")
             except (ValueError, RecursionError) as error:
                 raise RequestError(
-                    f"{where}: arguments of a call: {error}; they are the JSON text of an object; correct them", "messages"
+                    f"{where}: arguments of a call: {error}; they are the JSON text of an object; correct them",
+                    "messages",
                 ) from error
 
 
@@ -195,7 +197,8 @@ def _read_tools(given: Mapping[str, Any]) -> tuple[list[Any] | None, bool]:
     choice = given.get("tool_choice")
     if choice not in (None, "auto", "none"):
         raise RequestError(
-            "tool_choice: this server can obey auto and none only; choose one of them, or serve with vLLM", "tool_choice"
+            "tool_choice: this server can obey auto and none only; choose one of them, or serve with vLLM",
+            "tool_choice",
         )
     return (None, False) if choice == "none" else (tools, True)
 

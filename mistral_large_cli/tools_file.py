@@ -2,8 +2,8 @@
 
 import ast
 import importlib.util
-import sys
 import symtable
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path

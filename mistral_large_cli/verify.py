@@ -7,7 +7,7 @@ from pathlib import Path
 from .marks import one_line
 from .terminal import console, print_json
 
-MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not checked", "yellow")}
+MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not proven", "yellow")}
 
 
 def verify(folder: Path, source: str | None, as_json: bool) -> None:
@@ -32,7 +32,14 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
         checks = verify_checkpoint(folder, origin, progress=lambda count: bar.advance(task, count))
     is_ok = all(check.is_ok is not False for check in checks)
     if as_json:
-        print_json({"folder": str(folder), "ok": is_ok, "checks": [asdict(check) for check in checks]})
+        print_json(
+            {
+                "folder": str(folder),
+                "ok": is_ok,
+                "proven": all(check.is_ok for check in checks),
+                "checks": [asdict(check) for check in checks],
+            }
+        )
     else:
         from rich.table import Table
         from rich.text import Text

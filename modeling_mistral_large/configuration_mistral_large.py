@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
 from .errors import CheckpointError, ConfigurationError
 from .peft_defaults import add_peft_defaults
+from .remote_code import ConfigWithRemoteCode
 
 ROPE_THETA = 1e6
 # Positions of a prompt that `generate` reads at once.
@@ -110,7 +110,7 @@ def _is_positive(value: Any) -> bool:
 
 
 @strict
-class MistralLargeConfig(PreTrainedConfig):
+class MistralLargeConfig(ConfigWithRemoteCode):
     """Geometry of a Mistral Large model.
 
     `hidden_size`, `intermediate_size` and `head_dim` count features, `max_position_embeddings` counts tokens.

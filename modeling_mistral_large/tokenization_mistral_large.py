@@ -20,6 +20,7 @@ from .custom_templates import CustomPrompts, template_variables
 from .errors import ConversationError, KeywordError, TokenizerFileError
 from .instruct import Segment, build_prompt
 from .json_text import show
+from .remote_code import TOKENIZER_AUTO_MAP, write_remote_code
 from .sentencepiece_bpe import (
     BOS,
     BYTE_IDS,
@@ -169,6 +170,8 @@ class MistralLargeTokenizer(TokenizerHook):
             "add_eos_token": backend.token_to_id(EOS) in wrapping,
             "add_prefix_space": True,
         }
+        # Whatever a file says, so that no other module is named when the tokenizer is saved again.
+        kwargs["auto_map"] = TOKENIZER_AUTO_MAP
         super().__init__(**{**defaults, **kwargs})  # type: ignore[no-untyped-call]
         self.vocab_file = vocab_file
         del self.init_kwargs["add_prefix_space"]
@@ -216,14 +219,19 @@ class MistralLargeTokenizer(TokenizerHook):
         """Leave the files alone, whose format the base class would guess from their names."""
         return kwargs
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Do nothing: transformers would copy the source of this package into folders, instead of the module."""
+
     def save_more_files(self, folder: Path, prefix: str) -> tuple[str, ...]:
-        """Write tokenizer.model.v3 beside tokenizer.json, if it is at hand and the vendor's."""
+        """Write the module that the files name and, if it is at hand and the vendor's, tokenizer.model.v3."""
+        module = write_remote_code(folder)
         if self.vocab_file is None or known_vocabulary(self.vocab_file) is None:
-            return ()
+            return (module,)
         copy = folder / f"{prefix}{self.vocab_files_names['sentencepiece_file']}"
         if not (copy.exists() and copy.samefile(self.vocab_file)):
             shutil.copyfile(self.vocab_file, copy)
-        return (str(copy),)
+        return (module, str(copy))
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what a call has said already: the hash of a tokenizer does not change by its use.
