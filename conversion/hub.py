@@ -19,6 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from modeling_mistral_large.conversion.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
 from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.sentencepiece_bpe import VOCABULARY_NAMES
 
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
 # The vendor's repository holds a second copy of the weights, model-*.safetensors: another 245 GB.
@@ -27,7 +28,7 @@ CONSOLIDATED_FILES = (
     "consolidated.safetensors",
     "consolidated-*.safetensors",
     "consolidated.safetensors.index.json",
-    "tokenizer.model.v3",
+    *VOCABULARY_NAMES,
     *LICENCE_PATTERNS,
 )
 # Most headers are shorter.
