@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
+from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, PROMPT_FORMAT
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
 from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.model_card import ModelType, model_card
@@ -16,6 +16,7 @@ from modeling_mistral_large.conversion.quantize import quantization_of
 from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES
 from modeling_mistral_large.conversion.tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_files
 from modeling_mistral_large.remote_code import IN_CONFIG, REMOTE_CODE, REMOTE_CODE_NAME, TOKENIZER_AUTO_MAP
+from modeling_mistral_large.sentencepiece_bpe import find_vocabulary
 
 ARCHITECTURES: dict[ModelType, str] = {"mistral_large": "MistralLargeForCausalLM", "mistral": "MistralForCausalLM"}
 TOKENIZER_CLASSES: dict[ModelType, str] = {
@@ -78,7 +79,9 @@ def hf_files(
             quantization=quantization_of(getattr(config, "quantization_config", None)),
         ).encode(),
         CHAT_TEMPLATE_NAME: CHAT_TEMPLATES[model_type].encode(),
-        TOKENIZER_CONFIG_NAME: retag_tokenizer_config(tokenizer[TOKENIZER_CONFIG_NAME], model_type),
+        TOKENIZER_CONFIG_NAME: retag_tokenizer_config(
+            tokenizer[TOKENIZER_CONFIG_NAME], model_type, prompt_format=PROMPT_FORMAT
+        ),
         CONFIG_NAME: retag_config(config.to_json_string().encode(), model_type),
         GENERATION_CONFIG_NAME: json_bytes({name: getattr(config, name) for name in SPECIAL_IDS}),
     }
@@ -106,7 +109,7 @@ def consolidated_files(
     if source is not None:
         # Proven as on the way there; what is made of it is not wanted here.
         tokenizer_files(source, vocab_size=config.vocab_size)
-        files[TOKENIZER_NAME] = (source / TOKENIZER_NAME).read_bytes()
+        files[TOKENIZER_NAME] = (find_vocabulary(source) or source / TOKENIZER_NAME).read_bytes()
     return files
 
 
@@ -128,9 +131,13 @@ def retag_config(content: bytes, model_type: ModelType) -> bytes:
     return json_bytes(dict(sorted(settings.items())))
 
 
-def retag_tokenizer_config(content: bytes, model_type: ModelType) -> bytes:
-    """A tokenizer_config.json for another model type; all else in it stays."""
+def retag_tokenizer_config(content: bytes, model_type: ModelType, *, prompt_format: str | None) -> bytes:
+    """A tokenizer_config.json for another model type; all else in it stays.
+
+    prompt_format: of the chat template beside it; None for one that is not ours.
+    """
     settings: dict[str, Any] = json.loads(content)
+    settings["prompt_format"] = prompt_format
     settings["tokenizer_class"] = TOKENIZER_CLASSES[model_type]
     settings.pop("auto_map", None)
     if model_type == "mistral":

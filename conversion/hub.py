@@ -20,6 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from modeling_mistral_large.conversion.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
 from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
 from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.sentencepiece_bpe import VOCABULARY_NAMES
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
@@ -29,7 +30,7 @@ CONSOLIDATED_FILES = (
     "consolidated.safetensors",
     "consolidated-*.safetensors",
     "consolidated.safetensors.index.json",
-    "tokenizer.model.v3",
+    *VOCABULARY_NAMES,
     ADAPTER_CONFIG_NAME,
     *LICENCE_PATTERNS,
 )

@@ -13,12 +13,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from modeling_mistral_large.chat_templates import prompt_format_of
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
 from modeling_mistral_large.conversion.destination import PARTIAL_SUFFIX, UNFINISHED_NAME, json_bytes
 from modeling_mistral_large.conversion.hf_files import (
     ARCHITECTURES,
     CHAT_TEMPLATE_NAME,
-    CHAT_TEMPLATES,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     MODEL_CARD_NAME,
@@ -48,6 +48,7 @@ from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES, Fi
 from modeling_mistral_large.conversion.source_files import adapter_finding, file_finding, read_json_object, shown
 from modeling_mistral_large.errors import CheckpointError
 
+ADDITIONAL_TEMPLATES_NAME = "additional_chat_templates"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", TOKENIZER_NAME)
 ADAPTER_KIND = "an adapter (PEFT)"
 WRAPPED = (
@@ -300,10 +301,16 @@ def chat_template_findings(folder: Path) -> list[str]:
     """What is wrong with the chat template of an HF layout."""
     if finding := file_finding(folder, CHAT_TEMPLATE_NAME):
         return [finding]
-    template = (folder / CHAT_TEMPLATE_NAME).read_bytes()
-    if template in [bundled.encode() for bundled in CHAT_TEMPLATES.values()]:
-        return []
-    return [f"{CHAT_TEMPLATE_NAME} is not the bundled one"]
+    # With tools, transformers takes a template of this folder named `tool_use`; any of them can be asked for.
+    more = folder / ADDITIONAL_TEMPLATES_NAME
+    names = [CHAT_TEMPLATE_NAME, *sorted(f"{more.name}/{path.name}" for path in more.glob("*.jinja"))]
+    findings = []
+    for name in names:
+        if finding := file_finding(folder, name) if name == CHAT_TEMPLATE_NAME else file_finding(more, Path(name).name):
+            findings.append(finding)
+        elif prompt_format_of((folder / name).read_bytes().decode("utf-8", errors="replace")) is None:
+            findings.append(f"{name} is not the bundled one: prompts are what it renders")
+    return findings
 
 
 def manifest_findings(folder: Path, manifest: Manifest) -> list[str]:

@@ -45,6 +45,7 @@ from modeling_mistral_large.conversion.safetensors_header import (
 from modeling_mistral_large.conversion.source_files import adapter_finding, file_finding, read_json_object, shown
 from modeling_mistral_large.conversion.transforms import Cast, RegroupRopePairs, Rows, Step
 from modeling_mistral_large.errors import CheckpointError, SettingError
+from modeling_mistral_large.sentencepiece_bpe import VOCABULARY_NAMES, find_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -245,6 +246,15 @@ def quantization_in(config: MistralLargeConfig) -> tuple[Quantization, int] | No
     return quantization_of(getattr(config, "quantization_config", None))
 
 
+def vocabulary_finding(folder: Path) -> str | None:
+    """What keeps the vendor's SentencePiece file of a folder from being read, or None if nothing does."""
+    if (vocabulary := find_vocabulary(folder)) is not None:
+        return file_finding(folder, vocabulary.name)
+    other = VOCABULARY_NAMES[1]
+    is_there = f", and {other} is another vocabulary" if (folder / other).exists() else ""
+    return f"{TOKENIZER_NAME} is missing{is_there}"
+
+
 def read_checkpoint(
     source: Path | str,
     layout: Layout,
@@ -268,7 +278,7 @@ def read_checkpoint(
     if quantization is not None and not may_be_quantized:
         raise CheckpointError(f"{folder}: {CANNOT_UNDO}")
     findings += weight_findings
-    if needs_tokenizer and (finding := file_finding(folder, TOKENIZER_NAME)):
+    if needs_tokenizer and (finding := vocabulary_finding(folder)):
         findings.append(finding)
     config = None if params is None else config_from_params(params)
     if config is not None:

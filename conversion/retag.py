@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from modeling_mistral_large.chat_templates import prompt_format_of
 from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, json_bytes, whole_file
 from modeling_mistral_large.conversion.hf_files import (
     ARCHITECTURES,
@@ -73,13 +74,16 @@ def _retagged(folder: Path, model_type: ModelType) -> dict[str, bytes]:
     """The new contents of the files that change; last of the file that says how the others are read."""
     present = {name: (folder / name).read_bytes() for name in (CHAT_TEMPLATE_NAME, MODEL_CARD_NAME)}
     template = present[CHAT_TEMPLATE_NAME]
-    if template in [bundled.encode() for bundled in CHAT_TEMPLATES.values()]:
+    prompt_format = prompt_format_of(template.decode("utf-8", errors="replace"))
+    if prompt_format is not None:
         template = CHAT_TEMPLATES[model_type].encode()
     retagged = {
         **OWN_FILES[model_type],
         CHAT_TEMPLATE_NAME: template,
         MODEL_CARD_NAME: retag_model_card(present[MODEL_CARD_NAME], model_type),
-        TOKENIZER_CONFIG_NAME: retag_tokenizer_config((folder / TOKENIZER_CONFIG_NAME).read_bytes(), model_type),
+        TOKENIZER_CONFIG_NAME: retag_tokenizer_config(
+            (folder / TOKENIZER_CONFIG_NAME).read_bytes(), model_type, prompt_format=prompt_format
+        ),
         CONFIG_NAME: retag_config((folder / CONFIG_NAME).read_bytes(), model_type),
     }
     return {

@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
 from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
-from modeling_mistral_large.sentencepiece_bpe import load_processor, read_tokenizer_json
+from modeling_mistral_large.sentencepiece_bpe import find_vocabulary, load_processor, read_tokenizer_json
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -50,10 +50,11 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
         TokenizerFileError: the file is not a v3 tokenizer.
         DestinationError: the folder for temporary files is full.
     """
+    vocabulary = find_vocabulary(source) or source / TOKENIZER_NAME
     with TemporaryDirectory() as name:
         folder = Path(name)
         # Of this file alone: the vendor's folder also has a tokenizer.json and a template, which are not exact.
-        tokenizer = MistralLargeTokenizer(vocab_file=str(source / TOKENIZER_NAME))
+        tokenizer = MistralLargeTokenizer(vocab_file=str(vocabulary))
         try:
             tokenizer.save_pretrained(folder)
         # The Rust library raises nothing more specific when the disk is full.
@@ -68,14 +69,14 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
     for name in ("is_local", "local_files_only"):
         settings.pop(name, None)
     files[TOKENIZER_CONFIG_NAME] = json_bytes(settings)
-    processor = load_processor(source / TOKENIZER_NAME)
+    processor = load_processor(vocabulary)
     if processor.vocab_size() != vocab_size:
         raise CheckpointError(
-            f"{source / TOKENIZER_NAME}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
+            f"{vocabulary}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
             "take both from one checkpoint"
         )
     if (text := inexact_text(tokenizer, processor)) is not None:
-        raise CheckpointError(f"{source / TOKENIZER_NAME}: converted ids of {text[:40]!r} are not SentencePiece's")
+        raise CheckpointError(f"{vocabulary}: converted ids of {text[:40]!r} are not SentencePiece's")
     return files
 
 

@@ -24,11 +24,12 @@ from .conversion.hf_files import SPECIAL_IDS
 from .conversion.hub import is_repository_id, read_adapter_base, resolve_source
 from .conversion.names import ROPE_PAIRS, TO_HF
 from .conversion.params import PARAMS_NAME, config_from_params
-from .conversion.plan import CONFIG_NAMES, TOKENIZER_NAME
+from .conversion.plan import CONFIG_NAMES
 from .conversion.rope import split_rope_pairs
 from .conversion.safetensors_header import TORCH_NAMES, FileTensor
 from .conversion.source_files import file_finding, read_json_object
 from .errors import CheckpointError
+from .sentencepiece_bpe import VOCABULARY_NAMES, find_vocabulary
 
 WEIGHT_PATTERN = "consolidated*.safetensors"
 # Options of `from_pretrained` that say where in the hub and how to get it.
@@ -118,12 +119,12 @@ def find_tokenizer_file(source: Any, options: Mapping[str, Any]) -> Path | None:
     Of a consolidated checkpoint, the file is read alone: the vendor's folder also has a tokenizer.json and a template
     of its own, which are not exact. An adapter that was saved without a tokenizer has the one of its base.
     """
-    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, TOKENIZER_NAME))
+    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, *VOCABULARY_NAMES))
     if folder is not None:
-        file = folder / TOKENIZER_NAME
-        return file if file.exists() else None
+        file = find_vocabulary(folder)
+        return file if file is not None and file.exists() else None
     adapter = Path(source, options.get("subfolder") or "")
-    if not adapter.is_dir() or any((adapter / name).exists() for name in ("tokenizer.json", TOKENIZER_NAME)):
+    if not adapter.is_dir() or any((adapter / name).exists() for name in ("tokenizer.json", *VOCABULARY_NAMES)):
         return None
     base = read_adapter_base(adapter)
     return None if base is None else find_tokenizer_file(base, {}) or Path(base)

@@ -43,6 +43,9 @@ PIECES_OF_V3 = {
 # The pieces of text decide about merges and words, so all are compared.
 TEXT_PIECES_SHA256 = "53a6491d971065614a9a39edcf88f81a9bccbc3df7e5e0ba82f65a5bca761bfa"
 
+# The vendor's file has the second name in mirrors and fine-tunes; other vocabularies have it too.
+VOCABULARY_NAMES = ("tokenizer.model.v3", "tokenizer.model")
+
 # The vendor's file itself, and everything in it that decides about an id: see `_content_sha256`.
 KNOWN_FILES = {"9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33": "v3"}
 KNOWN_VOCABULARIES = {"ab8a3423b8d0fed7acee4a989ff6ecabd22edc2d13f6cd7c9c89da1149c71ac7": "v3"}
@@ -135,6 +138,17 @@ def known_vocabulary(file: Path | str) -> str | None:
         return KNOWN_FILES.get(sha256(model).hexdigest()) or KNOWN_VOCABULARIES.get(_content_sha256(model))
     except (OSError, ValueError):
         return None
+
+
+def find_vocabulary(folder: Path) -> Path | None:
+    """Return the vendor's SentencePiece file in a folder: under its own name, or under its other one if it is known.
+
+    Of the two names only the first says which vocabulary it is.
+    """
+    own, other = (folder / name for name in VOCABULARY_NAMES)
+    if own.exists() or own.is_symlink():
+        return own
+    return other if known_vocabulary(other) == "v3" else None
 
 
 def _content_sha256(model: bytes) -> str:

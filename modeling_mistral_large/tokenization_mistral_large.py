@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from threading import local
@@ -77,6 +78,17 @@ FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("vocab", "merges", "normalizer", "pre_tokenizer", "decoder", "post_processor"), (None,)),
     **dict.fromkeys(("tokenizer_truncation", "tokenizer_padding", "gguf_file"), (None,)),
 }
+
+
+SETTINGS = (
+    *FIXED_SETTINGS,
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("extra_special_tokens", "additional_special_tokens", "add_bos_token", "add_eos_token", "split_special_tokens"),
+    *("padding_side", "truncation_side", "model_max_length", "max_length", "model_input_names"),
+    *("clean_up_tokenization_spaces", "chat_template", "response_template", "chat_control_tokens", "prompt_format"),
+    *("cache_dir", "force_download", "local_files_only", "token", "revision", "code_revision", "subfolder"),
+    *("trust_remote_code", "use_fast", "from_slow", "tokenizer_file", "vocab_file", "tokenizer_type"),
+)
 
 
 class CustomTemplateWarning(UserWarning):
@@ -615,6 +627,11 @@ def _refuse_settings(settings: Mapping[str, Any]) -> None:
                 f"{name}={show(settings[name])}: this tokenizer encodes as the vendor's SentencePiece model does, "
                 f"for which it is {show(values[0])}; leave {name} out"
             )
+    for name in settings:
+        # Callers hand all kinds of names through, which transformers keeps and does not read: refused is what is misspelt.
+        close = get_close_matches(name, SETTINGS, n=1, cutoff=0.85)
+        if name not in SETTINGS and close:
+            raise KeywordError(f"{name}: no setting of a tokenizer; did you mean {close[0]!r}?")
 
 
 def _is_batch(conversation: Any) -> bool:

@@ -51,7 +51,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.generic import PaddingStrategy
 from transformers.utils.import_utils import _LazyModule
 
-from .errors import KeywordError
+from .errors import KeywordError, MistralLargeError
 from .supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 
 # The cache
@@ -477,9 +477,14 @@ class TokenizerHook(TokenizersBackend):
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
         read = cls.read_files(resolved_vocab_files, name)
-        return super()._from_pretrained(  # type: ignore[no-untyped-call]
-            resolved_vocab_files, name, *args, **kwargs, **read
-        )
+        make: Any = super()._from_pretrained
+        try:
+            return make(resolved_vocab_files, name, *args, **kwargs, **read)
+        except OSError as error:
+            # The base class words errors of files anew.
+            if isinstance(error.__context__, MistralLargeError):
+                raise error.__context__ from None
+            raise
 
     def _save_pretrained(
         self,
