@@ -25,6 +25,7 @@ from .modeling_mistral_large import (
     MistralLargePreTrainedModel,
 )
 from .tokenization_mistral_large import MistralLargeTokenizer
+from .transformers_api import register_pipeline
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ def _register() -> None:
         auto_class.register(MistralLargeConfig, model_class, exist_ok=True)
     # pipeline("text-generation") reads this table of names and logs an error for a class it does not find.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MistralLargeConfig.model_type] = MistralLargeForCausalLM.__name__
+    register_pipeline("text-generation", f"{__name__}.text_generation_pipeline", "MistralLargeTextGenerationPipeline")
 
 
 _register()

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .modeling_mistral_large import MistralLargeDecoderLayer, MistralLargeModel, MistralLargePreTrainedModel
+from .transformers_api import cache_argument, layer_forward
 
 
 class _OneLayer:
@@ -21,7 +22,7 @@ class _OneLayer:
 
 def _forward(layer: MistralLargeDecoderLayer, hidden_states: Tensor, cached: Any, options: dict[str, Any]) -> Tensor:
     past = None if cached is None else _OneLayer(cached)
-    return MistralLargeDecoderLayer.forward(layer, hidden_states, past_key_values=past, **options)
+    return MistralLargeDecoderLayer.forward(layer, hidden_states, **cache_argument(past), **options)
 
 
 def compile_layers_(model: MistralLargePreTrainedModel, **options: Any) -> None:
@@ -37,6 +38,7 @@ def compile_layers_(model: MistralLargePreTrainedModel, **options: Any) -> None:
     assert isinstance(decoder, MistralLargeModel)
 
     def forward_of(layer: MistralLargeDecoderLayer, number: int) -> Any:
+        @layer_forward
         def forward(hidden_states: Tensor, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
             cached = None if past_key_values is None else past_key_values.layers[number]
             run = compiled if hidden_states.shape[1] == 1 else _forward

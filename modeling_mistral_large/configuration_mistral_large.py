@@ -58,7 +58,8 @@ class MistralLargeConfig(PreTrainedConfig):
     """
 
     model_type = "mistral_large"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # transformers 5.24 renamed it in the outputs.
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

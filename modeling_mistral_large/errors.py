@@ -29,6 +29,10 @@ class SettingError(MistralLargeError, ValueError):
     """A setting of this package whose value means nothing."""
 
 
+class KeywordError(MistralLargeError, TypeError):
+    """A keyword argument that nothing takes, or two that are one: it would be swallowed."""
+
+
 class TokenizerFileError(MistralLargeError, OSError):
     """A tokenizer file that is missing, unreadable or not the v3 SentencePiece model."""
 

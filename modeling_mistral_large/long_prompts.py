@@ -1,16 +1,16 @@
 """Reading a long prompt part by part, so that the memory for it does not grow with its square."""
 
-from copy import copy
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from .configuration_mistral_large import PREFILL_CHUNK
+from .transformers_api import PrefillHook, mask_length
 
 
-class LongPromptGenerationMixin(GenerationMixin):
+class LongPromptGenerationMixin(PrefillHook):
     """`generate` that reads a prompt of more than `PREFILL_CHUNK` positions in parts of so many.
 
     `prefill_chunk_size` gives another number. A prompt whose attentions or hidden states are asked for is read at once,
@@ -18,29 +18,8 @@ class LongPromptGenerationMixin(GenerationMixin):
     read as if the cache was empty.
     """
 
-    def _prefill(
-        self,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        is_first_iteration: bool = True,
-    ) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        wants_all = generation_config.output_attentions or generation_config.output_hidden_states
-        if cache is not None and not wants_all:
-            input_ids = self._read_start(input_ids, generation_config, model_kwargs, cache, is_first_iteration)
-            generation_config = copy(generation_config)
-            generation_config.prefill_chunk_size = None
-        read: Any = super()._prefill  # type: ignore[misc]  # typed for whole models
-        return read(input_ids, generation_config, model_kwargs, is_first_iteration)
-
-    def _read_start(
-        self,
-        input_ids: Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        cache: Cache,
-        is_first_iteration: bool,
+    def read_prompt_start(
+        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], cache: Cache
     ) -> Tensor:
         """Read all of a prompt into the cache but its last part, and return the ids that `super` can go on with.
 
@@ -48,12 +27,12 @@ class LongPromptGenerationMixin(GenerationMixin):
         positions are of all.
         """
         chunk = generation_config.prefill_chunk_size or PREFILL_CHUNK
-        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        embeds = model_kwargs.get("inputs_embeds") if model_kwargs["is_first_iteration"] else None
         prompt = input_ids if embeds is None else embeds
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         length = prompt.shape[1]
         # transformers drops a mask that hides nothing and keeps its length.
-        total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", None) or length
+        total = mask.shape[1] if mask is not None else mask_length(generation_config) or length
         cached = int(cache.get_seq_length())
         skipped = cached if length == total else 0
         starts = range(skipped, length - chunk, chunk)
@@ -63,7 +42,6 @@ class LongPromptGenerationMixin(GenerationMixin):
             seen = cached - skipped + part.stop
             inputs = model.prepare_inputs_for_generation(
                 input_ids[:, part],
-                is_first_iteration=is_first_iteration,
                 **{
                     **model_kwargs,
                     "inputs_embeds": None if embeds is None else embeds[:, part],

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .transformers_api import attention_implementation
+
 # Options of transformers' sdpa attention that are not known here.
 OTHER_OPTIONS = frozenset({"cache", "is_causal", "position_bias", "softcap"})
 
 
 def is_plain_sdpa(module: Any, options: Iterable[str]) -> bool:
     """Whether an attention layer is to run transformers' sdpa attention, without options that only that one has."""
-    return module.config._attn_implementation == "sdpa" and OTHER_OPTIONS.isdisjoint(options)
+    return attention_implementation(module.config) == "sdpa" and OTHER_OPTIONS.isdisjoint(options)
 
 
 def takes_masked_attention(module: Any, query: Tensor, attention_mask: Any, options: Iterable[str]) -> bool:

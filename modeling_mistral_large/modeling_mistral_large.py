@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.hub_kernels import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
@@ -29,6 +29,17 @@ from .configuration_mistral_large import MistralLargeConfig
 from .cpu_decode import Linear, grouped_attention_forward, takes_grouped_attention
 from .long_prompts import LongPromptGenerationMixin
 from .masked_attention import masked_attention_forward, takes_masked_attention
+from .transformers_api import (
+    HeadedModel,
+    HostedModel,
+    attention_implementation,
+    cache_argument,
+    cache_in,
+    cache_update_options,
+    layer_forward,
+    model_forward,
+    records,
+)
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -127,6 +138,7 @@ class MistralLargeAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
+    @layer_forward
     def forward(
         self,
         hidden_states: Tensor,
@@ -144,10 +156,10 @@ class MistralLargeAttention(nn.Module):
         key = rotate(self.k_proj(hidden_states).view(split).transpose(1, 2), cos, sin)
         value = self.v_proj(hidden_states).view(split).transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, **cache_update_options(kwargs))
 
         attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            attention_implementation(self.config), eager_attention_forward
         )
         if takes_grouped_attention(self, query, kwargs):
             attention_interface = grouped_attention_forward
@@ -196,24 +208,14 @@ class MistralLargeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + fed_forward
 
 
-class MistralLargePreTrainedModel(PreTrainedModel):
-    """What transformers has to know of every Mistral Large model."""
+@records(hidden_states=MistralLargeDecoderLayer, attentions=MistralLargeAttention)
+class MistralLargePreTrainedModel(HostedModel):
+    """Loading, saving and sharding, which all Mistral Large models share."""
 
     config: MistralLargeConfig
     config_class = MistralLargeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MistralLargeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "hidden_states": MistralLargeDecoderLayer,
-        "attentions": MistralLargeAttention,
-    }
 
     @classmethod
     def from_pretrained(
@@ -302,6 +304,7 @@ class MistralLargeModel(MistralLargePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @model_forward
     @merge_with_config_defaults  # type: ignore[untyped-decorator]  # transformers does not type it
     @capture_outputs  # type: ignore[untyped-decorator]  # transformers does not type it
     def forward(
@@ -333,8 +336,8 @@ class MistralLargeModel(MistralLargePreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **cache_argument(past_key_values),
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -342,22 +345,18 @@ class MistralLargeModel(MistralLargePreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **cache_argument(past_key_values),
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **cache_argument(past_key_values if use_cache else None)
         )
 
 
-class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationMixin):
+class MistralLargeForCausalLM(HeadedModel, MistralLargePreTrainedModel, LongPromptGenerationMixin):
     """The decoder with the output matrix that turns hidden states into logits over the vocabulary."""
-
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # stock plans hold lists, too
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MistralLargeConfig) -> None:
         super().__init__(config)
@@ -366,6 +365,7 @@ class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationM
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @model_forward
     @can_return_tuple  # type: ignore[untyped-decorator]  # transformers does not type it
     def forward(
         self,
@@ -388,9 +388,9 @@ class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationM
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **cache_argument(past_key_values),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -401,22 +401,28 @@ class MistralLargeForCausalLM(MistralLargePreTrainedModel, LongPromptGenerationM
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **cache_argument(cache_in(outputs)),
         )
 
 
 class MistralLargeForSequenceClassification(GenericForSequenceClassification, MistralLargePreTrainedModel):
     """The decoder with one score a label, read at each sequence's last token."""
 
+    forward = model_forward(GenericForSequenceClassification.forward)
+
 
 class MistralLargeForTokenClassification(GenericForTokenClassification, MistralLargePreTrainedModel):
     """The decoder with one score a label at every token."""
 
+    forward = model_forward(GenericForTokenClassification.forward)
+
 
 class MistralLargeForQuestionAnswering(GenericForQuestionAnswering, MistralLargePreTrainedModel):
     """The decoder with a start and an end score at every token."""
+
+    forward = model_forward(GenericForQuestionAnswering.forward)
 
 
 __all__ = [

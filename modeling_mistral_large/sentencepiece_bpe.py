@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from .errors import TokenizerFileError
 
@@ -27,7 +27,9 @@ CONTROL_TOKENS = {
     "[/TOOL_RESULTS]": 9,
 }
 # `<unk>` and the 750 control pieces, the 20 user-defined pieces, the 256 bytes, then the pieces of text.
+UNUSED_IDS = range(10, 14)
 CONTROL_IDS, REFERENCE_IDS, BYTE_IDS, TEXT_IDS = range(751), range(751, 771), range(771, 1027), range(1027, VOCAB_SIZE)
+NEWLINE_ID = BYTE_IDS[ord("\n")]
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 # Pieces at fixed ids. Those of 10 to 13 are left open: this format does not use them.
 PIECES_OF_V3 = {
@@ -40,6 +42,16 @@ PIECES_OF_V3 = {
 
 # The pieces of text decide about merges and words, so all are compared.
 TEXT_PIECES_SHA256 = "53a6491d971065614a9a39edcf88f81a9bccbc3df7e5e0ba82f65a5bca761bfa"
+
+# The vendor's file itself, and everything in it that decides about an id: see `_content_sha256`.
+KNOWN_FILES = {"9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33": "v3"}
+KNOWN_VOCABULARIES = {"ab8a3423b8d0fed7acee4a989ff6ecabd22edc2d13f6cd7c9c89da1149c71ac7": "v3"}
+# Field numbers in SentencePiece's ModelProto, and in its specs those that change ids, with their defaults: the model
+# type, white space as a suffix, byte fallback; the character map, dummy prefix, extra white space, escaped white space.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_TRAINER_FIELDS: dict[int, bytes | int] = {3: 1, 24: 0, 35: 0}
+_NORMALIZER_FIELDS: dict[int, bytes | int] = {2: b"", 3: 1, 4: 1, 5: 1}
+_CONTROL_TYPE = 3
 
 RULE = "this package reads the v3 SentencePiece model of Mistral-Large-Instruct-2407"
 WAY_OUT = "pass a folder with its tokenizer.model.v3, or with the files that save_pretrained wrote"
@@ -106,7 +118,73 @@ def load_sentencepiece_bpe(path: str | os.PathLike[str]) -> Tokenizer:
     backend.add_special_tokens(pieces[: CONTROL_IDS.stop])
     if _encode_as_text(backend, _PROBE) != processor.encode(_PROBE):
         raise TokenizerFileError(f"{path}: has v3's pieces, but encodes text in another way; {RULE}; {WAY_OUT}")
+    if known_vocabulary(Path(path)) != "v3":
+        raise TokenizerFileError(
+            f"{path}: has v3's pieces, but other scores, types or settings than the vendor's file; {RULE}; {WAY_OUT}"
+        )
     return backend
+
+
+def known_vocabulary(file: Path | str) -> str | None:
+    """Return the name of the vocabulary whose pieces, scores, types and settings a SentencePiece file has, or None.
+
+    Names of files prove nothing: mirrors call the same file `tokenizer.model`, and so are other models called.
+    """
+    try:
+        model = Path(file).read_bytes()
+        return KNOWN_FILES.get(sha256(model).hexdigest()) or KNOWN_VOCABULARIES.get(_content_sha256(model))
+    except (OSError, ValueError):
+        return None
+
+
+def _content_sha256(model: bytes) -> str:
+    """Return the hash of what decides about ids in a serialized ModelProto; raise ValueError where it is none.
+
+    The names of pieces 10 to 13 are left out, which this format does not use, and so is how the model was trained.
+    """
+    hashed = sha256()
+    specs: dict[int, dict[int, bytes | int]] = {_TRAINER: {}, _NORMALIZER: {}}
+    index = 0
+    for field, value in _proto_fields(model):
+        if field == _PIECES and isinstance(value, bytes):
+            piece: dict[int, bytes | int] = {1: b"", 2: bytes(4), 3: 1, **dict(_proto_fields(value))}
+            name = b"" if index in UNUSED_IDS and piece[3] == _CONTROL_TYPE else piece[1]
+            hashed.update(b"%d %r %r %r\n" % (index, name, piece[2], piece[3]))
+            index += 1
+        elif field in specs and isinstance(value, bytes):
+            specs[field].update(_proto_fields(value))
+    for field, defaults in ((_TRAINER, _TRAINER_FIELDS), (_NORMALIZER, _NORMALIZER_FIELDS)):
+        hashed.update(b"%r\n" % [specs[field].get(number, default) for number, default in defaults.items()])
+    return hashed.hexdigest()
+
+
+def _proto_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Yield number and value of each field of a protobuf message; protobuf itself is no dependency of this package."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        number = shift = 0
+        while True:
+            if position >= len(message) or shift > 63:
+                raise ValueError("not a protobuf message")
+            byte = message[position]
+            position += 1
+            number |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return number
+            shift += 7
+
+    while position < len(message):
+        tag = varint()
+        if (wire := tag & 7) == 0:
+            yield tag >> 3, varint()
+            continue
+        length = {1: lambda: 8, 2: varint, 5: lambda: 4}.get(wire, lambda: len(message))()
+        if length > len(message) - position:
+            raise ValueError("not a protobuf message")
+        yield tag >> 3, message[position : position + length]
+        position += length
 
 
 def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
@@ -121,9 +199,17 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     # The Rust library raises nothing more specific.
     except Exception as error:
         raise TokenizerFileError(f"{path}: not a tokenizer.json ({error}); {RULE}; {WAY_OUT}") from error
-    _check_pieces(
-        path, [backend.id_to_token(index) for index in range(backend.get_vocab_size(with_added_tokens=False))]
-    )
+    check_backend(backend, path)
+    return backend
+
+
+def check_backend(backend: Tokenizer, source: str | os.PathLike[str]) -> None:
+    """Raise `TokenizerFileError` for a backend that `load_sentencepiece_bpe` did not build.
+
+    source: what to call it.
+    """
+    pieces = [backend.id_to_token(index) for index in range(backend.get_vocab_size(with_added_tokens=False))]
+    _check_pieces(source, pieces)
     # Conversions by others have the same pieces, but not the same ids for every text.
     model, splitter, decoder = backend.model, backend.pre_tokenizer, backend.decoder
     if not (
@@ -134,8 +220,7 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
         and decoder is not None
         and decoder.__getstate__() == _decoder().__getstate__()
     ):
-        raise TokenizerFileError(f"{path}: has v3's pieces, but another program converted it; {RULE}; {WAY_OUT}")
-    return backend
+        raise TokenizerFileError(f"{source}: has v3's pieces, but another program converted it; {RULE}; {WAY_OUT}")
 
 
 def _read_processor(path: Path) -> SentencePieceProcessor:
@@ -186,8 +271,41 @@ def _space_merges() -> Iterator[tuple[str, str]]:
         yield "▁" * length, "▁"
 
 
-def pre_tokenizer(*, reference_documents_as_text: bool = False) -> pre_tokenizers.PreTokenizer:
-    """Return what writes spaces as ▁, puts the dummy ▁ before the first text, and cuts the text into words."""
+def added_tokens(backend: Tokenizer) -> list[tuple[int, AddedToken]]:
+    """Return the tokens beyond the vendor's vocabulary with their ids, in the order of these."""
+    return [
+        (index, token) for index, token in sorted(backend.get_added_tokens_decoder().items()) if index >= VOCAB_SIZE
+    ]
+
+
+def clone_backend(
+    backend: Tokenizer,
+    *,
+    added: Sequence[AddedToken] | None = None,
+    dummy: bool = True,
+    reference_documents_as_text: bool = False,
+) -> Tokenizer:
+    """Return a backend on the same model, which is not copied, with settings of its own.
+
+    added: its added tokens, in the order of their ids, instead of all of the backend's.
+    dummy, reference_documents_as_text: see `pre_tokenizer`.
+    """
+    clone = Tokenizer(backend.model)
+    clone.pre_tokenizer = pre_tokenizer(dummy=dummy, reference_documents_as_text=reference_documents_as_text)
+    clone.decoder = backend.decoder
+    if backend.post_processor is not None:
+        clone.post_processor = backend.post_processor
+    if added is None:
+        added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    clone.add_tokens(added)
+    return clone
+
+
+def pre_tokenizer(*, dummy: bool = True, reference_documents_as_text: bool = False) -> pre_tokenizers.PreTokenizer:
+    """Return what writes spaces as ▁, puts the dummy ▁ before the first text, and cuts the text into words.
+
+    dummy: false for a text that goes on after a control token.
+    """
 
     def metaspace(replacement: str, prepend_scheme: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Metaspace(replacement=replacement, prepend_scheme=prepend_scheme, split=False)
@@ -197,7 +315,7 @@ def pre_tokenizer(*, reference_documents_as_text: bool = False) -> pre_tokenizer
             metaspace("▁", "never"),
             # Metaspace prepends nothing to a text that begins with its replacement, and SentencePiece always does:
             # with a space as the replacement it always prepends, as no space is left.
-            metaspace(" ", "first"),
+            metaspace(" ", "first" if dummy else "never"),
             metaspace("▁", "never"),
             pre_tokenizers.Split(Regex(_WORD_OF_TEXT if reference_documents_as_text else _WORD), "isolated"),
         ]
@@ -252,11 +370,17 @@ def _decoder() -> decoders.Decoder:
 
 
 def join_pieces(pieces: Iterable[str]) -> str:
-    """Return the text of pieces as SentencePiece does: � for each byte that is not part of a character."""
+    """Return the text of pieces as SentencePiece does: � for each byte that is not part of a character.
+
+    A ▁ at the start is the dummy; a space that a byte piece stands for is part of the text.
+    """
+    pieces = list(pieces)
+    if pieces:
+        pieces[0] = pieces[0].removeprefix("▁")
     encoded = (
         bytes([BYTE_PIECES[piece]]) if piece in BYTE_PIECES else piece.replace("▁", " ").encode() for piece in pieces
     )
-    text = b"".join(encoded).decode("utf-8", errors="surrogateescape").removeprefix(" ")
+    text = b"".join(encoded).decode("utf-8", errors="surrogateescape")
     return _ESCAPED_BYTE.sub("\ufffd", text)
 
 

@@ -1,38 +1,45 @@
 """The tokenizer: SentencePiece's ids, prompts assembled from segments, answers parsed into messages."""
 
-import inspect
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
+from threading import local
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
-from transformers import BatchEncoding, TokenizersBackend
-from transformers import __version__ as transformers_version
+from tokenizers import AddedToken, Encoding, Tokenizer
+from transformers import BatchEncoding
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.generic import PaddingStrategy, to_py_obj
 
-from .chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, RESPONSE_TEMPLATE
-from .errors import ConversationError, TokenizerFileError
+from .chat_templates import CHAT_TEMPLATE, PROMPT_FORMAT, RESPONSE_TEMPLATE, prompt_format_of, response_format_of
+from .custom_templates import CustomPrompts, template_variables
+from .errors import ConversationError, KeywordError, TokenizerFileError
 from .instruct import Segment, build_prompt
+from .json_text import show
 from .sentencepiece_bpe import (
     BOS,
+    BYTE_IDS,
     CONTROL_IDS,
     CONTROL_TOKENS,
     EOS,
     RULE,
     UNKNOWN,
-    VOCAB_SIZE,
     WAY_OUT,
     TextEncoder,
+    added_tokens,
+    check_backend,
+    clone_backend,
     join_pieces,
+    known_vocabulary,
     load_sentencepiece_bpe,
-    pre_tokenizer,
     read_tokenizer_json,
 )
 from .tool_calls import parse_answer
+from .transformers_api import HOST_CHAT_OPTIONS, TokenizerHook, refuse_unknown_options
 
 # A control piece without a meaning: it has its row in the embeddings, so nothing is resized, and it is not `</s>`,
 # which collators would take out of the labels along with the padding. The vendor's later vocabularies give a meaning to
@@ -44,13 +51,65 @@ MAX_LENGTH = 131072
 TOKENIZER_KWARGS = ("padding_side", "pad_to_multiple_of", "return_attention_mask", "verbose")
 
 
-class MistralLargeTokenizer(TokenizersBackend):
+# Options of `apply_chat_template` in every version of transformers.
+_CHAT_OPTIONS = (
+    *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+# Our options of `apply_chat_template`, which no other template can keep to.
+FORMAT_OPTIONS = ("strict", "finetuning", "reference_documents_as_text")
+SPACE_BYTE = "<0x20>"
+# Templates that are none of ours whose encoders are remembered.
+MOST_TEMPLATES = 8
+
+# Settings of other tokenizers, with the one value that this one has. Values of files, by other programs, say how their
+# tokenizer was; a caller's would have no effect.
+FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "add_prefix_space": (True, None),
+    "legacy": (False, None),
+    "sp_model_kwargs": ({}, None),
+    "fix_mistral_regex": (False, None),
+    "use_default_system_prompt": (False, None),
+    "spaces_between_special_tokens": (False, None),
+    "dropout": (None, 0, 0.0),
+    **dict.fromkeys(("vocab", "merges", "normalizer", "pre_tokenizer", "decoder", "post_processor"), (None,)),
+    **dict.fromkeys(("tokenizer_truncation", "tokenizer_padding", "gguf_file"), (None,)),
+}
+
+
+class CustomTemplateWarning(UserWarning):
+    """A chat or response template that is not ours: what it gives is the template's, not the reference's."""
+
+
+class _Caches:
+    """What a tokenizer remembers. It is no part of its state: copies and pickles have an empty one."""
+
+    def __init__(self) -> None:
+        self.said: set[tuple[str, int]] = set()
+        self.forget_tokens()
+
+    def forget_tokens(self) -> None:
+        """Drop what is derived from the backend's tokens."""
+        # With reference documents as pieces, and as text.
+        self.text_encoders: dict[bool, Callable[[str], list[int]]] = {}
+        self.custom_prompts: dict[tuple[str, tuple[str, ...]], CustomPrompts] = {}
+        self.pieces: list[str] | None = None
+        self.of_thread = local()
+
+    def __reduce__(self) -> tuple[type["_Caches"], tuple[()]]:
+        return _Caches, ()
+
+
+class MistralLargeTokenizer(TokenizerHook):
     """The tokenizer of Mistral-Large-Instruct-2407, exact for every text and every conversation.
 
     vocab_file: `tokenizer.model.v3`.
     tokenizer_file: `tokenizer.json` as `save_pretrained` writes it; preferred, as it knows the tokens added since.
+    prompt_format: what a folder records about its chat template; only `v3` can be read.
 
-    Raises TokenizerFileError where there is neither, or what is there is another tokenizer.
+    Raises TokenizerFileError where there is neither, or what is there is another tokenizer; KeywordError for a setting
+    that this tokenizer does not have.
     """
 
     vocab_files_names = {
@@ -60,11 +119,40 @@ class MistralLargeTokenizer(TokenizersBackend):
     }
     padding_side = "left"
 
-    def __init__(self, vocab_file: str | None = None, tokenizer_file: str | None = None, **kwargs: Any) -> None:
-        backend: Tokenizer = kwargs.pop("tokenizer_object", None) or _read_backend(tokenizer_file, vocab_file)
-        # Set here because the base class would copy a backend that is handed to it.
-        self._tokenizer = backend
-        self._forget_added_tokens()
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        tokenizer_file: str | None = None,
+        *,
+        prompt_format: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Of `read_files`: then the settings are a file's as well, and about the tokenizer of the program that wrote it.
+        backend: Tokenizer | None = kwargs.pop("read_backend", None)
+        given: Tokenizer | None = kwargs.pop("tokenizer_object", None)
+        if backend is None:
+            _refuse_settings(kwargs)
+            if given is not None:
+                check_backend(given, "tokenizer_object")
+            backend = _read_backend(tokenizer_file, vocab_file) if given is None else deepcopy(given)
+        elif kwargs.get("add_prefix_space") is False:
+            warnings.warn(
+                f"{kwargs.get('name_or_path')}: tokenizer_config.json says add_prefix_space false; this tokenizer has "
+                "a ▁ before every text, as the vendor's has",
+                stacklevel=2,
+            )
+        if prompt_format not in (None, PROMPT_FORMAT):
+            raise TokenizerFileError(
+                f"prompt_format {show(prompt_format)} in tokenizer_config.json: this version of the package makes "
+                f"{PROMPT_FORMAT} prompts only; use the version that wrote it"
+            )
+        # Calls have settings of their own; those saved with them by others would be in every file again.
+        backend.no_truncation()
+        backend.no_padding()
+        self._caches = _Caches()
+        self.set_backend(backend)
+        for name in FIXED_SETTINGS:
+            kwargs.pop(name, None)
         # The backend has them; those in the config of another conversion would be added once more.
         kwargs.pop("added_tokens_decoder", None)
         wrapping = backend.encode("").ids
@@ -79,15 +167,20 @@ class MistralLargeTokenizer(TokenizersBackend):
             # The base class takes both for false, and would drop `<s>` as soon as one of them is set.
             "add_bos_token": backend.token_to_id(BOS) in wrapping,
             "add_eos_token": backend.token_to_id(EOS) in wrapping,
+            "add_prefix_space": True,
         }
         super().__init__(**{**defaults, **kwargs})  # type: ignore[no-untyped-call]
         self.vocab_file = vocab_file
+        del self.init_kwargs["add_prefix_space"]
+        # What is saved is the property's value.
+        self.init_kwargs["prompt_format"] = prompt_format
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *init_inputs: Any, **kwargs: Any
     ) -> "MistralLargeTokenizer":
         """Read the tokenizer of a folder, of one of its two files, or of a repository on the hub."""
+        _refuse_settings(kwargs)
         path = Path(pretrained_model_name_or_path)
         # The base class would take it for the name of a repository, and speak of that.
         if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
@@ -105,106 +198,107 @@ class MistralLargeTokenizer(TokenizersBackend):
         return tokenizer
 
     @classmethod
-    def _from_pretrained(
-        cls, resolved_vocab_files: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        # The backend is read here because the base class would parse tokenizer.json twice, and words an error of
-        # `__init__` anew.
-        tokenizer_file = resolved_vocab_files.pop("tokenizer_file", None)
-        any_model_file = resolved_vocab_files.pop("vocab_file", None)
-        vocab_file = resolved_vocab_files.pop("sentencepiece_file", None) or any_model_file
+    def read_files(cls, files: dict[str, Any], name: Any) -> dict[str, Any]:
+        """Take the vocabulary's files out of those transformers has found, and return arguments of `__init__`.
+
+        The backend is read here because the base class would parse tokenizer.json twice, and words an error of
+        `__init__` anew.
+        """
+        tokenizer_file = files.pop("tokenizer_file", None)
+        any_model_file = files.pop("vocab_file", None)
+        vocab_file = files.pop("sentencepiece_file", None) or any_model_file
         if tokenizer_file is None and vocab_file is None:
-            raise TokenizerFileError(
-                f"{pretrained_model_name_or_path}: has neither tokenizer.model.v3 nor tokenizer.json; {RULE}; {WAY_OUT}"
-            )
-        return super()._from_pretrained(  # type: ignore[no-untyped-call]
-            resolved_vocab_files,
-            pretrained_model_name_or_path,
-            *args,
-            tokenizer_object=_read_backend(tokenizer_file, vocab_file),
-            vocab_file=vocab_file,
-            **kwargs,
-        )
+            raise TokenizerFileError(f"{name}: has neither tokenizer.model.v3 nor tokenizer.json; {RULE}; {WAY_OUT}")
+        return {"read_backend": _read_backend(tokenizer_file, vocab_file), "vocab_file": vocab_file}
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """Leave the files alone, whose format the base class would guess from their names."""
         return kwargs
 
-    def _save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        file_names: tuple[str, ...],
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
-    ) -> tuple[str, ...]:
-        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        if self.vocab_file is None or not Path(self.vocab_file).is_file():
-            return files
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        copy = Path(save_directory) / f"{prefix}{self.vocab_files_names['sentencepiece_file']}"
+    def save_more_files(self, folder: Path, prefix: str) -> tuple[str, ...]:
+        """Write tokenizer.model.v3 beside tokenizer.json, if it is at hand and the vendor's."""
+        if self.vocab_file is None or known_vocabulary(self.vocab_file) is None:
+            return ()
+        copy = folder / f"{prefix}{self.vocab_files_names['sentencepiece_file']}"
         if not (copy.exists() and copy.samefile(self.vocab_file)):
             shutil.copyfile(self.vocab_file, copy)
-        return (*files, str(copy))
+        return (str(copy),)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_text_encoders": {}}
+        # Without what a call has said already: the hash of a tokenizer does not change by its use.
+        return {**self.__dict__, "deprecation_warnings": {}}
 
-    def _forget_added_tokens(self) -> None:
-        """Drop what is derived from the backend's tokens."""
-        # With reference documents as pieces, and as text.
-        self._text_encoders: dict[bool, Callable[[str], list[int]]] = {}
-        self._pieces: list[str] | None = None
+    @property
+    def add_prefix_space(self) -> bool:
+        """Whether there is a ▁ before every text: always."""
+        return True
 
-    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        self._forget_added_tokens()
-        return super()._add_tokens(new_tokens, special_tokens)
+    @add_prefix_space.setter
+    def add_prefix_space(self, value: bool | None) -> None:
+        _refuse_settings({"add_prefix_space": value})
+
+    @property
+    def prompt_format(self) -> str | None:
+        """The format of the prompts of this tokenizer's chat template: `v3`, or None where it is another template."""
+        template = self.chat_template
+        return prompt_format_of(template.get("default") if isinstance(template, dict) else template)
+
+    def forget_tokens(self) -> None:
+        """Drop what is derived from the tokens."""
+        self._caches.forget_tokens()
+
+    def own_backend(self) -> Tokenizer:
+        """Return a backend of the running thread, whose settings may be changed."""
+        of_thread = self._caches.of_thread
+        if not hasattr(of_thread, "backend"):
+            of_thread.backend = clone_backend(self.backend_tokenizer)
+        backend: Tokenizer = of_thread.backend
+        # Set by `add_bos_token` and its like.
+        backend.post_processor = self.backend_tokenizer.post_processor
+        return backend
 
     @property
     def pieces(self) -> list[str]:
         """The pieces by id, as `tool_calls.AnswerStream` needs them to read ids."""
-        if self._pieces is None:
-            self._pieces = [self.backend_tokenizer.id_to_token(index) or "" for index in range(len(self))]
-        return self._pieces
+        if self._caches.pieces is None:
+            self._caches.pieces = [self.backend_tokenizer.id_to_token(index) or "" for index in range(len(self))]
+        return self._caches.pieces
 
-    def _convert_encoding(self, *args: Any, **kwargs: Any) -> Any:
-        fields, encodings = super()._convert_encoding(*args, **kwargs)
-        if "offset_mapping" in fields:
-            # A ▁ of its own at the start of a text is the dummy: it stands for no character, not for the first.
-            fields["offset_mapping"] = [
-                [(0, 0) if token == "▁" and offset[0] == 0 else offset for token, offset in zip(*row, strict=True)]
-                for row in ((encoding.tokens, encoding.offsets) for encoding in encodings)
-            ]
-        return fields, encodings
+    def offsets(self, encoding: Encoding) -> list[tuple[int, int]]:
+        """Return the offsets of an encoding: a ▁ of its own at the start is the dummy and stands for no character."""
+        return [
+            (0, 0) if token == "▁" and offset[0] == 0 else offset
+            for token, offset in zip(encoding.tokens, encoding.offsets, strict=True)
+        ]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         text = super().convert_tokens_to_string(tokens)
-        return join_pieces(tokens) if "\ufffd" in text else text
+        return join_pieces(tokens) if "\ufffd" in text or tokens[:1] == [SPACE_BYTE] else text
 
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        **kwargs: Any,
-    ) -> str:
-        text = super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
-        if "\ufffd" not in text:
+    def decoded(self, text: str, ids: list[int], skip_special_tokens: bool) -> str:
+        """Return the text of ids, for which the backend gives `text`.
+
+        In a run of byte pieces with one that is wrong or still to come the backend loses the good ones too, and the
+        space of a first byte piece it takes for the dummy's.
+        """
+        space = BYTE_IDS[ord(" ")]
+        if "\ufffd" not in text and space not in ids:
             return text
-        # In a run of byte pieces with one that is wrong or still to come, the backend loses the good ones too.
         skipped = {i for i, token in self.added_tokens_decoder.items() if token.special} if skip_special_tokens else ()
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        return join_pieces(self.pieces[i] for i in ids if i < len(self.pieces) and i not in skipped)
+        kept = [i for i in ids if i < len(self.pieces) and i not in skipped]
+        return join_pieces(self.pieces[i] for i in kept) if "\ufffd" in text or kept[:1] == [space] else text
 
     def encode_texts(self, texts: Sequence[str], *, reference_documents_as_text: bool = False) -> list[list[int]]:
         """Return the ids of texts that are not to be trusted: control strings stay text, and there is no `<s>`.
 
         `[REFERENCE_DOC_n]` in a text is one piece, as for SentencePiece, unless `reference_documents_as_text` is set.
         """
-        encode = self._text_encoders.get(reference_documents_as_text)
+        encoders = self._caches.text_encoders
+        encode = encoders.get(reference_documents_as_text)
         if encode is None:
             encode = _text_encoder(self.backend_tokenizer, reference_documents_as_text)
-            self._text_encoders[reference_documents_as_text] = encode
+            encoders[reference_documents_as_text] = encode
         return [encode(text) for text in texts]
 
     def apply_chat_template(  # type: ignore[override, unused-ignore]
@@ -216,7 +310,7 @@ class MistralLargeTokenizer(TokenizersBackend):
         add_generation_prompt: bool = False,
         continue_final_message: bool | str = False,
         tokenize: bool = True,
-        sanitize_control_tokens: bool = False,
+        sanitize_control_tokens: bool | None = None,
         padding: Any = False,
         truncation: Any = False,
         max_length: int | None = None,
@@ -231,46 +325,32 @@ class MistralLargeTokenizer(TokenizersBackend):
         The ids are the reference's. Texts are encoded apart from control tokens, so `sanitize_control_tokens` has
         nothing left to do; the format has no generation prompt, so `add_generation_prompt` changes nothing.
         `strict=True` refuses what the reference refuses, `finetuning=True` what its fine-tuning mode refuses in a
-        training sample. `reference_documents_as_text=True` keeps the one kind of
-        pieces from a text that the reference does take from it, `[REFERENCE_DOC_n]`, which has no meaning in this
-        format. Another `chat_template` is left to transformers.
+        training sample. `reference_documents_as_text=True` keeps the one kind of pieces from a text that the reference
+        does take from it, `[REFERENCE_DOC_n]`, which has no meaning in this format.
 
-        Raises ConversationError with the message index, the finding, the rule and the way out.
+        A `chat_template` that is none of ours, passed or set, is rendered by transformers, and a CustomTemplateWarning
+        says so once. Control strings in texts stay text all the same, unless `sanitize_control_tokens` is False. Other
+        keywords are variables of such a template.
+
+        Raises ConversationError with the message index, the finding, the rule and the way out; KeywordError for a
+        keyword that neither this method nor the template takes.
         """
-        if self.get_chat_template(chat_template, tools) not in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE):
-            if sanitize_control_tokens:
-                _check_sanitizer()
-                kwargs["sanitize_control_tokens"] = True
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                padding=padding,
-                truncation=truncation,
-                max_length=max_length,
-                return_tensors=return_tensors,
-                return_dict=return_dict,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                tokenizer_kwargs=tokenizer_kwargs,
-                **kwargs,
-            )
+        template = self.get_chat_template(chat_template, tools)
         if add_generation_prompt and continue_final_message:
             raise ConversationError(
                 "add_generation_prompt and continue_final_message: the answer to come is either new or the last "
                 "message's rest; leave one of the two out"
             )
-        if continue_final_message not in (False, True, "content"):
-            raise ConversationError(
-                f"continue_final_message={continue_final_message!r}: only 'content' can be continued; pass True"
-            )
-        if documents:
-            raise ConversationError(
-                "documents: the v3 format has no place for them; write them into a message or a tool's result"
-            )
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "return_assistant_tokens_mask": return_assistant_tokens_mask,
+        }
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if not (name in HOST_CHAT_OPTIONS and value == HOST_CHAT_OPTIONS[name])
+        }
         if return_assistant_tokens_mask and not (return_dict and tokenize):
             raise ValueError("return_assistant_tokens_mask=True needs return_dict=True and tokenize=True")
         tokenizer_kwargs = tokenizer_kwargs or {}
@@ -279,26 +359,31 @@ class MistralLargeTokenizer(TokenizersBackend):
                 f"tokenizer_kwargs {unknown}: of a prompt only {', '.join(TOKENIZER_KWARGS)} can be chosen"
             )
         is_batch = _is_batch(conversation)
-        prompts = [
-            build_prompt(
-                messages,
-                tools,
-                continue_final_message=bool(continue_final_message),
-                strict=kwargs.get("strict", False),
-                finetuning=kwargs.get("finetuning", False),
+        conversations = list(conversation) if is_batch else [conversation]
+        if prompt_format_of(template) is None:
+            self._say_custom(chat_template, template)
+            rows = self._custom_prompts(
+                template,
+                conversations,
+                tools=tools,
+                documents=documents,
+                tokenize=tokenize,
+                is_safe=sanitize_control_tokens is not False,
+                variables=kwargs,
+                **options,
             )
-            for messages in (conversation if is_batch else [conversation])
-        ]
+        else:
+            rows = self._own_prompts(
+                conversations, tools=tools, documents=documents, tokenize=tokenize, **options, **kwargs
+            )
         if not tokenize:
-            texts = ["".join(map(_render, prompt)) for prompt in prompts]
-            return texts if is_batch else texts[0]
-        encoding = self._encode_prompts(
-            prompts,
+            return rows if is_batch else rows[0]
+        encoding = self._as_encoding(
+            rows,
             padding=padding,
             truncation=truncation,
             max_length=max_length,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
-            reference_documents_as_text=kwargs.get("reference_documents_as_text", False),
             **tokenizer_kwargs,
         )
         if is_batch or return_tensors is not None:
@@ -307,6 +392,111 @@ class MistralLargeTokenizer(TokenizersBackend):
             output = BatchEncoding({name: rows[0] for name, rows in encoding.items()})
         return output if return_dict else output["input_ids"]
 
+    def _own_prompts(
+        self,
+        conversations: Sequence[Any],
+        *,
+        tools: Any,
+        documents: Any,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        continue_final_message: bool | str,
+        return_assistant_tokens_mask: bool,
+        strict: bool = False,
+        finetuning: bool = False,
+        reference_documents_as_text: bool = False,
+        **unknown: Any,
+    ) -> list[Any]:
+        """Return prompts of the v3 format, as text or as ids and marks of what the assistant says."""
+        refuse_unknown_options("apply_chat_template", unknown, (*_CHAT_OPTIONS, *FORMAT_OPTIONS))
+        if continue_final_message not in (False, True, "content"):
+            raise ConversationError(
+                f"continue_final_message={continue_final_message!r}: only 'content' can be continued; pass True"
+            )
+        if documents:
+            raise ConversationError(
+                "documents: the v3 format has no place for them; write them into a message or a tool's result"
+            )
+        prompts = [
+            build_prompt(
+                messages,
+                tools,
+                continue_final_message=bool(continue_final_message),
+                strict=strict,
+                finetuning=finetuning,
+            )
+            for messages in conversations
+        ]
+        if not tokenize:
+            return ["".join(map(_render, prompt)) for prompt in prompts]
+        texts = [part.text for prompt in prompts for part in prompt if not part.is_control]
+        text_ids = iter(self.encode_texts(texts, reference_documents_as_text=reference_documents_as_text))
+        part_ids = [
+            [[CONTROL_TOKENS[part.text]] if part.is_control else next(text_ids) for part in prompt]
+            for prompt in prompts
+        ]
+        masks = [
+            [int(part.is_generated) for part, ids in zip(prompt, parts, strict=True) for _ in ids]
+            if return_assistant_tokens_mask
+            else []
+            for prompt, parts in zip(prompts, part_ids, strict=True)
+        ]
+        return [(list(chain.from_iterable(parts)), mask) for parts, mask in zip(part_ids, masks, strict=True)]
+
+    def _custom_prompts(
+        self,
+        template: str,
+        conversations: Sequence[Any],
+        *,
+        tokenize: bool,
+        is_safe: bool,
+        variables: Mapping[str, Any],
+        **options: Any,
+    ) -> list[Any]:
+        """Return prompts of a template that is not ours, as text or as ids and marks of what the assistant says."""
+        if refused := [name for name in FORMAT_OPTIONS if variables.get(name)]:
+            raise ConversationError(
+                f"{refused[0]}=True: the chat template is none of ours, so it cannot be held to the reference; "
+                f"leave {refused[0]} out, or use our template"
+            )
+        if options["continue_final_message"] and options["return_assistant_tokens_mask"]:
+            raise ConversationError("continue_final_message and return_assistant_tokens_mask: leave one of the two out")
+        variables = {name: value for name, value in variables.items() if name not in FORMAT_OPTIONS}
+        refuse_unknown_options("apply_chat_template", variables, (*_CHAT_OPTIONS, *template_variables(template)))
+        # An attribute of the newer versions of transformers.
+        named = tuple(getattr(self, "chat_control_tokens", None) or ())
+        cached = self._caches.custom_prompts
+        prompts = cached.get((template, named))
+        if prompts is None:
+            if len(cached) >= MOST_TEMPLATES:
+                cached.clear()
+            prompts = cached[template, named] = CustomPrompts(template, self.backend_tokenizer, control_tokens=named)
+        texts, spans, characters = prompts.render(
+            conversations, variables=variables, own_variables=self.special_tokens_map, is_safe=is_safe, **options
+        )
+        if not tokenize:
+            return [text.translate(characters) for text in texts]
+        return [prompts.encode(text, span, characters) for text, span in zip(texts, spans, strict=True)]
+
+    def _say_custom(self, chat_template: str | None, template: str) -> None:
+        if chat_template is not None and prompt_format_of(chat_template) is None:
+            named = isinstance(self.chat_template, dict) and chat_template in self.chat_template
+            source = f"the chat template {chat_template!r}" if named else "the chat_template that is passed"
+        else:
+            source = f"the chat template of {self.name_or_path or 'this tokenizer'}"
+        recorded = self.init_kwargs.get("prompt_format")
+        self._say_once(
+            "chat_template",
+            template,
+            f"{source} is none of this package's{f', though {recorded} is recorded with it' if recorded else ''}: "
+            "prompts are what it renders and not the reference's. Control strings in texts stay text.",
+        )
+
+    def _say_once(self, kind: str, key: str, message: str) -> None:
+        if (kind, hash(key)) not in self._caches.said:
+            self._caches.said.add((kind, hash(key)))
+            warnings.warn(message, CustomTemplateWarning, stacklevel=4)
+
     def parse_response(
         self, response: Any, schema: dict[str, Any] | None = None, *, prefix: Any = None, tools: Any = None
     ) -> Any:
@@ -314,12 +504,25 @@ class MistralLargeTokenizer(TokenizersBackend):
 
         response: text with its control tokens, or ids, which are exact; a list of texts or a second dimension of ids
             is a batch.
-        schema: a response template; any but the bundled one is left to transformers.
+        schema: a response template; one that is none of ours, passed or set, is left to transformers, and a
+            CustomTemplateWarning says so once.
         prefix: the prompt, or one for each answer. It matters only where the answer's ids continue a text in it.
 
         Raises nothing for any answer; `tool_calls.parse_answer` also says what could not be read, and why.
         """
-        if (schema or self.response_template) != RESPONSE_TEMPLATE:
+        if schema is not None and not isinstance(schema, Mapping):
+            raise KeywordError(
+                f"parse_response(): schema {show(schema)}; it is a response template; the prompt is prefix"
+            )
+        template = self.response_template if schema is None else schema
+        if response_format_of(template) is None:
+            source = "that is passed" if schema is not None else f"of {self.name_or_path or 'this tokenizer'}"
+            self._say_once(
+                "response_template",
+                repr(template),
+                f"the response template {source} is none of this package's: transformers reads answers with it, from "
+                "their text, in which a control string that was spelled out looks like the token",
+            )
             return super().parse_response(response, schema, prefix=prefix, tools=tools)
         answers, is_batch = _as_batch(response)
         prefixes, _ = _as_batch("" if prefix is None else prefix)
@@ -333,47 +536,34 @@ class MistralLargeTokenizer(TokenizersBackend):
         ]
         return messages if is_batch else messages[0]
 
-    def _encode_prompts(
+    def _as_encoding(
         self,
-        prompts: Sequence[Sequence[Segment]],
+        prompts: Sequence[tuple[list[int], list[int]]],
         *,
         padding: Any,
         truncation: Any,
         max_length: int | None,
         return_assistant_tokens_mask: bool,
-        reference_documents_as_text: bool,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_attention_mask: bool = True,
         verbose: bool = True,
     ) -> dict[str, list[list[int]]]:
         """Return ids and masks of prompts, one row each, truncated and padded as transformers does it."""
-        texts = [part.text for prompt in prompts for part in prompt if not part.is_control]
-        text_ids = iter(self.encode_texts(texts, reference_documents_as_text=reference_documents_as_text))
-        part_ids = [
-            [[CONTROL_TOKENS[part.text]] if part.is_control else next(text_ids) for part in prompt]
-            for prompt in prompts
-        ]
-        padding, truncation, max_length, _ = self._get_padding_truncation_strategies(  # type: ignore[no-untyped-call]
-            padding, truncation, max_length, pad_to_multiple_of, verbose
-        )
-        input_ids = [list(chain.from_iterable(parts)) for parts in part_ids]
-        encoding = {"input_ids": input_ids}
+        padding, truncation, max_length = self.strategies(padding, truncation, max_length, pad_to_multiple_of, verbose)
+        encoding = {"input_ids": [ids for ids, _ in prompts]}
         if return_attention_mask:
-            encoding["attention_mask"] = [[1] * len(ids) for ids in input_ids]
+            encoding["attention_mask"] = [[1] * len(ids) for ids, _ in prompts]
         if return_assistant_tokens_mask:
-            encoding["assistant_masks"] = [
-                [int(part.is_generated) for part, ids in zip(prompt, parts, strict=True) for _ in ids]
-                for prompt, parts in zip(prompts, part_ids, strict=True)
-            ]
+            encoding["assistant_masks"] = [mask for _, mask in prompts]
         if truncation != TruncationStrategy.DO_NOT_TRUNCATE:
             is_right = self.truncation_side == "right"
-            kept = [slice(max_length) if is_right else slice(max(len(ids) - max_length, 0), None) for ids in input_ids]
+            kept = [slice(max_length) if is_right else slice(max(len(ids) - max_length, 0), None) for ids, _ in prompts]
             encoding = {
                 name: [row[part] for row, part in zip(rows, kept, strict=True)] for name, rows in encoding.items()
             }
         for ids in encoding["input_ids"]:
-            self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
+            self.warn_of_length(ids, max_length, verbose)
         if padding != PaddingStrategy.DO_NOT_PAD:
             length = max_length if padding == PaddingStrategy.MAX_LENGTH else max(map(len, encoding["input_ids"]))
             length += -length % (pad_to_multiple_of or 1)
@@ -400,19 +590,22 @@ def _read_backend(tokenizer_file: str | None, vocab_file: str | None) -> Tokeniz
 
 def _text_encoder(backend: Tokenizer, reference_documents_as_text: bool) -> Callable[[str], list[int]]:
     """Return what encodes a text on the same model, takes special tokens for text, and knows the tokens added since."""
-    added = _added_tokens(backend)
+    added: list[AddedToken] = [token for _, token in added_tokens(backend)]
     if not added:
         return TextEncoder(backend, reference_documents_as_text=reference_documents_as_text)
-    text_backend = Tokenizer(backend.model)
-    text_backend.pre_tokenizer = pre_tokenizer(reference_documents_as_text=reference_documents_as_text)
+    text_backend = clone_backend(backend, added=added, reference_documents_as_text=reference_documents_as_text)
     text_backend.encode_special_tokens = True
-    text_backend.add_tokens(added)
     return lambda text: text_backend.encode(text, add_special_tokens=False).ids
 
 
-def _added_tokens(backend: Tokenizer) -> list[AddedToken]:
-    """The tokens beyond the vendor's vocabulary, in the order of their ids."""
-    return [token for index, token in sorted(backend.get_added_tokens_decoder().items()) if index >= VOCAB_SIZE]
+def _refuse_settings(settings: Mapping[str, Any]) -> None:
+    """Raise KeywordError for a setting that a caller passes and this tokenizer does not have."""
+    for name, values in FIXED_SETTINGS.items():
+        if name in settings and not any(settings[name] is value or settings[name] == value for value in values):
+            raise KeywordError(
+                f"{name}={show(settings[name])}: this tokenizer encodes as the vendor's SentencePiece model does, "
+                f"for which it is {show(values[0])}; leave {name} out"
+            )
 
 
 def _is_batch(conversation: Any) -> bool:
@@ -442,12 +635,3 @@ def _ends_in_text(prompt: str | Sequence[int]) -> bool:
 def _render(part: Segment) -> str:
     """Return a segment as a rendered prompt writes it: a text, unless it is empty, after the space its dummy ▁ is."""
     return part.text if part.is_control or not part.text else f" {part.text}"
-
-
-def _check_sanitizer() -> None:
-    # Versions that do not know the option would take it for a variable of the template.
-    if "sanitize_control_tokens" not in inspect.signature(TokenizersBackend.apply_chat_template).parameters:
-        raise ValueError(
-            f"sanitize_control_tokens: transformers {transformers_version} cannot do it for this chat_template; "
-            "leave chat_template out, or upgrade transformers"
-        )

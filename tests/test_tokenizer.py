@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, BatchEncoding, DataCollatorForLanguageMo
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer, sentencepiece_bpe
 from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, RESPONSE_TEMPLATE
 from modeling_mistral_large.errors import ConversationError, TokenizerFileError
-from modeling_mistral_large.sentencepiece_bpe import TextEncoder, small_words
+from modeling_mistral_large.sentencepiece_bpe import TextEncoder, known_vocabulary, small_words
 from modeling_mistral_large.streaming import MistralLargeTextIteratorStreamer, MistralLargeTextStreamer
 from modeling_mistral_large.tokenization_mistral_large import PAD
 
@@ -556,6 +556,12 @@ WRONG_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "in another way",
     ),
 }
+# What no text of a probe may show: the 4 bytes after the name are the score, the last one is the type.
+ALTERED_MODELS: dict[str, tuple[bytes, bytes]] = {
+    "score": ("▁window".encode() + b"\x15", "▁window".encode() + b"\x15\1"),
+    "type": (b"[control_99]\x15\0\0\0\0\x18\3", b"[control_99]\x15\0\0\0\0\x18\1"),
+    "unused piece": (b"[control_98]\x15\0\0\0\0\x18\3", b"[control_98]\x15\0\0\0\0\x18\5"),
+}
 VENDOR_FILES = {
     "tokenizer.model.v1": "32000 pieces",
     "mistral_instruct_tokenizer_240216.model.v2": "piece 10 is|piece 751 is",
@@ -573,6 +579,40 @@ def test_wrong_models_are_refused(tokenizer_model_file: Path, tmp_path: Path, ca
         MistralLargeTokenizer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def alter(model: bytes, case: str) -> bytes:
+    old, new = ALTERED_MODELS[case]
+    start = model.index(old)
+    return model[:start] + new + model[start + len(new) :]
+
+
+def test_the_vendors_file_is_known_by_its_content(tokenizer_model_file: Path, tmp_path: Path) -> None:
+    model = tokenizer_model_file.read_bytes()
+    path = tmp_path / "any.name"
+    path.write_bytes(model)
+    assert known_vocabulary(path) == "v3"
+    # Other names of the pieces that the format does not use, and another note on the training, change no id.
+    path.write_bytes(model.replace(b"\n\x05[IMG]", b"\n\x05[IMH]", 1))
+    assert known_vocabulary(path) == "v3"
+    assert b"[IMH]" in path.read_bytes()
+    cut = model[: model.index("▁window".encode())]
+    for wrong in (b"", model[:-1], cut, cut[:-1], b"Not found", bytes(99), b"\xff" * 99):
+        path.write_bytes(wrong)
+        assert known_vocabulary(path) is None
+    assert known_vocabulary(tmp_path) is known_vocabulary(tmp_path / "missing") is None
+    for name in VENDOR_FILES:
+        assert known_vocabulary(tokenizer_model_file.with_name(name)) is None
+
+
+@pytest.mark.parametrize("case", ALTERED_MODELS)
+def test_an_altered_file_is_never_called_exact(tokenizer_model_file: Path, tmp_path: Path, case: str) -> None:
+    path = tmp_path / "tokenizer.model.v3"
+    path.write_bytes(alter(tokenizer_model_file.read_bytes(), case))
+    assert known_vocabulary(path) is None
+    with pytest.raises(TokenizerFileError, match="other scores, types or settings than the vendor's file") as error:
+        MistralLargeTokenizer.from_pretrained(tmp_path)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("name", VENDOR_FILES)
