@@ -345,9 +345,8 @@ class MistralLargeTokenizer(TokenizerHook):
         The ids are the reference's. Texts are encoded apart from control tokens, so `sanitize_control_tokens` has
         nothing left to do; the format has no generation prompt, so `add_generation_prompt` changes nothing.
         `strict=True` refuses what the reference refuses, `finetuning=True` what its fine-tuning mode refuses in a
-        training sample. `reference_documents_as_text=True` keeps the one kind of
-        pieces from a text that the reference does take from it, `[REFERENCE_DOC_n]`, which has no meaning in this
-        format.
+        training sample. `reference_documents_as_text=True` keeps the one kind of pieces from a text that the reference
+        does take from it, `[REFERENCE_DOC_n]`, which has no meaning in this format.
 
         A `chat_template` that is none of ours, passed or set, is rendered by transformers, and a CustomTemplateWarning
         says so once. Control strings in texts stay text all the same, unless `sanitize_control_tokens` is False. Other
