@@ -49,8 +49,8 @@ from modeling_mistral_large.errors import CheckpointError
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", TOKENIZER_NAME)
 ADAPTER_KIND = "an adapter (PEFT)"
 WRAPPED = (
-    "tensor {name!r} has the name of a wrapped module in its name, from torch.compile or a trainer: loaders do not find "
-    "it, `mistral-large convert` does"
+    "tensor {name!r} has the name of a wrapper in its name, from torch.compile or a trainer: loaders do not find it, "
+    "`mistral-large convert` does"
 )
 LAYOUT_NAMES: dict[Layout, str] = {"consolidated": "the vendor's consolidated layout", "hf": "HF layout"}
 # What loads a folder, by what it is; `text` and `word` are its name in Python and in a shell.
@@ -239,7 +239,9 @@ def config_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[s
     if torch_name != TORCH_NAMES[checkpoint.dtype]:
         findings.append(f"{CONFIG_NAME}: dtype is {shown(torch_name)}, the weights are {TORCH_NAMES[checkpoint.dtype]}")
     if config.get("architectures") != [ARCHITECTURES[config["model_type"]]]:
-        findings.append(f"{CONFIG_NAME}: architectures {shown(config.get('architectures'))} of a {config['model_type']}")
+        findings.append(
+            f"{CONFIG_NAME}: architectures {shown(config.get('architectures'))} of a {config['model_type']}"
+        )
     if finding := file_finding(checkpoint.folder, GENERATION_CONFIG_NAME):
         return [*findings, finding]
     try:

@@ -88,6 +88,10 @@ def expected_tensors(config: MistralLargeConfig, *, layers: int | None = None) -
     first, *others = (pattern for pattern in TO_HF if pattern not in of_layers)
     return [
         expand(first),
-        *(expand(pattern, layer) for layer in range(config.num_hidden_layers if layers is None else layers) for pattern in of_layers),
+        *(
+            expand(pattern, layer)
+            for layer in range(config.num_hidden_layers if layers is None else layers)
+            for pattern in of_layers
+        ),
         *(expand(pattern) for pattern in others),
     ]

@@ -99,8 +99,12 @@ def convert(
         "destination_state": state,
     }
     if not as_json:
-        console.print(f"from  {one_line(source)}: {tensors} tensors, {dtypes}{rounded}, {plan.tensor_bytes / 1e9:,.2f} GB")
-        console.print(f"to    {one_line(str(destination))}: {len(plan.files)} × *.safetensors, --max-shard-size {max_shard_size}")
+        console.print(
+            f"from  {one_line(source)}: {tensors} tensors, {dtypes}{rounded}, {plan.tensor_bytes / 1e9:,.2f} GB"
+        )
+        console.print(
+            f"to    {one_line(str(destination))}: {len(plan.files)} × *.safetensors, --max-shard-size {max_shard_size}"
+        )
         if state != "new":
             console.print(f"which is {STATES[state]}")
     if dry_run:

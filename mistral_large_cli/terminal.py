@@ -176,7 +176,5 @@ def _discard_output() -> None:
         os.close(opened)
 
 
-def _print_traceback(
-    kind: type[BaseException], error: BaseException, where: "TracebackType | None"
-) -> None:
+def _print_traceback(kind: type[BaseException], error: BaseException, where: "TracebackType | None") -> None:
     print(printable("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)

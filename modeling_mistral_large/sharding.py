@@ -243,7 +243,9 @@ def _check(config: MistralLargeConfig, devices: Sequence[Device], demand: Demand
     if demand.kv not in CACHES:
         raise PlanError(f"kv {shown(demand.kv)}: must be one of {', '.join(CACHES)}")
     if not _is_whole(demand.context, 1, config.max_position_embeddings):
-        raise PlanError(f"context {shown(demand.context)}: the model has 1 to {config.max_position_embeddings} positions")
+        raise PlanError(
+            f"context {shown(demand.context)}: the model has 1 to {config.max_position_embeddings} positions"
+        )
     for name, value in {"batch": demand.batch, "prefill_chunk": demand.prefill_chunk}.items():
         if not _is_whole(value, 1, LARGEST):
             raise PlanError(f"{name} {shown(value)}: must be at least 1, and at most {LARGEST}")

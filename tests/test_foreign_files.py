@@ -1,4 +1,4 @@
-"""Names in a destination that are someone else's file: hard links, links, pipes. Their bytes stay, and nothing hangs."""
+"""Names in a destination that are someone else's: hard links, links, pipes. Their bytes stay, and nothing hangs."""
 
 import os
 import shutil

@@ -44,7 +44,9 @@ def test_controls_become_visible_and_letters_stay() -> None:
     assert printable(ATTACK) == HARMLESS
     text = "çà ▁ 日本 \U0001f469\u200d\U0001f467 עברית \t\n"
     assert printable(text) == text
-    assert one_line("model type x\nfindings    nothing is wrong\u2028\t") == "model type x�findings    nothing is wrong��"
+    assert (
+        one_line("model type x\nfindings    nothing is wrong\u2028\t") == "model type x�findings    nothing is wrong��"
+    )
 
 
 def test_a_console_keeps_its_own_colours_and_nobody_elses() -> None:
