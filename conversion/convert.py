@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.destination import (
-    State,
-    check_destination,
-    is_own_file,
-    json_bytes,
-    unfinished,
-    whole_file,
-)
+from modeling_mistral_large.conversion.destination import State, check_destination, json_bytes, unfinished, whole_file
 from modeling_mistral_large.conversion.finished import index_file, refuse_another, verify_finished
 from modeling_mistral_large.conversion.hf_files import ARCHITECTURES, consolidated_files, hf_files
 from modeling_mistral_large.conversion.hub import CONSOLIDATED_FILES, HF_FILES, LICENCE_PATTERNS, resolve_source
@@ -105,7 +98,7 @@ class Conversion:
         with unfinished(destination, keep=names, identity=self._identity()) as journal:
             for name, content in self.small_files.items():
                 path = destination / name
-                if not is_own_file(path) or path.stat().st_size != len(content) or path.read_bytes() != content:
+                if not path.exists() or path.read_bytes() != content:
                     _write_file(path, content)
             checksums = write_weights(plan, destination, journal, jobs=jobs, progress=progress)
             index = index_file(plan)

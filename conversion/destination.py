@@ -61,15 +61,6 @@ def settle_file(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def is_own_file(path: Path) -> bool:
-    """Whether a name is that of a regular file without any other name, so that no one else's bytes are written."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-
-
 def json_bytes(content: dict[str, Any]) -> bytes:
     """The text of a JSON file, laid out as transformers does it."""
     return (json.dumps(content, indent=2) + "\n").encode()
@@ -180,7 +171,7 @@ def unfinished(
         for leftover in leftovers:
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
-            elif leftover.is_symlink() or leftover.name.removesuffix(PARTIAL_SUFFIX) not in keep:
+            elif not _may_stay(leftover, keep):
                 leftover.unlink()
         yield journal
         if os.name != "posix":
@@ -188,6 +179,17 @@ def unfinished(
             stream.close()
         marker.unlink()
         sync_folder(destination)
+
+
+def _may_stay(leftover: Path, keep: Container[str]) -> bool:
+    """Whether a file of an interrupted run is of use, and of no one else: one with a second name would be written too.
+
+    A small file is compared whole; of weights, the journal says what is there.
+    """
+    name = leftover.name.removesuffix(PARTIAL_SUFFIX)
+    status = leftover.lstat()
+    is_own = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    return is_own and name in keep and (leftover.name == name or not os.path.lexists(leftover.with_name(name)))
 
 
 def _json_object(line: bytes) -> dict[str, Any] | None:

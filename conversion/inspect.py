@@ -52,8 +52,8 @@ ADDITIONAL_TEMPLATES_NAME = "additional_chat_templates"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", TOKENIZER_NAME)
 ADAPTER_KIND = "an adapter (PEFT)"
 WRAPPED = (
-    "tensor {name!r} has the name of a wrapped module in its name, from torch.compile or a trainer: loaders do not find "
-    "it, `mistral-large convert` does"
+    "tensor {name!r} has the name of a wrapper in its name, from torch.compile or a trainer: loaders do not find it, "
+    "`mistral-large convert` does"
 )
 LAYOUT_NAMES: dict[Layout, str] = {"consolidated": "the vendor's consolidated layout", "hf": "HF layout"}
 # Names, in small letters, of files and folders that transformers, PEFT or an engine reads where it finds them: other

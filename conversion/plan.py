@@ -210,7 +210,7 @@ def plan_conversion(
         raise CheckpointError(f"quantizing to {quantize}: only the HF layout has a place for it; leave `to` out")
     if dtype is not None:
         raise CheckpointError(
-            f"quantizing to {quantize}: what is not quantized is bf16, whatever `dtype` says; leave `dtype` out"
+            f"quantizing to {quantize}: what is not quantized is bf16, with dtype {dtype} too; leave `dtype` out"
         )
     config, tensors = read_checkpoint(source, layout, may_mix_dtypes=True)
     quantized_shapes = [tensor.shape for tensor in expected_tensors(config) if is_quantized(tensor.hf)]
@@ -304,8 +304,8 @@ def read_geometry(source: Path | str, layout: Layout) -> MistralLargeConfig:
     # Only for a config.json without head_dim, which its weights can prove.
     tensors, _ = _read_weights(folder, layout)
     params, quantization, findings = _read_params(folder, layout, tensors)
-    _refuse(findings, f"{folder} has no geometry of a Mistral Large")
-    assert params is not None
+    if params is None:
+        raise CheckpointError(f"{folder}: no geometry of a Mistral Large: {'; '.join(findings)}; give another folder")
     config = config_from_params(params)
     if quantization is not None:
         config.quantization_config = quantization_config(*quantization)

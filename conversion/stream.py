@@ -9,7 +9,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy
 
-from modeling_mistral_large.conversion.destination import PARTIAL_SUFFIX, Journal, is_own_file, settle_file
+from modeling_mistral_large.conversion.destination import PARTIAL_SUFFIX, Journal, settle_file
 from modeling_mistral_large.conversion.manifest import new_checksum
 from modeling_mistral_large.conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
 from modeling_mistral_large.conversion.safetensors_header import StoredTensor, TensorEntry
@@ -92,11 +92,8 @@ class OutputFile:
         self.lock = Lock()
         self.tensors_to_come = len(plan.tensors)
         # What an interrupted run has finished has to prove itself again.
-        if os.path.lexists(self.path):
+        if self.path.exists():
             self.path.replace(self.partial)
-        # A file with a second name is someone else's too, perhaps the source's: it is begun anew.
-        if not is_own_file(self.partial):
-            self.partial.unlink(missing_ok=True)
         with self.partial.open("r+b" if self.partial.exists() else "xb") as stream:
             stream.write(plan.header)
             stream.truncate(plan.size)

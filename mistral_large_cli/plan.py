@@ -114,8 +114,8 @@ def plan(
         return best.fits
     out = console(soft_wrap=True, record=svg is not None)
     out.print(
-        f"{one_line(model or PUBLISHED_NAME)}: {gib(weight_bytes)} of weights in {weights}, {gib(cache)} of cache for {batch} × "
-        f"{context:,} positions, prompts read {min(chunk, context):,} positions at a time"
+        f"{one_line(model or PUBLISHED_NAME)}: {gib(weight_bytes)} of weights in {weights}, {gib(cache)} of cache for "
+        f"{batch} × {context:,} positions, prompts read {min(chunk, context):,} positions at a time"
     )
     out.print(ways_table(plans))
     for number, load in enumerate(best.loads):

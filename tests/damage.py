@@ -346,7 +346,7 @@ DAMAGES: dict[str, Damage] = {
     "rope scaled": Damage(
         setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}), "rope_type is 'yarn'", converted
     ),
-    "no head_dim": Damage(setting("head_dim", None), "head_dim is None", converted),
+    "no head_dim": Damage(setting("head_dim", None), "head_dim is missing", converted),
     "quantized by others": Damage(
         setting("quantization_config", {"quant_method": "gptq"}), "quantization_config", converted
     ),

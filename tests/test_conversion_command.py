@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from mistral_large_cli import main
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion import convert_checkpoint
+from modeling_mistral_large.conversion import convert_checkpoint, export_checkpoint, prepare_conversion
+from modeling_mistral_large.errors import SettingError
 
 from .checkpoints import write_consolidated
 
@@ -73,11 +75,11 @@ def test_json_is_all_that_is_printed_and_says_what_is_there(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     destination = source.parent / "hf"
-    options = ("convert", source, destination, "--max-shard-size", "2MB", "--jobs", 2, "--json")
+    options = ("convert", source, destination, "--max-shard-size", "2MB", "--json")
     assert run(monkeypatch, *options, "--dry-run") == 0
     planned = json.loads(capsys.readouterr().out)
     assert not destination.exists()
-    assert run(monkeypatch, *options) == 0
+    assert run(monkeypatch, *options, "--jobs", 2) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     converted = json.loads(printed.out)
@@ -127,6 +129,59 @@ def test_the_way_back_with_another_dtype_and_model_type(
     of_source = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert written.keys() == of_source.keys()
     assert all(torch.equal(written[name], of_source[name]) for name in written)
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        (["--to", "consolidated", "--as", "mistral"], "--as mistral with --to consolidated: that layout has no model"),
+        (["--to", "consolidated", "--as", "mistral_large"], "--as mistral_large with --to consolidated: that layout"),
+        (["--dry-run", "--jobs", "2"], "--jobs 2 with --dry-run: nothing is written; leave one out"),
+        (["--quantize", "fp8", "--dtype", "bf16"], "what is not quantized is bf16, with dtype bf16 too; leave `dtype`"),
+        (["--quantize", "fp8", "--to", "consolidated"], "only the HF layout has a place for it; leave `to` out"),
+        (["--jobs", "1025"], "jobs 1025: must be a whole number from 1 to 1024"),
+        (["--max-shard-size", "9" * 400 + "GB"], "must be a size such as 5GB or 750MB"),
+        (["--max-shard-size", "x" * 100_000], "must be a size such as 5GB or 750MB"),
+        (["--max-shard-size", "1e400"], "max_shard_size '1e400': must be a size such as 5GB or 750MB"),
+    ],
+)
+def test_options_without_effect_or_meaning_are_one_line(
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    finding: str,
+) -> None:
+    assert run(monkeypatch, "convert", source, source.parent / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert finding in error
+    assert error.startswith("mistral-large: ")
+    assert (error.count("\n"), len(error) < 1000) == (1, True)
+    assert not (source.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "finding"),
+    [
+        ({"to": "hff"}, "to 'hff': must be one of 'consolidated', 'hf'"),
+        ({"dtype": "bfloat16"}, "dtype 'bfloat16': must be one of None, 'bf16', 'fp16', 'fp32'"),
+        ({"quantize": "fp4"}, "quantize 'fp4': must be one of None, 'fp8', 'int4'"),
+        ({"model_type": "llama"}, "model_type 'llama': must be one of 'mistral_large', 'mistral'"),
+        ({"jobs": True}, "jobs True: must be a whole number from 1 to 1024"),
+    ],
+)
+def test_values_of_options_that_mean_nothing_are_errors(
+    small_source: Path, tmp_path: Path, option: dict[str, Any], finding: str
+) -> None:
+    with pytest.raises(SettingError, match=finding):
+        convert_checkpoint(small_source, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_option_is_an_error(small_source: Path, tmp_path: Path) -> None:
+    for function in (convert_checkpoint, prepare_conversion, export_checkpoint):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'max_shard'"):
+            function(small_source, tmp_path / "out", max_shard="5GB")  # type: ignore[operator]  # that is the mistake
 
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])

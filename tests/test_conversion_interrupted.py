@@ -181,7 +181,7 @@ def test_the_bytes_are_the_same_with_any_number_of_threads(
 ) -> None:
     convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS, jobs=jobs)
     assert contents(tmp_path / "hf") == expected
-    with pytest.raises(ValueError, match="jobs 0: must be at least 1"):
+    with pytest.raises(ValueError, match="jobs 0: must be a whole number from 1 to 1024"):
         convert_checkpoint(small_source, tmp_path / "none", jobs=0)
 
 

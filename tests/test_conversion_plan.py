@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion import convert_checkpoint, plan_conversion
+from modeling_mistral_large.conversion import convert_checkpoint, inspect_checkpoint, plan_conversion, verify_checkpoint
 from modeling_mistral_large.conversion.names import expected_tensors
 from modeling_mistral_large.conversion.params import params_from_config
-from modeling_mistral_large.conversion.plan import parse_size
+from modeling_mistral_large.conversion.plan import FIRST_QUERY, parse_size
 from modeling_mistral_large.conversion.safetensors_header import read_header
 from modeling_mistral_large.errors import CheckpointError
 
-from .checkpoints import write_consolidated
+from .checkpoints import contents, write_consolidated
 
 FIRST, SECOND = (f"consolidated-{number:05}-of-00002.safetensors" for number in (1, 2))
 INDEX = "consolidated.safetensors.index.json"
@@ -210,7 +211,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "params with NaN": (params(norm_eps=float("nan")), "params.json: norm_eps is nan"),
     "params giant": (
         lambda folder: os.truncate(folder / PARAMS, 100_000_001),
-        "params.json: more than 100000000 bytes",
+        "params.json has more than 100000000 bytes",
     ),
     "params a folder": (replace(PARAMS, Path.mkdir), "params.json is not a regular file"),
     "params a link out": (link_out(PARAMS), "params.json is a link out of the folder"),
@@ -423,3 +424,184 @@ def test_shards_are_as_large_as_allowed_and_a_larger_tensor_stands_alone(source:
     assert all(sum(of_file) <= 50_000 or len(of_file) == 1 for of_file in sizes)
     assert max(map(sum, sizes)) == 768 * 80 * 2
     assert sum(map(sum, sizes)) == plan.tensor_bytes
+
+
+def put_names(path: Path, change: Callable[[str], str]) -> None:
+    def rename(header: dict[str, Any]) -> None:
+        for name in [name for name in header if name != "__metadata__"]:
+            header[change(name)] = header.pop(name)
+
+    edit_header(path, rename)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        # Parts that are compiled, sharded or recomputed one by one.
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+        lambda name: name.replace("layers.0.", "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module."),
+    ],
+)
+def test_names_of_a_wrapped_model_are_taken_without_the_wrapper(
+    small_source: Path, tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    convert_checkpoint(small_source, tmp_path / "hf")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
+    assert inspect_checkpoint(tmp_path / "hf").loads_with
+    put_names(tmp_path / "hf" / "model.safetensors", change)
+    # No loader would find these.
+    inspection = inspect_checkpoint(tmp_path / "hf")
+    assert inspection.loads_with == ()
+    assert any("has the name of a wrapper in its name" in finding for finding in inspection.findings)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
+    assert contents(tmp_path / "back") == contents(tmp_path / "expected")
+
+
+def test_a_tensor_with_and_without_a_wrapper_is_there_twice(source: Path) -> None:
+    put_names(source / SECOND, lambda name: "_orig_mod." + name)
+    edit_tensors(source / FIRST, lambda tensors: tensors.update({"norm.weight": torch.zeros(80, dtype=torch.bfloat16)}))
+    with pytest.raises(CheckpointError, match=r"tensor 'norm\.weight' is there twice"):
+        plan_conversion(source)
+
+
+def test_frequencies_of_rope_are_no_weights(small_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(small_source, tmp_path / "hf")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(16) for layer in range(3)}
+    edit_tensors(
+        tmp_path / "hf" / "model.safetensors",
+        lambda tensors: tensors.update({**frequencies, "model.rotary_emb.inv_freq": torch.ones(16)}),
+    )
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
+    assert contents(tmp_path / "back") == contents(tmp_path / "expected")
+    # The vendor's layout never had any.
+    edit_tensors(small_source / FIRST, lambda tensors: tensors.update(frequencies))
+    with pytest.raises(CheckpointError, match=r"rotary_emb\.inv_freq' is extra"):
+        plan_conversion(small_source)
+
+
+def of_2024(settings: dict[str, Any]) -> None:
+    """As transformers 4.42 has saved it."""
+    del settings["head_dim"]
+    settings["rope_theta"] = settings.pop("rope_parameters")["rope_theta"]
+    settings |= {"torch_dtype": settings.pop("dtype"), "transformers_version": "4.42.3", "model_type": "mistral"}
+    settings |= {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+@pytest.fixture
+def square_source(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> Path:
+    """A checkpoint whose heads are together as wide as the model."""
+    tiny_config.hidden_size = 192
+    write_consolidated(tmp_path / "square", tiny_config, torch.bfloat16)
+    return tmp_path / "square"
+
+
+def test_head_dim_is_that_of_the_query_weights_where_the_config_has_none(square_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(square_source, tmp_path / "hf")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
+    edit_json(tmp_path / "hf" / "config.json", of_2024)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
+    assert contents(tmp_path / "back") == contents(tmp_path / "expected")
+    assert not any("head_dim" in finding for finding in inspect_checkpoint(tmp_path / "hf").findings)
+
+
+def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_path: Path) -> None:
+    # 80 / 6 is no whole number; 192 / 6 is 32, which the rows of the query weights must be as well.
+    for source, finding in ((small_source, "config.json: head_dim is missing"), (square_source, "")):
+        folder = tmp_path / f"{source.name}-hf"
+        convert_checkpoint(source, folder)
+        edit_json(folder / "config.json", of_2024)
+        if not finding:
+            finding = f"hidden_size / num_attention_heads is 32, but {FIRST_QUERY!r} has 384 rows, not 192"
+            edit_tensors(
+                folder / "model.safetensors",
+                lambda tensors: tensors.update({FIRST_QUERY: tensors[FIRST_QUERY].repeat(2, 1)}),
+            )
+        with pytest.raises(CheckpointError) as error:
+            plan_conversion(folder, to="consolidated")
+        assert finding in str(error.value)
+
+
+def test_tokens_that_a_fine_tune_has_added_are_the_reason(small_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(small_source, tmp_path / "hf")
+    folder = tmp_path / "hf"
+
+    def add_rows(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.zeros(32770, 80, dtype=torch.bfloat16)
+
+    edit_tensors(folder / "model.safetensors", add_rows)
+    edit_json(folder / "config.json", lambda config: config.update(vocab_size=32770))
+    added = [{"id": 32768, "content": "<|im_start|>"}, {"id": 32769, "content": "<|im_end|>"}]
+    edit_json(folder / "tokenizer.json", lambda content: content["added_tokens"].extend(added))
+    for options in ({"to": "consolidated"}, {"quantize": "fp8"}):
+        with pytest.raises(CheckpointError) as error:
+            convert_checkpoint(folder, tmp_path / "out", **options)  # type: ignore[arg-type]  # options of every kind
+        assert str(error.value) == (
+            f"{folder}: the weights have 32770 rows, tokenizer.model.v3 has 32768 pieces: 2 were added, "
+            "['<|im_start|>', '<|im_end|>'], and the vendor's tokenizer, which is written, has no place for added "
+            "tokens; use this folder as it is, or remove them and their rows first"
+        )
+    (folder / "tokenizer.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="2 were added, and the vendor's tokenizer"):
+        convert_checkpoint(folder, tmp_path / "out", to="consolidated")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ('{"base_model_name_or_path": "mistralai/Mistral-Large-Instruct-2407"}', "the base 'mistralai/Mistral-Large"),
+        ('{"base_model_name_or_path": 7}', "a base that it does not name"),
+        ("[]", "a base that it does not name"),
+    ],
+)
+def test_an_adapter_is_named_as_one(source: Path, tmp_path: Path, config: str, base: str) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(config)
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    finding = f"an adapter \\(PEFT\\) of {base}"
+    for act in (plan_conversion, verify_checkpoint, lambda folder: plan_conversion(folder, to="consolidated")):
+        with pytest.raises(CheckpointError, match=finding):
+            act(adapter)
+    inspection = inspect_checkpoint(adapter)
+    assert (inspection.kind, len(inspection.findings), inspection.loads_with) == ("an adapter (PEFT)", 1, ())
+    # The base's weights alone are not what such a folder is.
+    (source / "adapter_config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=finding):
+        plan_conversion(source)
+
+
+def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config: MistralLargeConfig) -> None:
+    def seconds(count: int) -> float:
+        folder = tmp_path / str(count)
+        write_consolidated(folder, tiny_config, torch.bfloat16)
+        header = {
+            f"layers.{number}.x": {"dtype": "BF16", "shape": [1], "data_offsets": [2 * number, 2 * number + 2]}
+            for number in range(count)
+        }
+        (folder / SECOND).write_bytes(raw_file(header, b"\0" * 2 * count))
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(header, SECOND)}))
+        started = time.monotonic()
+        with pytest.raises(CheckpointError):
+            plan_conversion(folder)
+        assert len(inspect_checkpoint(folder).findings) > 1000
+        return time.monotonic() - started
+
+    # With the square of the length, the second would take 100 times as long.
+    assert seconds(100_000) < 40 * seconds(10_000) + 1
+
+
+def test_names_of_shards_are_compared_in_time_with_their_number(source: Path) -> None:
+    for number in range(1, 4001):
+        (source / f"consolidated-{number:05}-of-99999.safetensors").touch()
+    (source / FIRST).unlink()
+    (source / SECOND).unlink()
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"consolidated-04001-of-99999\.safetensors is missing"):
+        plan_conversion(source)
+    assert time.monotonic() - started < 20

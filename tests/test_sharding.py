@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app, main
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_cli.plan import smallest_changes
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
 from modeling_mistral_large.conversion.quantize import EXPANDED_AT_ONCE, Quantization
@@ -23,16 +25,20 @@ from modeling_mistral_large.errors import PlanError
 from modeling_mistral_large.quantized import quantize_modules_, use_kernels_
 from modeling_mistral_large.sharding import (
     GIB,
+    LARGEST,
     RESERVE,
     Demand,
     Device,
     ShardingPlan,
     Sizes,
+    _plan_device_map,
+    _plan_offload,
     activation_bytes,
     cache_bytes_of_layer,
     detect_devices,
     device_map_for,
     fewest_devices,
+    largest_batch,
     largest_context,
     parse_devices,
     plan_sharding,
@@ -377,11 +383,57 @@ def test_what_names_no_devices(text: str) -> None:
         ({"context": 1, "host_memory": -1}, "host_memory -1"),
         ({"context": 1, "weights": "int3"}, "weights 'int3': must be one of bf16, fp16, fp32, fp8, int4"),
         ({"context": 1, "kv": "int3"}, "kv 'int3': must be one of auto, fp8"),
+        ({"context": True}, "context True: the model has 1 to 131072 positions"),
+        ({"context": 8.5}, r"context 8\.5: the model has 1 to 131072 positions"),
+        ({"context": 1, "batch": 2**62 + 1}, "batch 4611686018427387905: must be at least 1, and at most 4611"),
+        ({"context": 1, "weights": "fp8", "host_memory": 1}, "host_memory with fp8 weights: quantized weights are not"),
     ],
 )
 def test_demands_that_make_no_sense(options: dict[str, Any], finding: str) -> None:
     with pytest.raises(PlanError, match=finding):
         plan_sharding(CONFIG, parse_devices("80GB"), **options)
+
+
+@pytest.mark.parametrize("ask", [plan_sharding, device_map_for, largest_context, largest_batch, fewest_devices])
+def test_a_misspelt_option_is_an_error(ask: Any) -> None:
+    given: dict[Any, dict[str, int]] = {largest_context: {}, largest_batch: {"context": 1, "batch": 2}}
+    devices: Any = parse_devices("80GB")[0] if ask is fewest_devices else parse_devices("80GB")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kvv'"):
+        ask(CONFIG, devices, **given.get(ask, {"context": 1}), kvv="fp8")
+
+
+def test_the_fewest_layers_are_offloaded() -> None:
+    for text, context, batch in itertools.product(("24GB", "2x80GB", "24GB+80GB", "5x48GB"), (1, 8192, 60000), (1, 3)):
+        devices = parse_devices(text)
+        demand = Demand(context, batch)
+        plan = _plan_offload(CONFIG, devices, demand, LARGEST)
+        one_by_one = (_plan_device_map(CONFIG, devices, demand, offloaded=count) for count in range(1, 89))
+        fitting = next((each for each in one_by_one if each.fits), None)
+        if fitting is None:
+            assert not plan.fits
+        elif plan.fits:
+            assert plan == fitting
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    devices = parse_devices("4x80GB")
+    batch = largest_batch(CONFIG, devices, context=8192, batch=10**12)
+    assert plan_sharding(CONFIG, devices, context=8192, batch=batch)[0].fits
+    assert not plan_sharding(CONFIG, devices, context=8192, batch=batch + 1)[0].fits
+    assert largest_batch(CONFIG, parse_devices("24GB"), context=8192, batch=2) == 0
+
+
+def test_a_plan_takes_time_with_the_size_of_what_is_asked() -> None:
+    deep = MistralLargeConfig(num_hidden_layers=10_000, hidden_size=256, intermediate_size=512)
+    started = time.monotonic()
+    smallest_changes(
+        deep,
+        parse_devices("8x24GB"),
+        131072,
+        {"batch": 10**9, "weights": "bf16", "kv": "auto", "prefill_chunk": 2048, "host_memory": 0},
+    )
+    # One by one, a thousand million batches.
+    assert time.monotonic() - started < 120
 
 
 def test_no_devices() -> None:
@@ -500,8 +552,6 @@ def test_quantized_weights_are_converted_first() -> None:
     name = "Mistral-Large-Instruct-2407"
     assert steps[0] == f"mistral-large convert mistralai/{name} {name}-int4 --quantize int4"
     assert steps[-1] == f"mistral-large chat {name}-int4 --device-map cuda"
-    # And are not offloaded.
-    assert run("--gpus", "24GB", "--weights", "int4", "--host", "999GB")[0] == 1
 
 
 def test_errors_of_the_command_are_one_line(
@@ -515,6 +565,19 @@ def test_errors_of_the_command_are_one_line(
         [str(tmp_path / "other"), "--gpus", "80GB"],
         [str(tmp_path / "none"), "--gpus", "80GB"],
         ["--gpus", "80GB", "--host", "much"],
+        ["--gpus", "80GB", "--host", "9" * 400 + "GB"],
+        ["--gpus", "9" * 400 + "GB"],
+        ["--gpus", "80GB@" + "9" * 400],
+        ["--gpus", "80GB@0"],
+        ["--gpus", "999x80GB+" * 11_000 + "80GB"],
+        ["--gpus", "a" * 100_000],
+        ["--gpus", " " * 100_000],
+        ["--gpus", "80GB", "--batch", "1" * 400],
+        ["--gpus", "80GB", "--context", "1" * 400],
+        ["--gpus", "80GB", "--prefill-chunk", "1" * 400],
+        # Options without effect.
+        ["--gpus", "24GB", "--weights", "int4", "--host", "999GB"],
+        ["--gpus", "80GB", "--json", "--svg", str(tmp_path / "plan.svg")],
     ):
         monkeypatch.setattr("sys.argv", ["mistral-large", "plan", *arguments])
         with pytest.raises(SystemExit) as stopped:
@@ -524,3 +587,4 @@ def test_errors_of_the_command_are_one_line(
         assert captured.out == ""
         assert captured.err.startswith("mistral-large: ")
         assert captured.err.count("\n") == 1
+        assert len(captured.err) < 1000
