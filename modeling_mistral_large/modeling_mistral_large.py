@@ -284,7 +284,7 @@ class MistralLargePreTrainedModel(HostedModel):
             loaded[0].name_or_path = loaded[0].config.name_or_path = str(source)
             load_own_adapter(loaded[0], folder)
         model, info = loaded
-        refuse_unquantized(model, source, info["unexpected_keys"])
+        refuse_unquantized(model, source, info["unexpected_keys"], info["missing_keys"])
         return loaded if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -509,29 +509,35 @@ def _is_known(settings: Mapping[str, Any]) -> bool:
     )
 
 
-def refuse_unquantized(model: PreTrainedModel, source: Any, unexpected: Iterable[str]) -> None:
+def refuse_unquantized(model: PreTrainedModel, source: Any, unexpected: Iterable[str], missing: Iterable[str]) -> None:
     """Check after loading that a model that was to be quantized is, and that none of its linear layers lost a tensor.
 
-    `unexpected` are the names of the checkpoint's tensors that have no place in the model.
+    `unexpected` are the names of the checkpoint's tensors that have no place in the model, `missing` those of the
+    model's that are not in the checkpoint.
 
     Raises:
         CheckpointError: every linear layer is as large as without the quantization; or a linear layer has more in the
-            checkpoint than its weight, such as scales or a bias, which would be left out of the product.
+            checkpoint than its weight, such as scales or a bias, or than what its quantization looks for.
     """
     linears = {name: module for name, module in model.named_modules() if LINEAR_NAME.fullmatch(name)}
+    # A head calls the decoder's tensors by another prefix.
+    names = {name[name.index("layers.") :] for name in linears}
+    lost, absent = (
+        sorted(key for key in keys if (part := LINEAR_PART.fullmatch(key)) and part[1] in names)
+        for keys in (unexpected, missing)
+    )
+    # A quantization may leave a tensor of the file unused, but not have made up another. The attribute stays where one
+    # has dequantized its weights and gone.
+    if lost and (absent or not hasattr(model, "is_quantized")):
+        raise CheckpointError(
+            f"{source}: {len(lost)} tensors of linear layers have no place in the model, such as {lost[0]}: they "
+            "belong to a quantization that config.json does not name, or to another architecture; use the "
+            "checkpoint's own config.json, or the engine it was made for"
+        )
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        # A head calls the decoder's tensors by another prefix.
-        names = {name[name.index("layers.") :] for name in linears}
-        parts = ((LINEAR_PART.fullmatch(key), key) for key in unexpected)
-        lost = sorted(key for part, key in parts if part and part[1] in names)
-        if lost:
-            raise CheckpointError(
-                f"{source}: {len(lost)} tensors of linear layers have no place in the model, such as {lost[0]}: they "
-                "belong to a quantization that config.json does not name, or to another architecture; use the "
-                "checkpoint's own config.json, or the engine it was made for"
-            )
-    elif not getattr(quantizer.quantization_config, "dequantize", False) and all(map(_is_plain, linears.values())):
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        return
+    if all(map(_is_plain, linears.values())):
         method = quantizer.quantization_config.quant_method
         raise CheckpointError(
             f"{source}: quantization {getattr(method, 'value', method)!r} left every linear layer of the decoder as it "

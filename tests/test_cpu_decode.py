@@ -1,10 +1,9 @@
-"""The fast paths of decoding on the CPU: where they are taken, and what they change, which is bf16's rounding."""
+"""Faster products of a single token on the CPU: where they run, and what they change, which is bf16's rounding."""
 
-import os
-import subprocess
-import sys
+import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from modeling_mistral_large import (
     cpu_decode,
     modeling_mistral_large,
 )
-from modeling_mistral_large.cpu_decode import PATHS, grouped_attention_forward, turn_off, turn_on
+from modeling_mistral_large.cpu_decode import grouped_attention_forward, use_vector_products_
 from modeling_mistral_large.errors import SettingError
+from modeling_mistral_large.transformers_api import cache_argument, cache_in
 
 from .models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 from .test_demo import answers, expected
@@ -34,17 +34,14 @@ LINEARS = 7 * LAYERS + 1
 
 
 @pytest.fixture(autouse=True)
-def _all_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Also where the environment or the processor of the tests says otherwise."""
+def _amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the processor of the tests has none."""
     monkeypatch.setattr(cpu_decode, "HAS_AMX", True)
-    turn_on(*PATHS)
-    yield
-    turn_on(*PATHS)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each path's function is called."""
+    """How often each product's function is called."""
     counts: Counter[str] = Counter()
     product = torch.mv
 
@@ -61,43 +58,90 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as transformers computes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_mistral_large, "takes_grouped_attention", lambda *_: False)
+        yield
+
+
 def bf16_model(config: MistralLargeConfig, attention: str = "sdpa") -> Any:
     return ours_only(config, attention).to(torch.bfloat16)
+
+
+def vector_model(config: MistralLargeConfig, attention: str = "sdpa") -> Any:
+    model = bf16_model(config, attention)
+    use_vector_products_(model)
+    return model
 
 
 @torch.no_grad()
 def decode_one(model: Any, ids: Tensor, past: Any = None, **options: Any) -> Tensor:
     """Logits of the last position [batch, vocabulary], computed after those before it are in the cache."""
-    past = model(ids[:, :-1], past_key_values=past, use_cache=True).past_key_values
-    logits: Tensor = model(ids[:, -1:], past_key_values=past, **options).logits[:, -1]
+    past = cache_in(model(ids[:, :-1], **cache_argument(past), use_cache=True))
+    logits: Tensor = model(ids[:, -1:], **cache_argument(past), **options).logits[:, -1]
     return logits
 
 
-def test_a_single_bf16_token_takes_both_paths_in_every_layer(
+def test_the_model_is_made_of_plain_linear_layers(tiny_config: MistralLargeConfig, calls: Counter[str]) -> None:
+    model = bf16_model(tiny_config)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert [type(layer) for layer in layers] == [nn.Linear] * LINEARS
+    decode_one(model, random_ids(tiny_config, 1, 9))
+    assert calls == {"attention": LAYERS}
+
+
+def test_a_single_token_takes_both_products_in_every_layer_once_asked_to(
     tiny_config: MistralLargeConfig, calls: Counter[str]
 ) -> None:
-    decode_one(bf16_model(tiny_config), random_ids(tiny_config, 1, 9))
+    decode_one(vector_model(tiny_config), random_ids(tiny_config, 1, 9))
     assert calls == {"linear": LINEARS, "attention": LAYERS}
 
 
 def test_several_sequences_share_the_attention_and_keep_the_matrix_product(
     tiny_config: MistralLargeConfig, calls: Counter[str]
 ) -> None:
-    decode_one(bf16_model(tiny_config), random_ids(tiny_config, 8, 9))
+    decode_one(vector_model(tiny_config), random_ids(tiny_config, 8, 9))
     assert calls == {"attention": LAYERS}
 
 
-def test_processors_without_amx_keep_the_matrix_product(
-    tiny_config: MistralLargeConfig, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+def test_processors_without_amx_refuse_vector_products(
+    tiny_config: MistralLargeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_decode, "HAS_AMX", False)
-    decode_one(bf16_model(tiny_config), random_ids(tiny_config, 1, 9))
-    assert calls == {"attention": LAYERS}
+    model = bf16_model(tiny_config)
+    with pytest.raises(SettingError, match="use_vector_products_: this processor has no AMX"):
+        use_vector_products_(model)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_models_without_linear_layers_in_bf16_refuse_vector_products(tiny_config: MistralLargeConfig) -> None:
+    with torch.device("meta"):
+        elsewhere = MistralLargeForCausalLM(tiny_config).to(torch.bfloat16)
+    for model in (ours_only(tiny_config), elsewhere, nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16))):
+        with pytest.raises(SettingError, match="the model has no linear layer in bf16 on the CPU"):
+            use_vector_products_(model)
+        assert not any(isinstance(module, cpu_decode._VectorLinear) for module in model.modules())
 
 
 def test_an_explicit_attention_is_kept(tiny_config: MistralLargeConfig, calls: Counter[str]) -> None:
-    decode_one(bf16_model(tiny_config, "eager"), random_ids(tiny_config, 1, 9))
+    decode_one(vector_model(tiny_config, "eager"), random_ids(tiny_config, 1, 9))
     assert calls == {"linear": LINEARS}
+
+
+def test_a_copy_of_the_model_has_its_own_weights_and_the_same_products(
+    tiny_config: MistralLargeConfig, calls: Counter[str]
+) -> None:
+    model, ids = vector_model(tiny_config), random_ids(tiny_config, 1, 9)
+    twin = copy.deepcopy(model)
+    expected_logits = decode_one(model, ids)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    calls.clear()
+    assert torch.equal(decode_one(twin, ids), expected_logits)
+    assert calls == {"linear": LINEARS, "attention": LAYERS}
 
 
 def prefill(model: Any, ids: Tensor) -> None:
@@ -118,8 +162,8 @@ def in_training(model: Any, ids: Tensor) -> None:
 
 
 def with_gradients(model: Any, ids: Tensor) -> None:
-    past = model(ids[:, :-1]).past_key_values
-    model(ids[:, -1:], past_key_values=past)
+    past = cache_in(model(ids[:, :-1]))
+    model(ids[:, -1:], **cache_argument(past))
 
 
 def under_autocast(model: Any, ids: Tensor) -> None:
@@ -129,7 +173,7 @@ def under_autocast(model: Any, ids: Tensor) -> None:
 
 @pytest.mark.parametrize("use", [prefill, in_fp32, in_fp16, in_training, with_gradients, under_autocast])
 def test_everything_else_goes_the_plain_way(tiny_config: MistralLargeConfig, calls: Counter[str], use: Any) -> None:
-    use(bf16_model(tiny_config), random_ids(tiny_config, 1, 9))
+    use(vector_model(tiny_config), random_ids(tiny_config, 1, 9))
     assert not calls
 
 
@@ -138,27 +182,28 @@ class OtherWeight(Tensor):
 
 
 def test_weights_that_are_more_than_a_parameter_are_left_to_torch(calls: Counter[str]) -> None:
-    layer = cpu_decode.Linear(16, 8, bias=False).to(torch.bfloat16).eval()
+    layer = nn.Linear(16, 8, bias=False, dtype=torch.bfloat16).eval()
+    use_vector_products_(layer)
     row = torch.randn(1, 1, 16, dtype=torch.bfloat16)
     with torch.no_grad():
         layer(row)
         assert calls.pop("linear") == 1
         layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OtherWeight))
         layer(row)
-        biased = cpu_decode.Linear(16, 8).to(torch.bfloat16).eval()
-        assert torch.equal(biased(row), nn.functional.linear(row, biased.weight, biased.bias))
     assert not calls
 
 
 def test_other_devices_are_left_to_torch(calls: Counter[str]) -> None:
-    layer = cpu_decode.Linear(16, 8, bias=False, dtype=torch.bfloat16, device="meta").eval()
+    layer = nn.Linear(16, 8, bias=False, dtype=torch.bfloat16).eval()
+    use_vector_products_(layer)
+    layer.to("meta")
     with torch.no_grad():
         layer(torch.empty(1, 1, 16, dtype=torch.bfloat16, device="meta"))
     assert not calls
 
 
 def test_lora_layers_add_to_the_fast_products(tiny_config: MistralLargeConfig, calls: Counter[str]) -> None:
-    model: Any = bf16_model(tiny_config)
+    model: Any = vector_model(tiny_config)
     ids = random_ids(tiny_config, 1, 9)
     plain = decode_one(model, ids)
     calls.clear()
@@ -168,10 +213,10 @@ def test_lora_layers_add_to_the_fast_products(tiny_config: MistralLargeConfig, c
     assert calls == {"linear": LINEARS, "attention": LAYERS}
 
 
-def test_layers_put_in_the_place_of_linear_ones_are_called_as_they_are(
+def test_layers_put_in_the_place_of_linear_ones_are_called_unchanged(
     tiny_config: MistralLargeConfig, calls: Counter[str]
 ) -> None:
-    model: Any = bf16_model(tiny_config)
+    model: Any = vector_model(tiny_config)
     own = model.model.layers[1].mlp.down_proj
     model.model.layers[1].mlp.down_proj = nn.Linear(own.in_features, own.out_features, bias=False, dtype=torch.bfloat16)
     decode_one(model, random_ids(tiny_config, 1, 9))
@@ -187,22 +232,11 @@ def test_attention_with_options_is_left_to_transformers(tiny_config: MistralLarg
         assert not cpu_decode.takes_grouped_attention(attention, query, {option: None})
 
 
-@pytest.mark.parametrize("path", sorted(PATHS))
-def test_a_path_is_turned_off_and_on_by_name(tiny_config: MistralLargeConfig, calls: Counter[str], path: str) -> None:
-    model, ids = bf16_model(tiny_config), random_ids(tiny_config, 1, 9)
-    turn_off(path)
-    decode_one(model, ids)
-    assert set(calls) == PATHS - {path}
-    turn_on(path)
-    decode_one(model, ids)
-    assert set(calls) == PATHS
-
-
-def test_with_all_paths_off_bf16_is_stock_mistral_bit_for_bit(tiny_config: MistralLargeConfig) -> None:
+def test_with_plain_attention_bf16_is_stock_mistral_bit_for_bit(tiny_config: MistralLargeConfig) -> None:
     stock, ours = stock_and_ours(tiny_config, "sdpa", torch.bfloat16)
     ids = random_ids(tiny_config, 1, 33)
-    turn_off(*PATHS)
-    assert torch.equal(decode_one(ours, ids), decode_one(stock, ids))
+    with plain_attention():
+        assert torch.equal(decode_one(ours, ids), decode_one(stock, ids))
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -212,37 +246,6 @@ def test_fp32_is_stock_mistral_bit_for_bit(tiny_config: MistralLargeConfig, batc
     assert torch.equal(decode_one(ours, ids), decode_one(stock, ids))
     prompt = ids[:, :9]
     assert torch.equal(ours.generate(prompt, **GREEDY), stock.generate(prompt, **GREEDY))
-
-
-@pytest.mark.parametrize("names", [["matmul"], ["attention", "matmul"]])
-def test_names_of_no_path_are_refused(names: list[str]) -> None:
-    for function in (turn_off, turn_on):
-        with pytest.raises(SettingError, match=f"{function.__name__}: {REFUSAL}"):
-            function(*names)
-    assert cpu_decode.switched_off() == set()
-
-
-REFUSAL = "'matmul' is no fast path of decoding on the CPU; name one of attention, linear"
-
-
-@pytest.mark.parametrize(
-    ("value", "off"), [("", set()), ("linear", {"linear"}), ("attention, linear", {"attention", "linear"})]
-)
-def test_the_environment_turns_paths_off(monkeypatch: pytest.MonkeyPatch, value: str, off: set[str]) -> None:
-    monkeypatch.setenv(cpu_decode.OFF_VARIABLE, value)
-    assert cpu_decode.named_in_environment() == off
-
-
-def test_the_environment_is_read_at_the_import(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-c", "import modeling_mistral_large"],
-        env={**os.environ, cpu_decode.OFF_VARIABLE: "attention,matmul"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 1
-    assert f"SettingError: {cpu_decode.OFF_VARIABLE}: {REFUSAL}" in found.stderr
 
 
 def exact_logits(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -257,19 +260,28 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("paths", [["attention"], ["linear"], ["attention", "linear"]])
-def test_logits_are_as_near_to_the_exact_ones_as_with_the_paths_off(
-    tiny_config: MistralLargeConfig, paths: list[str]
+@pytest.mark.parametrize("products", [["attention"], ["linear"], ["attention", "linear"]])
+def test_logits_are_as_near_to_the_exact_ones_as_those_of_the_plain_products(
+    tiny_config: MistralLargeConfig, products: list[str]
 ) -> None:
     model, ids = bf16_model(tiny_config), random_ids(tiny_config, 1, 65)
     exact = exact_logits(model, ids)
-    turn_off(*PATHS)
-    plain = decode_one(model, ids)
-    turn_on(*paths)
-    fast = decode_one(model, ids)
+    with plain_attention():
+        plain = decode_one(model, ids)
+    if "linear" in products:
+        use_vector_products_(model)
+    with nullcontext() if "attention" in products else plain_attention():
+        fast = decode_one(model, ids)
     assert fast.dtype == torch.bfloat16
     assert error(fast, exact) <= 1.2 * error(plain, exact)
     assert error(fast, plain.double()) <= 2 * error(plain, exact)
+
+
+@torch.no_grad()
+def padded_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    past = cache_in(model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True))
+    logits: Tensor = model(ids[:, -1:], attention_mask=mask, **cache_argument(past)).logits[:, -1]
+    return logits
 
 
 @pytest.mark.parametrize("lengths", [[37, 12, 1], [8, 3, 8, 2, 5, 8, 1, 7]])
@@ -280,16 +292,11 @@ def test_padding_stays_hidden(tiny_config: MistralLargeConfig, lengths: list[int
     found = {}
     for fill in (0, 500):
         # What is padding has no influence, however it is filled.
-        filled = ids.where(mask == 1, fill)
-        with torch.no_grad():
-            past = model(filled[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-            found[fill] = model(filled[:, -1:], attention_mask=mask, past_key_values=past).logits[:, -1]
+        found[fill] = padded_logits(model, ids.where(mask == 1, fill), mask)
     assert torch.equal(found[0], found[500])
     exact = exact_logits(model, ids, mask)
-    turn_off(*PATHS)
-    with torch.no_grad():
-        past = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-        plain = model(ids[:, -1:], attention_mask=mask, past_key_values=past).logits[:, -1]
+    with plain_attention():
+        plain = padded_logits(model, ids, mask)
     # A position that is seen though it is hidden makes an error of another order.
     assert error(found[0], exact) <= 2 * error(plain, exact)
 
@@ -322,7 +329,7 @@ DECODINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-def test_the_demo_generates_the_same_tokens_with_the_paths_on_and_off(
+def test_the_demo_generates_the_same_tokens_with_and_without_the_fast_products(
     demo_folder: Path, calls: Counter[str], decoding: str
 ) -> None:
     options = dict(DECODINGS[decoding])
@@ -331,26 +338,29 @@ def test_the_demo_generates_the_same_tokens_with_the_paths_on_and_off(
     conversations = list(golden_conversations().values())[: options.pop("batch")]
     prompts = [tokenizer.apply_chat_template(item.messages, item.tools, return_dict=False) for item in conversations]
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, **options)
-    assert calls["attention"]
-    turn_off(*PATHS)
-    calls.clear()
-    assert torch.equal(model.generate(**inputs, max_new_tokens=16, do_sample=False, **options), tokens)
+    with plain_attention():
+        tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, **options)
     assert not calls
+    use_vector_products_(model)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=16, do_sample=False, **options), tokens)
+    assert calls["attention"]
 
 
-@pytest.mark.parametrize("off", [[], ["attention"], ["linear"], ["attention", "linear"]])
+@pytest.mark.parametrize("products", [[], ["attention"], ["linear"], ["attention", "linear"]])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_the_demos_golden_answers_are_the_same(demo_folder: Path, off: list[str], batch: int) -> None:
+def test_the_demos_golden_answers_are_the_same(demo_folder: Path, products: list[str], batch: int) -> None:
     model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="bfloat16")
     tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
-    turn_off(*off)
+    if "linear" in products:
+        use_vector_products_(model)
     conversations = list(golden_conversations().values())
-    assert answers(model, tokenizer, conversations, batch) == expected(conversations)
+    with nullcontext() if "attention" in products else plain_attention():
+        assert answers(model, tokenizer, conversations, batch) == expected(conversations)
 
 
-def test_decoding_compiles_into_one_graph_and_again_when_a_path_is_turned_off(tiny_config: MistralLargeConfig) -> None:
-    model, ids = bf16_model(tiny_config), random_ids(tiny_config, 1, 9)
+@pytest.mark.parametrize("has_vectors", [False, True])
+def test_decoding_compiles_into_one_graph(tiny_config: MistralLargeConfig, has_vectors: bool) -> None:
+    model, ids = (vector_model if has_vectors else bf16_model)(tiny_config), random_ids(tiny_config, 1, 9)
     products: list[int] = []
 
     def counting_backend(graph: Any, _: Any) -> Any:
@@ -359,15 +369,12 @@ def test_decoding_compiles_into_one_graph_and_again_when_a_path_is_turned_off(ti
         return graph.forward
 
     compiled: Any = torch.compile(model, fullgraph=True, backend=counting_backend)
-    position = torch.tensor([[8]])
-    for off, expected_products in ((set(), LINEARS), ({"linear"}, 0)):
-        turn_off(*off)
-        with torch.no_grad():
-            past = StaticCache(tiny_config, max_cache_len=16)
-            model(ids[:, :8], past_key_values=past)
-            found = compiled(ids[:, 8:], past_key_values=past, position_ids=position).logits[:, -1]
-        assert products.pop() == expected_products
-        assert torch.equal(found, decode_one(model, ids, StaticCache(tiny_config, max_cache_len=16)))
+    with torch.no_grad():
+        past = StaticCache(tiny_config, max_cache_len=16)
+        model(ids[:, :8], **cache_argument(past))
+        found = compiled(ids[:, 8:], **cache_argument(past), position_ids=torch.tensor([[8]])).logits[:, -1]
+    assert products == [LINEARS if has_vectors else 0]
+    assert torch.equal(found, decode_one(model, ids, StaticCache(tiny_config, max_cache_len=16)))
 
 
 def test_the_product_for_torch_compile_is_registered_as_torch_wants_it() -> None:

@@ -206,7 +206,9 @@ def fp8_blocks(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": torch.rand(rows, columns) + 0.5}
 
 
-INT8_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+INT8_WEIGHTS = {**INT8, "strategy": "channel", "dynamic": False}
+INT8_ACTIVATIONS = {**INT8, "strategy": "token", "dynamic": True}
 STORED: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any]]] = {
     "int8 of compressed-tensors": (
         int8_rows,
@@ -215,7 +217,9 @@ STORED: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any]]] 
             "format": "int-quantized",
             "quantization_status": "compressed",
             "ignore": ["lm_head"],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT8_WEIGHTS}},
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": INT8_WEIGHTS, "input_activations": INT8_ACTIVATIONS}
+            },
         },
     ),
     # As DeepSeek's: on a CPU transformers dequantizes it to bf16.
