@@ -10,9 +10,7 @@ from modeling_mistral_large.quantized import pack_words
 KINDS = ("bf16", "fp8", "fp8_bits", "int4")
 
 
-def random_weights(
-    kind: str, rows: tuple[int, ...], columns: int, device: str, group: int = 128
-) -> tuple[Any, Tensor]:
+def random_weights(kind: str, rows: tuple[int, ...], columns: int, device: str, group: int = 128) -> tuple[Any, Tensor]:
     """`gpu_kernels.Weights` of one to three matrices, and all of them as one float64 [rows, columns]."""
     from modeling_mistral_large.inference.gpu_kernels import Weights
 

@@ -1,4 +1,4 @@
-"""The GPU kernels compiled ahead of time, on any machine: no spills, and few enough instructions for the memory's speed.
+"""The GPU kernels compiled ahead of time, on any machine: no spills, and few instructions for each weight.
 
 `.ci/kernels` runs it. The interpreter proves results, but not that a kernel compiles.
 """
@@ -147,7 +147,12 @@ def test_everything_between_products(capability: int, tmp_path: Path) -> None:
             {**geometry, "GROUP_SIDE": 16, "BLOCK": 64, "SPLITS": 32, "STAGES": 2, "DOT": tl.bfloat16},
             4,
         ),
-        (gpu_kernels.join_attention, {**left, "y_ptr": "*bf16"}, {"HEADS": 96, "D": 128, "SPLITS": 32, "GROUP": 128}, 4),
+        (
+            gpu_kernels.join_attention,
+            {**left, "y_ptr": "*bf16"},
+            {"HEADS": 96, "D": 128, "SPLITS": 32, "GROUP": 128},
+            4,
+        ),
         (
             gpu_kernels.silu_and_multiply,
             {"part_ptr": "*fp32", "y_ptr": "*bf16", **rows},

@@ -228,9 +228,7 @@ def check_steps(decoding: RecordedDecoding, dense: Any, output: Tensor, mask: Te
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = dense(output.to(DEVICE), attention_mask=mask, position_ids=positions).logits[:, prompt - 1 : -1]
     # The model rounds the prompt's activations to FP8 where the weights are.
-    assert relative_error(decoding.logits, logits[:, -1]) < (
-        0.06 if decoding.layers[0].qkv.kind == "fp8" else 0.03
-    )
+    assert relative_error(decoding.logits, logits[:, -1]) < (0.06 if decoding.layers[0].qkv.kind == "fp8" else 0.03)
     chosen = logits.gather(-1, output[:, prompt:, None].to(DEVICE))[..., 0]
     assert float((logits.amax(-1) - chosen).max()) < 0.05 * float(logits.std())
 
@@ -322,7 +320,7 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         record_decoding(model.train(), 32)
     model.eval()
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    with pytest.raises(SettingError, match="layers.1.mlp has hooks"):
+    with pytest.raises(SettingError, match=r"layers\.1\.mlp has hooks"):
         record_decoding(model, 32)
     handle.remove()
     with pytest.raises(SettingError, match="float32"):

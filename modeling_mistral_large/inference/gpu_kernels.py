@@ -106,7 +106,8 @@ def vector_sums(x_ptr, w, start, end, COLUMNS: tl.constexpr, FP8: tl.constexpr, 
 
 @triton.jit
 def dot_sums(x_ptr, w, start, end, some, COLUMNS: tl.constexpr, FP8: tl.constexpr, BITS: tl.constexpr,
-             BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+             BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+             DOT: tl.constexpr):  # fmt: skip
     """FP32 [BLOCK_ROWS, 16] of rows of weights at `w` times the rows `some` of x, columns start to end."""
     column = tl.arange(0, BLOCK_COLUMNS)
     x_at = x_ptr + some[None, :] * COLUMNS + column[:, None]
@@ -208,7 +209,7 @@ def product(x_ptr, part_ptr, w_0, s_0, w_1, s_1, w_2, s_2, m, rows_0, rows_1, ro
 @triton.jit
 def add_and_norm(stream_ptr, part_ptr, gain_ptr, y_ptr, m, eps,
                  COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Add a product to the stream [m, COLUMNS], if there is one (SPLITS > 0); y is its RMSNorm. A program for each row."""
+    """Add a product, if SPLITS > 0, to the stream [m, COLUMNS]; y is its RMSNorm. A program for each row."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
@@ -253,10 +254,7 @@ def rotate_and_store(part_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, length_ptr
     else:
         kv_head = (head - HEADS) % KV_HEADS
         slot = ((row * KV_HEADS + kv_head).to(tl.int64) * room + length) * D
-        if head < HEADS + KV_HEADS:
-            out = k_ptr + slot
-        else:
-            out = v_ptr + slot
+        out = (k_ptr if head < HEADS + KV_HEADS else v_ptr) + slot
         tl.store(out + i, first.to(tl.bfloat16))
         tl.store(out + i + D // 2, second.to(tl.bfloat16))
 

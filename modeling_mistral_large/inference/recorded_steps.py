@@ -1,7 +1,7 @@
 """Decoding with steps that are recorded once as a CUDA graph: one launch for each token instead of thousands.
 
-A step runs the kernels of `gpu_kernels` on the weights of a loaded model, BF16, FP8 or int4, and on a static cache of its
-own. Prompts are read by the model itself, in chunks, into that cache. Products of a step take activations unrounded:
+A step runs the kernels of `gpu_kernels` on the weights of a loaded model, BF16, FP8 or int4, and on a static cache of
+its own. Prompts are read by the model itself, in chunks, into that cache. Products of a step take activations unrounded:
 with FP8 weights a step is W8A16, while the model's own forward, and so the prompt, is W8A8.
 
     from modeling_mistral_large.inference.recorded_steps import record_decoding
@@ -28,14 +28,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..configuration_mistral_large import PREFILL_CHUNK
-from ..cpu_decode import Linear
-from ..errors import MissingLibraryError, SettingError
-from ..modeling_mistral_large import MistralLargeForCausalLM
-from ..quantized import Fp8Linear, Int4Linear
+from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
+from modeling_mistral_large.cpu_decode import Linear
+from modeling_mistral_large.errors import MissingLibraryError, SettingError
+from modeling_mistral_large.modeling_mistral_large import MistralLargeForCausalLM
+from modeling_mistral_large.quantized import Fp8Linear, Int4Linear
 
 if TYPE_CHECKING:
-    from .gpu_kernels import Weights
+    from modeling_mistral_large.inference.gpu_kernels import Weights
 
 # int4 groups that one product of matrices can take at a time.
 GROUP_SIZES = (64, 128)
@@ -146,7 +146,7 @@ def obstacle_to_recording(model: nn.Module) -> str | None:
 
 def weights_of(*linears: Any) -> Weights:
     """The weights of linear layers with the same input, in the checkpoint's layout."""
-    from .gpu_kernels import Weights
+    from modeling_mistral_large.inference.gpu_kernels import Weights
 
     assert len({type(linear) for linear in linears}) == 1, "quantized all or not at all"
     first = linears[0]
@@ -172,7 +172,7 @@ class RecordedDecoding:
     """A recorded step, its cache and its inputs; made by `record_decoding`. One completion or batch at a time."""
 
     def __init__(self, model: Any, context_length: int, batch: int) -> None:
-        from . import gpu_kernels
+        from modeling_mistral_large.inference import gpu_kernels
 
         self.kernels = gpu_kernels
         self.model, self.context_length, self.batch = model, context_length, batch
@@ -259,7 +259,7 @@ class RecordedDecoding:
 
     @torch.no_grad()
     def read_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Fill the cache from its start with a prompt [batch, tokens], left-padded; return the logits [batch, vocab]."""
+        """Fill the cache from its start with left-padded prompts [batch, tokens]; return logits [batch, vocab]."""
         device = self.model.device
         input_ids = input_ids.to(device)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
