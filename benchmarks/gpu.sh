@@ -5,6 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 # cuDNN plans attention anew for each length; torch reads this before its first attention.
 export TORCH_CUDNN_SDPA_DEPRIORITIZED=1 PYTHONUNBUFFERED=1
+if [ -n "${OUT:-}" ]; then set -- --folder "$OUT" "$@"; fi
 for option in "$@"; do
     if [ "$option" = --small ]; then export TRITON_INTERPRET=1; fi
 done

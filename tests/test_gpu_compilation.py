@@ -96,7 +96,6 @@ def product_of(kind: str, tile: Tile, capability: int, columns: int, folder: Pat
         "VECTOR": tile.is_vector,
         "BLOCK_ROWS": tile.rows,
         "BLOCK_COLUMNS": tile.columns or 128,
-        "SPLITS": 2,
         "STAGES": tile.stages,
         "DOT": tl.bfloat16,
         "ASSEMBLY": True,

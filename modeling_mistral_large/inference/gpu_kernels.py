@@ -151,14 +151,15 @@ def int4_sums(x_ptr, w, s, start, end, some, COLUMNS: tl.constexpr, GROUP: tl.co
     return sums
 
 
-@triton.jit
+# Not compiled anew for other numbers of sequences.
+@triton.jit(do_not_specialize=["m"])
 def product(x_ptr, part_ptr, w_0, s_0, w_1, s_1, w_2, s_2, m, rows_0, rows_1, rows_2,
             COLUMNS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
-            BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+            BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
             DOT: tl.constexpr, ASSEMBLY: tl.constexpr):  # fmt: skip
     """part[split, m, rows_0 + rows_1 + rows_2] of x[m, COLUMNS] times up to three weights [rows, COLUMNS] at once.
 
-    KIND is "bf16", "fp8", "fp8_bits" or "int4"; a VECTOR has m = 1. A grid of [blocks of rows, SPLITS].
+    KIND is "bf16", "fp8", "fp8_bits" or "int4"; a VECTOR has m = 1. A grid of [blocks of rows, splits].
     """
     block, split = tl.program_id(0), tl.program_id(1)
     blocks_0, blocks_1 = tl.cdiv(rows_0, BLOCK_ROWS), tl.cdiv(rows_1, BLOCK_ROWS)
@@ -175,7 +176,7 @@ def product(x_ptr, part_ptr, w_0, s_0, w_1, s_1, w_2, s_2, m, rows_0, rows_1, ro
     some = tl.arange(0, 16)
     sequence = tl.minimum(some, m - 1)
     units = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
-    per_split = tl.cdiv(units, SPLITS)
+    per_split = tl.cdiv(units, tl.num_programs(1))
     start, end = split * per_split, tl.minimum(split * per_split + per_split, units)
     part_ptr += split * m * (rows_0 + rows_1 + rows_2) + before
     total = rows_0 + rows_1 + rows_2
@@ -206,7 +207,7 @@ def product(x_ptr, part_ptr, w_0, s_0, w_1, s_1, w_2, s_2, m, rows_0, rows_1, ro
         tl.store(out, sums, mask=(some < m)[None, :] & (row < rows)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def add_and_norm(stream_ptr, part_ptr, gain_ptr, y_ptr, m, eps,
                  COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Add a product, if SPLITS > 0, to the stream [m, COLUMNS]; y is its RMSNorm. A program for each row."""
@@ -225,7 +226,7 @@ def add_and_norm(stream_ptr, part_ptr, gain_ptr, y_ptr, m, eps,
     tl.store(y_ptr + row * COLUMNS + place_of(column, GROUP), wide.to(tl.bfloat16), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def rotate_and_store(part_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, length_ptr, start_ptr, m, room,
                      HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Take query, key and value from their product [m, (HEADS + 2 * KV_HEADS) * D]; a program for each head and row.
@@ -316,7 +317,7 @@ def join_attention(part_ptr, stat_ptr, y_ptr, HEADS: tl.constexpr, D: tl.constex
     tl.store(y_ptr + row * HEADS * D + place_of(head * D + d, GROUP), y.to(tl.bfloat16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def silu_and_multiply(part_ptr, y_ptr, m, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
                       GROUP: tl.constexpr):  # fmt: skip
     """y [m, COLUMNS] = silu(gate) * up of their product [m, 2 * COLUMNS]."""
@@ -417,7 +418,6 @@ def multiply(x: Tensor, weights: Weights, part: Tensor, *, tile: Tile | None = N
         VECTOR=tile.is_vector,
         BLOCK_ROWS=tile.rows,
         BLOCK_COLUMNS=block_columns,
-        SPLITS=splits,
         STAGES=tile.stages,
         DOT=DOT,
         ASSEMBLY=ASSEMBLY,

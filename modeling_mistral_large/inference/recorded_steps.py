@@ -1,8 +1,8 @@
 """Decoding with steps that are recorded once as a CUDA graph: one launch for each token instead of thousands.
 
-A step runs the kernels of `gpu_kernels` on the weights of a loaded model, BF16, FP8 or int4, and on a static cache of
-its own. Prompts are read by the model itself, in chunks, into that cache. Products of a step take activations unrounded:
-with FP8 weights a step is W8A16, while the model's own forward, and so the prompt, is W8A8.
+A step runs the kernels of `gpu_kernels` on the weights of a loaded model, BF16, FP8 or int4, and on a static cache
+that it owns. Prompts are read by the model itself, in chunks, into that cache. Products of a step take activations
+unrounded: with FP8 weights a step is W8A16, while the model's own forward, and so the prompt, is W8A8.
 
     from modeling_mistral_large.inference.recorded_steps import record_decoding
 
