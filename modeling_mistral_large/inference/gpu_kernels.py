@@ -389,7 +389,7 @@ class Weights:
         wanted = PROGRAMS_PER_MULTIPROCESSOR * (multiprocessors(device) if device.type == "cuda" else 1)
         programs = sum(triton.cdiv(weight.shape[0], tile.rows) for weight in self.weights)
         most = min(MOST_SPLITS, triton.cdiv(self.columns, 1024))
-        return max(1, min(most, triton.cdiv(wanted, programs)))
+        return int(max(1, min(most, triton.cdiv(wanted, programs))))
 
 
 def multiprocessors(device: torch.device) -> int:
