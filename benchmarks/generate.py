@@ -11,7 +11,7 @@ weights but the embeddings, and the cache; what it gets through a second is give
 
     python -m benchmarks.generate --json benchmarks/results/generate.json
 
-Linux only, for the peak of memory. `benchmarks/gpu.sh` runs it for a GPU.
+Linux only, for the peak of memory. GPUs are measured by `benchmarks/gpu.sh`.
 """
 
 import argparse
@@ -104,7 +104,8 @@ def fill_(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def our_model(geometry: str, layers: int | None, weights: str, device: torch.device) -> Any:
+def our_model(geometry: str, layers: int | None, weights: str, device: torch.device, *, kernels: bool = True) -> Any:
+    """Random weights; without `kernels` int4 stays in the packed layout of a checkpoint."""
     config = config_of(geometry, layers)
     with torch.device("meta"):
         model = OURS._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -116,7 +117,8 @@ def our_model(geometry: str, layers: int | None, weights: str, device: torch.dev
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     fill_(model)
-    use_kernels_(model)
+    if kernels:
+        use_kernels_(model)
     return model.eval()
 
 

@@ -1,145 +1,730 @@
-"""The speed of Mistral Large on one GPU of 141 GB, held against what it should reach.
+"""Checks and speed of everything this package runs on one GPU, within the few minutes that one may be borrowed for.
 
-The weights are random and made on the GPU: the speed does not depend on their values, and nothing is downloaded. Four
-models run one after the other, each in a process of its own, by `benchmarks/generate.py`: all 88 layers in FP8, all of
-them in 4 bits, 22 layers in bf16 beside stock transformers, and the share of one of eight tensor-parallel ranks in
-bf16, which sends nothing to the others.
+One process runs stage after stage, each with a deadline, and writes what it has found at once. Checks come first:
+every product, attention and cache against float64, then the demo's golden answers by every strategy. Then figures, with
+random weights of the published geometry that are made on the GPU; nothing is downloaded. A share is that of the read
+bandwidth measured in the same run: what a step must read are all weights but the embeddings, and the filled cache.
 
-    benchmarks/gpu.sh            # an hour at most; results in benchmarks/results/generate-gpu.{json,svg}
-    benchmarks/gpu.sh --small    # the same with tiny models on the CPU, to see that it runs
+    benchmarks/gpu.sh                                   # nine minutes on an H200; --folder takes the results
+    benchmarks/gpu.sh --stages machine kernels answers  # some of it
+    benchmarks/gpu.sh --small                           # all of it with tiny models, on the CPU
 
-The exit code is 1 if a run fails, or a bar is not met.
+The exit code is 1 if a check fails, a stage breaks off, or a bar is not met.
 """
 
 import argparse
 import ast
+import gc
+import itertools
 import json
+import math
+import platform
+import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import benchmarks.stand_ins  # noqa: F401  # before the package is imported
+from benchmarks.generate import Decoding, Way, cache_bytes, disagreement, fill_, our_model, stock_model
+from modeling_mistral_large import MistralLargeForCausalLM
+from modeling_mistral_large.compiled_layers import compile_layers_
+from modeling_mistral_large.inference import gpu_kernels
+from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, VECTOR_TILE, Tile, Weights
+from modeling_mistral_large.inference.recorded_steps import RecordedDecoding, record_decoding
+from modeling_mistral_large.kv_cache import Fp8Cache, pack, unpack
+from modeling_mistral_large.quantized import Fp8Linear, Int4Linear
+from tests.gpu_products import placed, random_weights, relative_error
+
 RESULTS = Path(__file__).parent / "results"
-PROMPTS = ["--prefill", "1x4096", "--quantized-prefill", "1x4096"]
-CONTEXTS = [*PROMPTS, "--decode", "1x64", "--compiled", "1x64", "1x4096", "8x64"]
-RUNS = {
-    "FP8, 88 layers": ["--geometry", "2407", "--weights", "fp8", "--no-stock", *CONTEXTS],
-    "4 bits, 88 layers": ["--geometry", "2407", "--weights", "int4", "--no-stock", *CONTEXTS],
-    "bf16, 22 layers": ["--geometry", "2407", "--layers", "22", "--weights", "bf16", *CONTEXTS],
-    "bf16, one rank of 8": ["--geometry", "rank of 8", "--weights", "bf16", "--no-stock", *CONTEXTS],
+# Rows of the weights that are multiplied at once, and their columns, in a decoder layer of 2407.
+SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
+    "q, k, v": ((12288, 1024, 1024), 12288),
+    "o": ((12288,), 12288),
+    "gate, up": ((28672, 28672), 12288),
+    "down": ((12288,), 28672),
 }
-# As much of each run as shows that it works.
-SMALL = ["--device", "cpu", "--runs", "1", "--buffer", str(2**24)]
-SMALL_CONTEXTS = ["--prefill", "1x64", "--quantized-prefill", "1x64", "--decode", "1x64", "--compiled", "1x64"]
+SMALL_SHAPES = {"q, k, v": ((40, 16, 16), 256), "down": ((40,), 384)}
+HEADS, KV_HEADS, HEAD_DIM = 96, 8, 128
+# Errors that arithmetic in BF16 and sums of tensor cores explain.
+SUMS, BF16, W8A8 = 2e-4, 5e-3, 0.04
 
 
-@dataclass(frozen=True)
-class Bar:
-    """What a figure of a run has to be: at least `least`, or at most `most`."""
-
-    run: str
-    what: str
-    figure: Callable[[dict[str, Any]], float]
-    least: float = float("-inf")
-    most: float = float("inf")
-
-    def is_met(self, figure: float) -> bool:
-        return self.least <= figure <= self.most
+class DeadlineError(Exception):
+    """A stage took too long."""
 
 
-def short_step(result: dict[str, Any]) -> Any:
-    """The figures of decoding one sequence, compiled."""
-    return next(iter(result["decode, compiled"][0]["ways"].values()))
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise DeadlineError(f"not done after {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def first_token(result: dict[str, Any]) -> Any:
-    return next(iter(result["prefill"][0]["ways"].values()))["seconds"]
+class Bench:
+    """Where it runs, how large, and what was found."""
+
+    def __init__(self, is_small: bool, folder: Path) -> None:
+        self.is_small = is_small
+        self.device = torch.device("cpu" if is_small else "cuda")
+        self.read_rate = math.nan
+        self.failures: list[str] = []
+        self.checks: list[dict[str, Any]] = []
+        self.results: dict[str, Any] = {}
+        gpu = "cpu" if is_small else torch.cuda.get_device_name().removeprefix("NVIDIA ").replace(" ", "-").lower()
+        self.file = folder / f"gpu-{gpu}.json"
+
+    def save(self, name: str, result: Any) -> None:
+        self.results[name] = result
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps({**self.results, "failures": self.failures}, indent=1) + "\n")
+
+    def check(self, name: str, most: float, error: Callable[[], float]) -> None:
+        """PASS if an error is at most `most`; whatever is raised is a FAIL and stops nothing."""
+        try:
+            figure, what = error(), ""
+        except DeadlineError:
+            raise
+        except Exception as problem:
+            figure, what = math.nan, f"{type(problem).__name__}: {str(problem).strip()[:300]}"
+        is_good = figure <= most
+        self.checks.append({"check": name, "error": figure, "most": most, "pass": is_good, "what": what})
+        print(f"{'PASS' if is_good else 'FAIL'}  {name}: {figure:.3g}, at most {most:g} {what}", flush=True)
+        if not is_good:
+            self.failures.append(name)
+
+    def bar(self, name: str, is_met: bool) -> None:
+        if not self.is_small:
+            print(f"{'pass' if is_met else 'MISS'}  {name}", flush=True)
+            if not is_met:
+                self.failures.append(name)
+
+    def seconds(self, function: Callable[[], Any], repeats: int = 1) -> float:
+        """Seconds of a call, the mean of several, by the GPU's clock."""
+        if self.is_small:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            return (time.perf_counter() - start) / repeats
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        for _ in range(repeats):
+            function()
+        end_event.record()
+        end_event.synchronize()
+        return float(start_event.elapsed_time(end_event)) / 1000 / repeats
+
+    def wall_seconds(self, function: Callable[[], Any]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if not self.is_small:
+            torch.cuda.synchronize()
+
+    def recorded(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """A function as a CUDA graph, after a call that compiles what it needs."""
+        if self.is_small:
+            return function
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch does not type it
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    def free(self) -> None:
+        gc.collect()
+        if not self.is_small:
+            torch.cuda.empty_cache()
 
 
-def memory_above_weights(result: dict[str, Any]) -> float:
-    """The most that any measurement held beside the weights, in parts of a bf16 copy of them."""
-    cases = [case for kind in ("prefill", "decode", "decode, compiled") for case in result[kind]]
-    figures = [figures for case in cases for figures in case["ways"].values()]
-    weights = figures[0]["weights GB"]
-    return float((max(each["peak GB"] for each in figures) - weights) / BF16_GB)
+def machine(bench: Bench) -> dict[str, Any]:
+    """Versions, and the ceilings: bytes read and copied a second, BF16 products."""
+    device = bench.device
+    buffer = torch.ones(2**20 if bench.is_small else 2**30, device=device)
+    size = 256 if bench.is_small else 8192
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    other = torch.empty_like(buffer)
+    for function in (lambda: torch.dot(buffer, buffer), buffer.sum, lambda: other.copy_(buffer), lambda: left @ right):
+        function()
+    reads = [buffer.nbytes / bench.seconds(way, 10) for way in (lambda: torch.dot(buffer, buffer), buffer.sum)]
+    bench.read_rate = max(reads)
+    copied = 2 * buffer.nbytes / bench.seconds(lambda: other.copy_(buffer), 10)
+    product = 2 * size**3 / bench.seconds(lambda: left @ right, 10)
+    result = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": getattr(gpu_kernels.triton, "__version__", None),
+        "python": platform.python_version(),
+        "device": "cpu" if bench.is_small else torch.cuda.get_device_name(),
+        "read GB/s": bench.read_rate / 1e9,
+        "copy GB/s, read and written": copied / 1e9,
+        "bf16 product TFLOP/s": product / 1e12,
+    }
+    if not bench.is_small:
+        fields = "name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        result["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    print(json.dumps(result, indent=1), flush=True)
+    return result
 
 
-BF16_GB = 245.2
-FP8, INT4 = "FP8, 88 layers", "4 bits, 88 layers"
-BARS = [
-    Bar(
-        FP8, "share of the bandwidth, decoding", lambda result: float(short_step(result)["share of the bandwidth"]), 0.8
-    ),
-    Bar(FP8, "tokens a second", lambda result: float(short_step(result)["tokens a second"]), 27),
-    Bar(
-        INT4,
-        "share of the bandwidth, decoding",
-        lambda result: float(short_step(result)["share of the bandwidth"]),
-        0.7,
-    ),
-    *(Bar(run, "seconds to the first token after 4096", first_token, most=2) for run in (FP8, INT4)),
-    *(Bar(run, "memory beside the weights ÷ a bf16 copy", memory_above_weights, most=0.1) for run in (FP8, INT4)),
-]
+def product_error(
+    weights: Weights, dense: Tensor, m: int, tile: Tile | None = None, splits: int | None = None
+) -> float:
+    x = torch.randn(m, weights.columns, device=dense.device).bfloat16()
+    count = splits or weights.splits(m, tile)
+    part = torch.full((count, m, weights.rows), math.nan, device=dense.device)
+    gpu_kernels.multiply(placed(x, weights.group), weights, part, tile=tile, splits=splits)
+    return relative_error(part.sum(0), x.double() @ dense.T)
 
 
-def run(name: str, arguments: Sequence[str]) -> dict[str, Any] | None:
-    """The results of a run, or None if it failed."""
-    print(f"\n== {name}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "result.json")
-        command = [sys.executable, "-m", "benchmarks.generate", *arguments, "--json", str(file)]
-        if subprocess.run(command).returncode:
-            print(f"{name}: failed", flush=True)
-            return None
-        result: dict[str, Any] = json.loads(file.read_text())
-        return result
+def attention_error(bench: Bench, filled: int, starts: Sequence[int], splits: int) -> float:
+    """Slots that are padding or not filled are NaN."""
+    m, room, device = len(starts), filled + 70, bench.device
+    heads, kv_heads = (24, 2) if bench.is_small else (HEADS, KV_HEADS)
+    query = torch.randn(m, heads, HEAD_DIM, device=device).bfloat16()
+    keys, values = (torch.randn(m, kv_heads, room, HEAD_DIM, device=device).bfloat16() for _ in range(2))
+    for tensor in (keys, values):
+        tensor[:, :, filled + 1 :] = math.nan
+        for row, start in enumerate(starts):
+            tensor[row, :, :start] = math.nan
+    at = [torch.tensor(each, dtype=torch.int32, device=device) for each in ([filled], list(starts))]
+    parts = torch.full((m, heads, splits, HEAD_DIM), math.nan, device=device)
+    stats = torch.full((m, heads, splits, 2), math.nan, device=device)
+    y = torch.full((m, heads * HEAD_DIM), math.nan, device=device).bfloat16()
+    gpu_kernels.attend(query, keys, values, at, HEAD_DIM**-0.5, parts, stats, y, 0)
+    errors = []
+    for row, start in enumerate(starts):
+        key, value = (tensor[row, :, start : filled + 1].double() for tensor in (keys, values))
+        scores = torch.einsum("kgd,ksd->kgs", query[row].double().view(kv_heads, -1, HEAD_DIM), key) * HEAD_DIM**-0.5
+        expected = torch.einsum("kgs,ksd->kgd", scores.softmax(-1), value)
+        errors.append(relative_error(y[row].view_as(expected), expected))
+    return max(errors)
 
 
-def small(arguments: Sequence[str]) -> list[str]:
-    """The same arguments, but for a tiny geometry."""
-    kept = list(arguments[: -len(CONTEXTS)])
-    kept[kept.index("--geometry") + 1] = "tiny"
-    if "--layers" in kept:
-        kept[kept.index("--layers") + 1] = "1"
-    return [*kept, *SMALL_CONTEXTS, *SMALL]
+def linear_error(kind: str, rows: int, columns: int, m: int, device: torch.device) -> float:
+    """A layer of `quantized` as the model runs it, by the kernels it has on the device."""
+    layer: Any = (Fp8Linear if kind == "fp8" else Int4Linear)(columns, rows, device=device)
+    with torch.no_grad():
+        fill_(layer)
+        layer.weight_scale.mul_(
+            torch.rand_like(layer.weight_scale, dtype=torch.float32).to(layer.weight_scale.dtype) + 0.5
+        )
+        dense = torch.cat(list(layer.expanded_rows(torch.float32))).double()
+        if kind == "fp8":
+            dense *= layer.weight_scale.double()
+        layer.after_loading_()
+        x = torch.randn(m, columns, device=device).bfloat16()
+        return relative_error(layer(x), x.double() @ dense.T)
+
+
+def cache_error(bench: Bench) -> float:
+    states = torch.randn(1, 8, 300, HEAD_DIM).bfloat16() * torch.rand(1, 8, 300, 1).bfloat16()
+    there = pack(states.to(bench.device))
+    different = int((there.cpu() != pack(states)).sum())
+    return float(different) + float(
+        not torch.equal(unpack(there, torch.bfloat16).cpu(), unpack(pack(states), torch.bfloat16))
+    )
+
+
+def flash_error(bench: Bench, queries: int, keys: int) -> float:
+    """Attention of a later chunk of a prompt without a mask: the last query sees all keys."""
+    query = torch.randn(1, HEADS, queries, HEAD_DIM, device=bench.device).bfloat16()
+    key, value = (torch.randn(1, KV_HEADS, keys, HEAD_DIM, device=bench.device).bfloat16() for _ in range(2))
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=bench.device).tril(keys - queries)
+    with sdpa_kernel(SDPBackend.MATH):
+        # A few heads: float64 of all of them is large.
+        expected = nn.functional.scaled_dot_product_attention(
+            query[:, :12].double(), key[:, :1].double(), value[:, :1].double(), attn_mask=mask, enable_gqa=True
+        )
+    return relative_error(found[:, :12], expected)
+
+
+def kernels(bench: Bench) -> dict[str, Any]:
+    """Every kernel against float64, at the shapes of the model."""
+    shapes = SMALL_SHAPES if bench.is_small else SHAPES
+    is_old = not bench.is_small and torch.cuda.get_device_capability() < (8, 9)
+    for kind in ("bf16", "fp8_bits", "int4") if is_old else ("bf16", "fp8", "fp8_bits", "int4"):
+        for name, (rows, columns) in shapes.items():
+            weights, dense = random_weights(kind, rows, columns, bench.device.type)
+            for m in (1, 5) if bench.is_small else (1, 2, 7, 8, 16):
+                bench.check(f"{kind} {name}, {m} rows", SUMS, lambda w=weights, d=dense, m=m: product_error(w, d, m))
+            if kind != "int4":
+                bench.check(
+                    f"{kind} {name}, 1 row as a matrix",
+                    SUMS,
+                    lambda w=weights, d=dense, k=kind: product_error(w, d, 1, DOT_TILE[k], 4),
+                )
+    for filled, starts, splits in (
+        ((0, [0], 4), (64, [0, 33], 4))
+        if bench.is_small
+        else (
+            (0, [0], 16),
+            (62, [0], 16),
+            (63, [0, 1, 63], 16),
+            (4096, [0, 17, 4000, 4096], 16),
+            (4096, [0], 64),
+            (32767, [0, 16000], 64),
+            (131071, [0], 64),
+        )
+    ):
+        bench.check(
+            f"attention at slot {filled}, starts {starts}",
+            BF16,
+            lambda a=(filled, starts, splits): attention_error(bench, *a),
+        )
+    rows, columns = (64, 256) if bench.is_small else (28672, 12288)
+    for m in (1, 2, 8, 17) if bench.is_small else (1, 2, 8, 17, 300, 2048):
+        bench.check(f"Fp8Linear, {m} rows", W8A8, lambda m=m: linear_error("fp8", rows, columns, m, bench.device))
+        bench.check(f"Int4Linear, {m} rows", 1e-2, lambda m=m: linear_error("int4", rows, columns, m, bench.device))
+    bench.check("Fp8Cache, bytes that differ from the CPU's", 0, lambda: cache_error(bench))
+    if not bench.is_small:
+        bench.check("flash attention of a later chunk, no mask", BF16, lambda: flash_error(bench, 512, 1536))
+        bench.check("flash attention of a last chunk of odd length", BF16, lambda: flash_error(bench, 77, 4173))
+    return {"checks": bench.checks}
+
+
+def answers(bench: Bench) -> dict[str, Any]:
+    """The golden answers of the demo by every strategy, and recorded steps next to the model's own."""
+    from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+    from modeling_mistral_large import MistralLargeTokenizer
+    from modeling_mistral_large.conversion import convert_checkpoint
+
+    before = len(bench.checks)
+    golden = list(golden_conversations().values())[: 2 if bench.is_small else None]
+    with TemporaryDirectory() as folder:
+        source = assemble_demo_checkpoint(Path(folder, "source"))
+        folders = {"bf16": Path(folder, "bf16"), "fp8": Path(folder, "fp8"), "int4": Path(folder, "int4")}
+        for kind, target in folders.items():
+            convert_checkpoint(source, target, **({} if kind == "bf16" else {"quantize": kind}))  # type: ignore[arg-type]
+        tokenizer = MistralLargeTokenizer.from_pretrained(folders["bf16"])
+        prompts = [tokenizer.apply_chat_template(each.messages, each.tools, return_dict=False) for each in golden]
+        most = 7 if bench.is_small else 120
+        texts = [f"{each.answer}</s>" for each in golden]
+        if bench.is_small:
+            texts = [
+                tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][: most - 1]) for text in texts
+            ]
+
+        def wrong(complete: Callable[[Any], Tensor], batch: int = 1) -> float:
+            """How many answers are not the golden ones."""
+            count = 0
+            for start in range(0, len(golden), batch):
+                inputs = tokenizer.pad({"input_ids": prompts[start : start + batch]}, return_tensors="pt")
+                output = complete(inputs)[:, inputs["input_ids"].shape[1] :]
+                said = [text.replace(str(tokenizer.pad_token), "") for text in tokenizer.batch_decode(output)]
+                count += sum(
+                    not text.startswith(right) if bench.is_small else text != right
+                    for text, right in zip(said, texts[start : start + batch], strict=True)
+                )
+            return float(count)
+
+        def load(kind: str, **options: Any) -> Any:
+            options.setdefault("device_map", bench.device.type)
+            return MistralLargeForCausalLM.from_pretrained(folders[kind], dtype=torch.bfloat16, **options).eval()
+
+        def generated(model: Any, **options: Any) -> Callable[[Any], Tensor]:
+            greedy = {"max_new_tokens": most, "do_sample": False}
+            return lambda inputs: model.generate(**inputs.to(bench.device), **greedy, **options).cpu()
+
+        longest = max(map(len, prompts)) + most
+        for kind in folders:
+            model = load(kind)
+            bench.check(f"answers, {kind}, generate", 0, lambda m=model: wrong(generated(m)))
+            bench.check(f"answers, {kind}, generate, a padded batch", 0, lambda m=model: wrong(generated(m), 8))
+            bench.check(
+                f"answers, {kind}, Fp8Cache",
+                0,
+                lambda m=model: wrong(lambda inputs: generated(m, past_key_values=Fp8Cache(m.config))(inputs)),
+            )
+            static: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
+            bench.check(f"answers, {kind}, static cache", 0, lambda m=model, s=static: wrong(generated(m, **s)))
+            for batch in (2,) if bench.is_small else (1, 8):
+
+                def recorded_wrong(model: Any = model, batch: int = batch) -> float:
+                    recordings = {
+                        size: record_decoding(model, longest, size) for size in {batch, len(golden) % batch} - {0}
+                    }
+                    return wrong(
+                        lambda inputs: (
+                            recordings[len(inputs["input_ids"])]
+                            .generate(inputs["input_ids"], inputs["attention_mask"], max_new_tokens=most)
+                            .cpu()
+                        ),
+                        batch,
+                    )
+
+                bench.check(f"answers, {kind}, recorded steps, batch {batch}", 0, recorded_wrong)
+            del model
+            if not bench.is_small:
+                devices = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": 0}
+                devices |= {"model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+                bench.check(
+                    f"answers, {kind}, a layer offloaded to the host",
+                    0,
+                    lambda k=kind, d=devices: wrong(generated(load(k, device_map=d))),
+                )
+    return {"checks": bench.checks[before:]}
+
+
+def weights_without_values(kind: str, rows: tuple[int, ...], columns: int, device: torch.device) -> Weights:
+    """Random bytes: the time of a product does not depend on them."""
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
+
+    if kind == "int4":
+        weights = [noise(count, columns // 8) for count in rows]
+        scales = [torch.full((count, columns // 128), 0.01, dtype=torch.bfloat16, device=device) for count in rows]
+    elif kind == "fp8":
+        weights = [noise(count, columns // 4).view(torch.float8_e4m3fn) for count in rows]
+        scales = [torch.full((count, 1), 0.01, device=device) for count in rows]
+    else:
+        weights = [torch.randn(count, columns, dtype=torch.bfloat16, device=device) for count in rows]
+        scales = weights
+    return Weights(kind, columns, 128 if kind == "int4" else 0, tuple(weights), tuple(scales))
+
+
+def weight_bytes(weights: Weights) -> int:
+    scales = () if weights.kind == "bf16" else weights.scales
+    return sum(tensor.nbytes for tensor in (*weights.weights, *scales))
+
+
+def tiles_to_try(kind: str, m: int, is_small: bool) -> list[Tile]:
+    if kind == "int4":
+        return [Tile(rows, 0, warps, stages) for rows, warps in ((64, 4), (128, 4), (128, 8)) for stages in (1, 2, 4)][
+            :: 5 if is_small else 1
+        ]
+    dots = [Tile(64, 128, 4, 4), Tile(64, 256, 4, 3), Tile(128, 128, 8, 3), Tile(64, 256, 4, 2)]
+    vectors = [
+        Tile(rows, columns, warps, is_vector=True)
+        for (rows, columns), warps in itertools.product([(4, 1024), (8, 512), (8, 1024), (16, 512), (4, 2048)], (4, 8))
+    ]
+    tiles = [*vectors, dots[0]] if m == 1 else dots
+    return tiles[:: len(tiles) - 1] if is_small else tiles
+
+
+def sweep_product(bench: Bench, kind: str, rows: tuple[int, ...], columns: int, m: int) -> dict[str, Any]:
+    """GB/s of a product by several tiles and splits; weights of 4 GB in turn, so that no cache holds them."""
+    one = weights_without_values(kind, rows, columns, bench.device)
+    others = 0 if bench.is_small else 4 * 10**9 // weight_bytes(one)
+    copies = [one, *(weights_without_values(kind, rows, columns, bench.device) for _ in range(others))]
+    x = torch.randn(m, columns, device=bench.device).bfloat16()
+    part = torch.empty(8 * m * one.rows, device=bench.device)
+
+    def run(tile: Tile, splits: int, some: Sequence[Weights]) -> None:
+        for weights in some:
+            gpu_kernels.multiply(x, weights, part, tile=tile, splits=splits)
+
+    def try_it(case: tuple[Tile, int]) -> str | None:
+        try:
+            run(*case, [one])
+        except DeadlineError:
+            raise
+        except Exception as problem:
+            return f"{type(problem).__name__}: {str(problem)[:100]}"
+        return None
+
+    tiles = tiles_to_try(kind, m, bench.is_small)
+    cases = [(tile, splits) for tile in tiles for splits in sorted({one.splits(m, tile), 1, 2, 4})]
+    # Compiled side by side.
+    with ThreadPoolExecutor(1 if bench.is_small else 12) as pool:
+        problems = list(pool.map(try_it, cases))
+    figures: dict[str, Any] = {}
+    for (tile, splits), problem in zip(cases, problems, strict=True):
+        shape = "vector" if tile.is_vector else "dot"
+        label = f"{shape} {tile.rows}x{tile.columns}, {tile.warps} warps, {tile.stages} stages, {splits} splits"
+        if problem is not None:
+            figures[label] = problem
+            continue
+        replay = bench.recorded(partial(run, tile, splits, copies))
+        replay()
+        figures[label] = round(weight_bytes(one) * len(copies) / bench.seconds(replay, 2) / 1e9, 1)
+    chosen = f"{one.tile(m)}, {one.splits(m)} splits"
+    best = sorted(((rate, label) for label, rate in figures.items() if isinstance(rate, float)), reverse=True)[:4]
+    print(f"{kind} {rows} x {columns}, {m} rows: {best}; now {chosen}", flush=True)
+    return {"chosen": chosen, "GB/s": figures}
+
+
+def sweep(bench: Bench) -> dict[str, Any]:
+    """The speed of each product by several tiles; the most important ones first."""
+    result: dict[str, Any] = {}
+    shapes = SMALL_SHAPES if bench.is_small else SHAPES
+    for m, kind, (name, (rows, columns)) in itertools.product((1, 8), ("fp8", "int4", "bf16"), shapes.items()):
+        if kind != "bf16" or bench.is_small or name == "gate, up":
+            result[f"{kind} {name}, {m} rows"] = sweep_product(bench, kind, rows, columns, m)
+            bench.save("sweep", result)
+            bench.free()
+    return result
+
+
+def random_model(kind: str, layers: int, bench: Bench, *, kernels: bool = False) -> Any:
+    geometry = "tiny" if bench.is_small else "2407"
+    return our_model(geometry, min(layers, 1) if bench.is_small else layers, kind, bench.device, kernels=kernels)
+
+
+def step_bytes(model: Any, batch: int, context: int) -> int:
+    weights = sum(tensor.nbytes for tensor in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    return int(weights + cache_bytes(model.config, batch, context))
+
+
+def steps(bench: Bench, decoding: RecordedDecoding, context: int) -> dict[str, Any]:
+    """The time of recorded steps after `context` tokens; the cache holds random values."""
+    decoding.length.fill_(context)
+    count = 2 if bench.is_small else 20
+    if not bench.is_small:
+        decoding.run()
+    taken = bench.seconds(decoding.run, count)
+    read = step_bytes(decoding.model, decoding.batch, context)
+    result = {
+        "batch": decoding.batch,
+        "context": context,
+        "ms a step": taken * 1000,
+        "tokens/s": decoding.batch / taken,
+        "read GB": read / 1e9,
+        "GB/s": read / taken / 1e9,
+        "share of the read bandwidth": read / taken / bench.read_rate,
+    }
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def filled(decoding: RecordedDecoding) -> RecordedDecoding:
+    for layer in decoding.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    return decoding
+
+
+def one_sequence(
+    bench: Bench, name: str, model: Any, contexts: Sequence[int], prompt: Tensor, result: dict[str, Any]
+) -> None:
+    start = time.perf_counter()
+    decoding = filled(record_decoding(model, contexts[-1] + 100))
+    bench.wait()
+    result["record s"] = time.perf_counter() - start
+    for context in contexts:
+        result["steps"].append(steps(bench, decoding, context))
+        bench.save(name, result)
+
+    def first_token() -> None:
+        decoding.read_prompt(prompt).argmax(-1).tolist()
+
+    result["first token s, first time"] = bench.wall_seconds(first_token)
+    result["first token s"] = bench.wall_seconds(first_token)
+    few, many = (
+        bench.wall_seconds(partial(decoding.generate, prompt[:, :64], max_new_tokens=count, eos_token_id=[]))
+        for count in (1, 3 if bench.is_small else 65)
+    )
+    result["generate tokens/s"] = (2 if bench.is_small else 64) / (many - few)
+    bench.save(name, result)
+
+
+def seconds_a_token(bench: Bench, model: Any, prompt: Tensor, count: int) -> float:
+    """Of transformers' `generate`, uncompiled, after the first token."""
+    plain: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(prompt, max_new_tokens=2, **plain)
+    few, many = (
+        bench.wall_seconds(partial(model.generate, prompt, max_new_tokens=each, **plain)) for each in (1, count)
+    )
+    return (many - few) / (count - 1)
+
+
+@torch.no_grad()
+def full_model(bench: Bench, name: str, kind: str, layers: int) -> dict[str, Any]:
+    """Recorded steps of one model, its prompts, memory and what users' `generate` reaches."""
+    bench.free()
+    if not bench.is_small:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    model = random_model(kind, layers, bench)
+    bench.wait()
+    result: dict[str, Any] = {"layers": model.config.num_hidden_layers, "build s": time.perf_counter() - start}
+    weights = sum(tensor.nbytes for tensor in model.parameters())
+    result["weights GB"] = weights / 1e9
+    contexts = (8, 40) if bench.is_small else (64, 4096, 32768)
+    prompt = torch.randint(3, model.config.vocab_size, (1, contexts[1]), device=bench.device)
+    result["steps"] = []
+    one_sequence(bench, name, model, contexts, prompt, result)
+    batch = 2 if bench.is_small else 8
+    for context in contexts[:2]:
+        bench.free()
+        result["steps"].append(steps(bench, filled(record_decoding(model, context + 100, batch)), context))
+    if not bench.is_small:
+        result["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+        if kind != "int4":
+            # int4 without torch's kernel layout is dequantized for each product; `today` has it with it.
+            result["model.generate tokens/s"] = 1 / seconds_a_token(bench, model, prompt[:, :64], 17)
+    print({key: value for key, value in result.items() if key != "steps"}, flush=True)
+    if layers == 88:
+        least, share = (28, 0.8) if kind == "fp8" else (47, 0.7)
+        short_step, long_step = result["steps"][0], result["steps"][2]
+        bench.bar(f"{kind}: {short_step['tokens/s']:.1f} tokens/s, at least {least}", short_step["tokens/s"] >= least)
+        reached = short_step["share of the read bandwidth"]
+        bench.bar(f"{kind}: {reached:.0%} of the read bandwidth, at least {share:.0%}", reached >= share)
+        far = long_step["share of the read bandwidth"] / reached
+        bench.bar(f"{kind}: at 32k {far:.0%} of that share, at least 90 %", far >= 0.9)
+        bench.bar(f"{kind}: first token {result['first token s']:.2f} s, at most 2", result["first token s"] < 2)
+        near = result["generate tokens/s"] / short_step["tokens/s"]
+        bench.bar(f"{kind}: generate {near:.0%} of the recorded steps, at least 95 %", near >= 0.95)
+    return result
+
+
+def layers_that_fit(bench: Bench, kind: str) -> int:
+    """All 88, or as many of a layer's bytes as leave room for embeddings, head, cache and buffers."""
+    if bench.is_small:
+        return 1
+    layer = {"fp8": 1.385e9, "int4": 0.714e9, "bf16": 2.769e9}[kind]
+    free, _ = torch.cuda.mem_get_info()
+    return min(88, int((free - 16e9) / layer))
+
+
+def fp8(bench: Bench) -> dict[str, Any]:
+    """FP8, all layers that fit."""
+    return full_model(bench, "fp8", "fp8", layers_that_fit(bench, "fp8"))
+
+
+def int4(bench: Bench) -> dict[str, Any]:
+    """int4, all layers."""
+    return full_model(bench, "int4", "int4", layers_that_fit(bench, "int4"))
+
+
+@torch.no_grad()
+def stock(bench: Bench) -> dict[str, Any]:
+    """BF16, 22 layers, next to transformers' Mistral with the same weights: both uncompiled, and ours recorded."""
+    bench.free()
+    ours = random_model("bf16", min(22, layers_that_fit(bench, "bf16")), bench)
+    theirs = stock_model(ours)
+    result: dict[str, Any] = {"layers": ours.config.num_hidden_layers, "logits apart": disagreement(ours, theirs)}
+    prompt = torch.randint(3, ours.config.vocab_size, (1, 64), device=bench.device)
+    count = 3 if bench.is_small else 17
+    for name, model in (("stock", theirs), ("ours", ours)):
+        result[f"{name}, generate, ms a token"] = seconds_a_token(bench, model, prompt, count) * 1000
+    result["ours, recorded"] = steps(bench, filled(record_decoding(ours, 200)), 64)
+    print(result, flush=True)
+    return result
+
+
+@torch.no_grad()
+def today(bench: Bench) -> dict[str, Any]:
+    """A compiled layer in a CUDA graph, as before recorded steps, and what cuDNN's plans cost at each new length."""
+    result: dict[str, Any] = {}
+    for kind in ("fp8", "int4"):
+        bench.free()
+        model = random_model(kind, 4, bench, kernels=True)
+        prompt = torch.randint(3, model.config.vocab_size, (1, 64), device=bench.device)
+        uncompiled = seconds_a_token(bench, model, prompt, 3 if bench.is_small else 17)
+        result[f"{kind}, 4 layers, generate, ms a token"] = uncompiled * 1000
+        compile_layers_(model)
+        decoding = Decoding(Way(kind, model, is_compiled=True), 1, 64)
+        decoding.restart()
+        result[f"{kind}, 4 layers compiled, first step s"] = bench.wall_seconds(decoding.step)
+        if not bench.is_small:
+            decoding.capture()
+        taken = bench.seconds(lambda d=decoding: d.run(1), 5)
+        read = step_bytes(model, 1, 64)
+        result[f"{kind}, 4 layers compiled and captured"] = {
+            "ms a step": taken * 1000,
+            "share of the read bandwidth": read / taken / bench.read_rate,
+        }
+        new = steps(bench, filled(record_decoding(model, 200)), 64)
+        result[f"{kind}, 4 layers recorded"] = new
+        bench.save("today", result)
+    if not bench.is_small:
+        query = torch.randn(1, HEADS, 1, HEAD_DIM, device=bench.device).bfloat16()
+        states = torch.randn(1, KV_HEADS, 4200, HEAD_DIM, device=bench.device).bfloat16()
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            times = []
+            for length in (4100, 4101, 4102, 4103, 4103):
+                view = states[:, :, :length].contiguous()
+                with sdpa_kernel(backend):
+                    times.append(
+                        bench.wall_seconds(
+                            lambda v=view: nn.functional.scaled_dot_product_attention(query, v, v, enable_gqa=True)
+                        )
+                        * 1000
+                    )
+            result[f"{backend.name}, ms at 4100, 4101, 4102, 4103, 4103 again"] = times
+    print(json.dumps(result, indent=1), flush=True)
+    return result
+
+
+# Seconds after which a stage is broken off; together they fit ten minutes.
+STAGES: dict[str, tuple[int, Callable[[Bench], dict[str, Any]]]] = {
+    "machine": (40, machine),
+    "kernels": (110, kernels),
+    "answers": (110, answers),
+    "fp8": (110, fp8),
+    "int4": (110, int4),
+    "stock": (45, stock),
+    "today": (60, today),
+    "sweep": (150, sweep),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=ast.get_docstring(ast.parse(Path(__file__).read_text())))
-    parser.add_argument(
-        "--small", action="store_true", help="tiny models on the CPU; no bars, and results are not kept"
-    )
-    parser.add_argument("--only", choices=RUNS, nargs="+", default=list(RUNS), help="some of the runs")
-    parser.add_argument("--folder", type=Path, help=f"for the results; default: {RESULTS}")
+    parser.add_argument("--small", action="store_true", help="tiny models on the CPU; no bars")
+    parser.add_argument("--stages", choices=STAGES, nargs="+", default=list(STAGES), help="some of the stages")
+    parser.add_argument("--window", type=float, default=540, help="seconds for all stages together")
+    parser.add_argument("--folder", type=Path, help="for the results; default: benchmarks/results, with --small none")
     options = parser.parse_args()
-    results = {}
-    for name in options.only:
-        results[name] = run(name, small(RUNS[name]) if options.small else [*RUNS[name], "--device", "cuda"])
-    is_good = None not in results.values()
-    bars = []
-    print()
-    for bar in [] if options.small else BARS:
-        if (result := results.get(bar.run)) is not None:
-            figure = bar.figure(result)
-            bars.append({"run": bar.run, "what": bar.what, "figure": figure, "met": bar.is_met(figure)})
-            wanted = f"at least {bar.least:g}" if bar.most == float("inf") else f"at most {bar.most:g}"
-            print(f"{'pass' if bar.is_met(figure) else 'FAIL'}  {bar.run}: {bar.what} {figure:.2f}, {wanted}")
-            is_good &= bar.is_met(figure)
-    folder = options.folder or (None if options.small else RESULTS)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "generate-gpu.json").write_text(json.dumps({"bars": bars, "runs": results}, indent=2) + "\n")
-        if find_spec("matplotlib"):
-            from benchmarks.plot import plot_gpu
-
-            plot_gpu(folder)
-        else:
-            print("No picture: matplotlib is not installed.")
-    sys.exit(not is_good)
+    with TemporaryDirectory() as scratch:
+        if options.small:
+            # Fewer and larger programs: the interpreter runs one after another.
+            for tiles in (VECTOR_TILE, DOT_TILE):
+                tiles |= {kind: replace(tile, rows=1024) for kind, tile in tiles.items()}
+        bench = Bench(options.small, options.folder or (Path(scratch) if options.small else RESULTS))
+        torch.manual_seed(0)
+        started = time.perf_counter()
+        # Without it there is no bandwidth to compare with.
+        for name in dict.fromkeys(["machine", *options.stages]):
+            seconds, stage = STAGES[name]
+            left = options.window - (time.perf_counter() - started)
+            print(f"\n== {name}, {left:.0f} s left", flush=True)
+            if left < 10 and not options.small:
+                bench.failures.append(f"{name}: no time left")
+                continue
+            entered = time.perf_counter()
+            try:
+                with deadline(3600 if options.small else min(seconds, left)):
+                    result = stage(bench)
+                result["seconds"] = time.perf_counter() - entered
+                bench.save(name, result)
+            except Exception as problem:
+                traceback.print_exc()
+                bench.failures.append(f"{name}: {type(problem).__name__}: {problem}")
+                bench.save(f"{name}, broken off", {"checks": list(bench.checks)})
+        print(f"\n{time.perf_counter() - started:.0f} s; failures: {bench.failures or 'none'}", flush=True)
+    sys.exit(bool(bench.failures))
 
 
 if __name__ == "__main__":

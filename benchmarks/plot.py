@@ -129,22 +129,6 @@ def as_fast_as_first(ways: Mapping[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def plot_gpu(folder: Path) -> None:
-    """Decoding on a GPU, compiled, by the results of `benchmarks/gpu.sh` in a folder."""
-    runs = json.loads((folder / "generate-gpu.json").read_text(encoding="utf-8"))["runs"]
-    speeds: dict[str, dict[str, list[float]]] = {}
-    for name, run in runs.items():
-        for case in run["decode, compiled"] if run else []:
-            for way, figures in case["ways"].items():
-                group = speeds.setdefault(f"{name}\n{way.removesuffix(', compiled')}", {})
-                case_name = f"{case['batch']} × {case['context']}"
-                group[case_name] = [case["batch"] / seconds for seconds in figures["each turn"]]
-    figure, axes = plt.subplots(figsize=(9, 3.8))
-    bars(axes, speeds, "tokens a second")
-    axes.set_title("Decoding on one GPU, sequences × context")
-    save(figure, "generate-gpu.svg", folder)
-
-
 def save(figure: Any, name: str, folder: Path = RESULTS) -> None:
     figure.tight_layout()
     figure.savefig(folder / name, metadata=METADATA)
@@ -157,8 +141,6 @@ def main() -> None:
     # Not every machine can measure these.
     if (RESULTS / "generate.json").exists():
         plot_generate()
-    if (RESULTS / "generate-gpu.json").exists():
-        plot_gpu(RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""The GPU kernels compiled ahead of time, on any machine: no spills, and few instructions for each weight.
+
+`.ci/kernels` runs it. The interpreter proves results, but not that a kernel compiles.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_mistral_large.inference import gpu_kernels
+from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, VECTOR_TILE, Tile
+
+TOOLS = Path(triton.__path__[0], "backends", "nvidia", "bin")
+POINTERS = {"bf16": "*bf16", "fp8": "*fp8e4nv", "fp8_bits": "*u8", "int4": "*i32"}
+CAPABILITIES = [80, 89, 90]
+# Most instructions of a thread of sm_90 for each of its weights. At 4.3 TB/s the issue slots of an H200 allow 15 for
+# BF16, 7.7 for FP8 and 4.0 for int4.
+MOST_INSTRUCTIONS = {"bf16 vector": 4.5, "fp8 vector": 3.5, "bf16 dot": 2.1, "fp8 dot": 4.6, "int4 dot": 3.0}
+
+
+class Compiled:
+    """Machine code of a kernel: bytes of stack, which spills need, and the instructions of its longest loop."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        capability: int,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        folder: Path,
+        warps: int = 4,
+    ) -> None:
+        names = kernel.arg_names
+        source = ASTSource(
+            fn=kernel,
+            signature={name: types.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            # As at run time: pointers and row counts that are multiples of 16.
+            attrs={
+                (place,): [["tt.divisibility", 16]]
+                for place, name in enumerate(names)
+                if types.get(name, "").startswith("*") or name.startswith("rows_")
+            },
+        )
+        code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        binary = folder / "kernel.cubin"
+        binary.write_bytes(code.asm["cubin"])
+        usage = self._run("cuobjdump", "-res-usage", binary)
+        stack = re.search(r"STACK:(\d+)", usage)
+        assert stack is not None, usage
+        self.stack_bytes = int(stack[1])
+        self.instructions_of_loop = self._longest_loop(self._run("nvdisasm", "-c", binary))
+
+    @staticmethod
+    def _run(tool: str, *arguments: Any) -> str:
+        return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+    @staticmethod
+    def _longest_loop(disassembly: str) -> int:
+        labels: dict[str, int] = {}
+        count = longest = 0
+        for line in map(str.strip, disassembly.splitlines()):
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = count
+            elif re.match(r"/\*[0-9a-f]+\*/\s", line):
+                count += 1
+                jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+                # Backwards: the label was met before.
+                if jump and jump[1] in labels:
+                    longest = max(longest, count - labels[jump[1]])
+        return longest
+
+
+def product_of(kind: str, tile: Tile, capability: int, columns: int, folder: Path) -> Compiled:
+    scales = "*bf16" if kind in ("bf16", "int4") else "*fp32"
+    types = {"x_ptr": "*bf16", "part_ptr": "*fp32", "m": "i32", "rows_0": "i32", "rows_1": "i32", "rows_2": "i32"}
+    for place in range(3):
+        types |= {f"w_{place}": POINTERS[kind], f"s_{place}": scales}
+    constants = {
+        "COLUMNS": columns,
+        "KIND": kind,
+        "GROUP": 128 if kind == "int4" else 0,
+        "VECTOR": tile.is_vector,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns or 128,
+        "STAGES": tile.stages,
+        "DOT": tl.bfloat16,
+        "ASSEMBLY": True,
+    }
+    return Compiled(gpu_kernels.product, capability, types, constants, folder, tile.warps)
+
+
+TILES = [(kind, tile) for tiles in (VECTOR_TILE, DOT_TILE) for kind, tile in tiles.items()]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("kind", "tile"), TILES, ids=lambda value: value if isinstance(value, str) else "")
+def test_products(kind: str, tile: Tile, capability: int, tmp_path: Path) -> None:
+    if kind == "fp8" and capability < 89:
+        pytest.skip("the type came with 8.9; fp8_bits takes its place")
+    compiled = product_of(kind, tile, capability, 12288, tmp_path)
+    assert compiled.stack_bytes == 0
+    most = MOST_INSTRUCTIONS.get(f"{kind} {'vector' if tile.is_vector else 'dot'}")
+    if capability == 90 and most is not None:
+        weights_of_thread = tile.rows * (tile.columns or 128) / (32 * tile.warps)
+        assert compiled.instructions_of_loop / weights_of_thread <= most
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_everything_between_products(capability: int, tmp_path: Path) -> None:
+    """At the geometry of 2407, with the order of int4 and several splits."""
+    geometry = {"HEADS": 96, "KV_HEADS": 8, "D": 128}
+    rows = {"m": "i32"}
+    slots = {"length_ptr": "*i32", "start_ptr": "*i32", "room": "i32"}
+    states = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16"}
+    left = {"part_ptr": "*fp32", "stat_ptr": "*fp32"}
+    cases: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
+        (
+            gpu_kernels.add_and_norm,
+            {"stream_ptr": "*bf16", "part_ptr": "*fp32", "gain_ptr": "*bf16", "y_ptr": "*bf16", "eps": "fp32", **rows},
+            {"COLUMNS": 12288, "BLOCK": 16384, "SPLITS": 3, "GROUP": 128},
+            16,
+        ),
+        (
+            gpu_kernels.rotate_and_store,
+            {"part_ptr": "*fp32", "cos_ptr": "*bf16", "sin_ptr": "*bf16", **states, **slots, **rows},
+            {**geometry, "SPLITS": 3},
+            1,
+        ),
+        (
+            gpu_kernels.attention,
+            {**states, **left, **slots, "scale": "fp32"},
+            {**geometry, "GROUP_SIDE": 16, "BLOCK": 64, "SPLITS": 32, "STAGES": 2, "DOT": tl.bfloat16},
+            4,
+        ),
+        (
+            gpu_kernels.join_attention,
+            {**left, "y_ptr": "*bf16"},
+            {"HEADS": 96, "D": 128, "SPLITS": 32, "GROUP": 128},
+            4,
+        ),
+        (
+            gpu_kernels.silu_and_multiply,
+            {"part_ptr": "*fp32", "y_ptr": "*bf16", **rows},
+            {"COLUMNS": 28672, "BLOCK": 1024, "SPLITS": 3, "GROUP": 128},
+            4,
+        ),
+    ]
+    for kernel, types, constants, warps in cases:
+        assert Compiled(kernel, capability, types, constants, tmp_path, warps).stack_bytes == 0, kernel.__name__
