@@ -39,7 +39,7 @@ HELP = """\
 /help          this
 /exit          leave, as ctrl-D does
 //TEXT         a message that begins with one slash
-Ctrl-C stops an answer. A message of several lines begins and ends with a line that is \"\"\"; none of them is a command."""
+Ctrl-C stops an answer. A message of several lines begins and ends with a line that is \"\"\"; none is a command."""
 WITH_ARGUMENT = ("/system", "/tools", "/save", "/load")
 BLOCK_MARK = '"""'
 # Logits divided by less overflow.
@@ -575,14 +575,14 @@ def load_conversation(conversation: Conversation, path: Path) -> None:
     """Take over the messages of a file; tools stay as they are.
 
     Raises:
-        ConversationError: no such file, no conversation in it, or one with definitions of tools, which nobody could run.
+        ConversationError: no such file, no conversation in it, or definitions of tools, which nobody could run.
     """
     from modeling_mistral_large.errors import ConversationError
 
     messages, tools = read_conversation(path)
     if tools:
         raise ConversationError(
-            f"{path}: has definitions of tools; the chat calls Python functions; take tools out of it and pass a tools file"
+            f"{path}: has definitions of tools; the chat calls Python functions; remove them and pass a tools file"
         )
     system = None
     if isinstance(messages[0], dict) and messages[0].get("role") == "system":

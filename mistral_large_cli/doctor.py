@@ -1,6 +1,5 @@
 """What is installed, and whether it gives right results: the golden answers of the demo checkpoint on every device."""
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,8 @@ from .demo import (
     golden_conversations,
     wrong_answer,
 )
-from .marks import printable
+from .marks import one_line
+from .terminal import print_json
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "huggingface-hub", "safetensors", "accelerate", "sentencepiece"),
@@ -77,7 +77,7 @@ def doctor(*, as_json: bool) -> bool:
     for check in run_checks(devices):
         checks.append(check)
         if not as_json:
-            print(f"{MARKS[check.is_ok]:8} {check.name:42} {printable(check.detail)}", flush=True)
+            print(f"{MARKS[check.is_ok]:8} {check.name:34} {one_line(check.detail)}".rstrip(), flush=True)
     is_ok = all(check.is_ok for check in checks)
     if as_json:
         report = {
@@ -87,7 +87,7 @@ def doctor(*, as_json: bool) -> bool:
             "devices": devices,
             "checks": [asdict(check) for check in checks],
         }
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         print(f"\n{_summary(checks, packages)}")
     return is_ok
@@ -161,7 +161,7 @@ def run_checks(devices: Mapping[str, str]) -> Iterator[Check]:
         except Exception as error:
             yield Check("conversion of the demo checkpoint", False, _one_line(error))
             return
-        yield Check("conversion of the demo checkpoint", True, "")
+        yield Check("conversion of the demo checkpoint", True, "to the HF layout")
         yield _try("tokenizer", lambda: _check_tokenizer(folder))
         with _one_thread():
             for device, dtype in product(devices, DTYPES):
@@ -248,6 +248,7 @@ def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, Gol
     """Load the model as users do, and compare its answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from modeling_mistral_large.json_text import show
     from modeling_mistral_large.tool_loop import generate_with, run_tool_loop
 
     where = f"{device} {dtype}"
@@ -265,15 +266,15 @@ def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, Gol
             output = model.generate(**prompt.to(device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
             said = wrong_answer(tokenizer, output[0, prompt["input_ids"].shape[1] :].tolist(), conversation.answer)
             if said is not None:
-                raise _WrongError(f"{name}: {said!r} instead of {conversation.answer!r}")
+                raise _WrongError(f"{name}: {show(said)} instead of {show(conversation.answer)}")
         return f"{len(ASKED)} golden answers"
 
     def call_a_tool() -> str:
         generate = generate_with(model, tokenizer, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         *_, answer = run_tool_loop(generate, golden["weather_call"].messages, [get_current_weather])
         if answer["content"] != golden["weather_answer"].answer:
-            raise _WrongError(f"{answer['content']!r} instead of {golden['weather_answer'].answer!r}")
-        return answer["content"]
+            raise _WrongError(f"{show(answer['content'])} instead of {show(golden['weather_answer'].answer)}")
+        return "a golden answer from its result"
 
     for mode, options in MODES.items():
         yield _try(f"{where}, {mode}", lambda options=options: ask(options))
@@ -288,7 +289,7 @@ def _print_environment(packages: list[Package], devices: Mapping[str, str]) -> N
             remark = f"OUTSIDE of {package.range}"
         print(f"{package.name:24} {package.version or 'not installed':14} {remark}".rstrip())
     for device, description in devices.items():
-        print(f"{device:24} {printable(description)}")
+        print(f"{device:24} {one_line(description)}")
     print(flush=True)
 
 
@@ -298,5 +299,7 @@ def _summary(checks: list[Check], packages: list[Package]) -> str:
     outside = [package.name for package in packages if package.is_in_range is False]
     if not wrong + skipped:
         return f"All {len(checks)} checks are right." + (f" Not tested: {', '.join(outside)}." if outside else "")
-    advice = f"install a version in the range of {', '.join(outside)}" if outside else "report it with this output"
+    advice = "report it with this output" if wrong else "it says above what it needs"
+    if outside:
+        advice = f"install {', '.join(outside)} in the range that is wanted"
     return f"{wrong} of {len(checks)} checks are wrong, {skipped} could not be run; {advice}."

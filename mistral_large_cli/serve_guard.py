@@ -1,8 +1,8 @@
 """What stands between a client and the server of transformers: each request is obeyed, or refused with the reason.
 
 By itself that server drops what it does not know (images, `response_format`, `tool_choice`, `n`, …), samples only where
-the folder says so, computes prompts beyond the model's context, and has routes for anyone to load and unload models. Here
-a request is read strictly, before anything of it is dropped; what goes on to the server is only what it obeys.
+the folder says so, computes prompts beyond the model's context, and has routes for anyone to load and unload models.
+Here a request is read strictly, before anything of it is dropped; what goes on to the server is only what it obeys.
 """
 
 import json
@@ -274,8 +274,8 @@ class ChatGuard:
         room = context - prompt_tokens
         if request.max_tokens is not None and request.max_tokens > room:
             raise RequestError(
-                f"max_tokens: {request.max_tokens} after a prompt of {prompt_tokens} tokens; the context has {context}; "
-                f"ask for at most {room}",
+                f"max_tokens: {request.max_tokens} after a prompt of {prompt_tokens} tokens; the context has "
+                f"{context}; ask for at most {room}",
                 "max_tokens",
             )
         own = self._model.generation_config.max_new_tokens or 0
@@ -283,7 +283,7 @@ class ChatGuard:
 
 
 def _seed_when_generating(model: Any) -> None:
-    """Have the model set the seed of a request where its tokens are drawn: those before it in the queue draw from the same generator."""
+    """Have the model set the seed of a request itself: until then, those before it in the queue draw random numbers."""
     import torch
 
     generate = model.generate

@@ -14,10 +14,11 @@ Tool = Callable[..., Any]
 
 
 class _InUse:
-    """What the last tools file has put on `sys.path` and into `sys.modules`: its functions may import when called."""
+    """Where the last tools file imports from, also later, when its functions are called."""
 
-    folder: str | None = None
-    modules: frozenset[str] = frozenset()
+    folder: Path | None = None
+    # Top-level modules that were there before it.
+    before: frozenset[str] = frozenset()
 
 
 def load_tools(path: Path) -> list[Tool]:
@@ -57,29 +58,34 @@ def tool_names(tools: Sequence[Tool]) -> list[str]:
 @contextmanager
 def _instead_of_the_last(folder: Path) -> Iterator[None]:
     """Import from `folder` and forget the modules of the last tools file; where that fails, all is as before."""
-    path, modules = list(sys.path), dict(sys.modules)
-    if _InUse.folder in sys.path:
-        sys.path.remove(_InUse.folder)
-    for name in _InUse.modules:
-        sys.modules.pop(name, None)
-    before = {_top(name) for name in sys.modules}
+    path, last = list(sys.path), _own_modules()
+    if _InUse.folder is not None and str(_InUse.folder) in sys.path:
+        sys.path.remove(str(_InUse.folder))
+    for name in last:
+        del sys.modules[name]
+    was_in_use = _InUse.folder, _InUse.before
+    _InUse.folder, _InUse.before = folder, frozenset(map(_top, sys.modules))
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
-
-    def imported() -> frozenset[str]:
-        new = {_top(name) for name in sys.modules} - before
-        own = {name for name in new if name in sys.modules and _is_in(folder, sys.modules[name])}
-        return frozenset(name for name in sys.modules if _top(name) in own)
-
     try:
         yield
     except BaseException:
-        for name in imported():
+        for name in _own_modules():
             del sys.modules[name]
-        sys.modules.update({name: modules[name] for name in _InUse.modules if name in modules})
+        sys.modules.update(last)
         sys.path[:] = path
+        _InUse.folder, _InUse.before = was_in_use
         raise
-    _InUse.folder, _InUse.modules = str(folder), imported()
+
+
+def _own_modules() -> dict[str, ModuleType]:
+    """The tools file in use as a module, and the modules next to it that were imported for it."""
+    folder = _InUse.folder
+    if folder is None:
+        return {}
+    modules = {name: module for name, module in sys.modules.items() if _top(name) not in _InUse.before}
+    own = {_top(name) for name in modules if name == _top(name) and _is_in(folder, modules[name])}
+    return {name: module for name, module in modules.items() if _top(name) in own}
 
 
 def _top(module_name: str) -> str:
@@ -183,7 +189,7 @@ def _check_descriptions(path: Path, tools: dict[str, Tool]) -> None:
             raise ConversationError(f"{error}; begin its name with _ if it is no tool") from error
         if tool_name in described:
             raise ConversationError(
-                f"{path}: {described[tool_name]} and {name} are both called {tool_name}; the model calls tools by name; "
-                "rename one"
+                f"{path}: {described[tool_name]} and {name} are both called {tool_name}; the model calls tools by "
+                "name; rename one"
             )
         described[tool_name] = name

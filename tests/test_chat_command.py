@@ -193,6 +193,43 @@ def test_messages_of_several_lines(demo_folder: Path, tmp_path: Path) -> None:
     assert json.loads(saved.read_text(encoding="utf-8"))["messages"][0]["content"] == "Who\n\n/reset"
 
 
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the model is asked, message by message; it always says the same."""
+    messages: list[str] = []
+
+    def answer(_: Any, history: list[Any], *__: Any) -> Any:
+        messages.append(history[-1]["content"])
+        return {"role": "assistant", "content": "Yes."}, False
+
+    monkeypatch.setattr(Speaker, "answer", answer)
+    return messages
+
+
+def test_text_from_a_pipe_is_text(demo_folder: Path, tmp_path: Path, heard: list[str]) -> None:
+    ran, saved = tmp_path / "ran", tmp_path / "saved.json"
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(ran)!r}, 'w').close()")
+    lines = [f"/tools {evil}", f"/save {saved}", "/exit", "/system Be rude.", "/reset", "//x", " /y", "/nonsense", "/"]
+    block = [f"/tools {evil}", "", "//"]
+    printed = talk(demo_folder, *lines, '"""', *block, '"""', *lines, commands=False)
+    assert heard == [*lines, "\n".join(block), *lines]
+    assert printed == ["Yes."] * len(heard)
+    assert not ran.exists()
+    assert not saved.exists()
+
+
+def test_messages_may_begin_with_a_slash(demo_folder: Path, heard: list[str]) -> None:
+    block = ["/* adds */", "//", "/exit"]
+    talk(demo_folder, "//etc is a folder", "///", " /tmp", '"""', *block, '"""', "/exit", "not heard")
+    assert heard == ["/etc is a folder", "//", " /tmp", "\n".join(block)]
+
+
+def test_blocks_of_nothing_are_no_messages(demo_folder: Path, heard: list[str]) -> None:
+    talk(demo_folder, '"""', '"""', '"""', "  ", '"""', '"""', "the end")
+    assert heard == ["the end"]
+
+
 def test_the_prompt_is_shown(demo_folder: Path) -> None:
     printed = talk(demo_folder, "/prompt", question("who_are_you"), "/prompt")
     answer = GOLDEN["who_are_you"].answer
@@ -203,7 +240,10 @@ def test_the_prompt_is_shown(demo_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "finding"),
     [
-        ("/nonsense", "/nonsense: no such command"),
+        ("/nonsense", "/nonsense: no such command; /help lists them; // begins a message with a slash"),
+        ("/reset now", "/reset: takes nothing, not 'now'"),
+        ("/exit now", "/exit: takes nothing, not 'now'"),
+        ("/load {folder}/tools.json", "has definitions of tools; the chat calls Python functions"),
         ("/save", "/save: no name of a file"),
         ("/save {folder}/no/such/folder.json", "cannot be written: No such file or directory"),
         ("/load {folder}/none.json", "No such file or directory"),
@@ -222,6 +262,7 @@ def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: st
         "broken.json": "{",
         "number.json": "1",
         "role.json": '[{"role": "nobody"}]',
+        "tools.json": '{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": {"name": "f"}}]}',
         "empty.py": "from json import dumps",
         "broken.py": "nothing",
         "untyped.py": "def f(x): 'Do.'",
@@ -253,6 +294,65 @@ def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file:
     assert message["tool_calls"][0]["function"]["arguments"] == {"location": "Paris, France", "format": "celsius"}
 
 
+def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Path) -> None:
+    speaker = Speaker(
+        str(demo_folder), Sampling(64, 0, None, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
+    )
+    golden = GOLDEN["window_cleaner_follow_up"]
+    passes = []
+
+    def interrupt(*_: Any) -> None:
+        passes.append(speaker._cache.get_seq_length())
+        if len(passes) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    handle = speaker._model.register_forward_hook(interrupt)
+    message, was_stopped = speaker.answer(golden.messages, [], lambda _: None)
+    handle.remove()
+    assert (message, was_stopped, passes) == ({"role": "assistant", "content": ""}, True, [7, 14, 21])
+    assert speaker.answer(golden.messages, [], lambda _: None)[0]["content"] == golden.answer
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        (("--temperature", "0", "--top-p", "0.9"), "top_p: has no effect at a temperature of 0"),
+        (("--temperature", "nan"), "temperature nan: must be finite"),
+        (("--temperature", "inf"), "temperature inf: must be finite"),
+        (("--temperature", "1e-320"), "and 0 or at least 0.001"),
+        (("--top-p", "nan"), "top_p nan: must be a probability"),
+        (("--system", "x", "--load", "{folder}/system.json"), "has a system prompt of its own; leave one"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    demo_folder: Path, tmp_path: Path, options: tuple[str, ...], finding: str
+) -> None:
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
+    (tmp_path / "system.json").write_text(json.dumps(system))
+    arguments = ["chat", str(demo_folder), *(option.format(folder=tmp_path) for option in options)]
+    with pytest.raises(MistralLargeError) as caught:
+        CliRunner().invoke(app, arguments, input="", catch_exceptions=False)
+    assert finding in str(caught.value)
+
+
+def test_a_device_map_under_torchrun_is_refused(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MistralLargeError, match="--device-map: under torchrun each process has its own GPU"):
+        CliRunner().invoke(app, ["chat", str(demo_folder), "--device-map", "cpu"], input="", catch_exceptions=False)
+
+
+@pytest.mark.parametrize("option", [("--dtype", "bf16"), ("--seed", "1e3"), ("--sede", "1"), ("--seed", str(2**64))])
+def test_misspelt_options_are_usage_errors(option: tuple[str, ...]) -> None:
+    assert CliRunner().invoke(app, ["chat", "folder", *option], input="").exit_code == 2
+
+
+def test_a_system_prompt_goes_with_a_loaded_conversation_that_has_none(demo_folder: Path, tmp_path: Path) -> None:
+    pirate = GOLDEN["pirate"]
+    (tmp_path / "none.json").write_text(json.dumps([{"role": "user", "content": "x"}]))
+    options = ("--load", str(tmp_path / "none.json"), "--system", pirate.messages[0]["content"])
+    assert talk(demo_folder, "/reset", question("pirate"), options=options) == pirate.answer.splitlines()
+
+
 def test_terminals_are_not_told_what_to_do(tokenizer: MistralLargeTokenizer) -> None:
     text = "a\x1b[2J\x07\r\x9b5A\tb\nc\x7f"
     assert printable(text) == "a�[2J��\ufffd5A\tb\nc�"
@@ -277,17 +377,41 @@ def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
         assert re.fullmatch(rf"mistral-large: {re.escape(str(name))}: .+\n", result.stderr)
 
 
-def test_input_that_is_no_text_is_one_error(demo_folder: Path) -> None:
+@pytest.mark.parametrize(
+    "variables", [{"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}]
+)
+def test_input_that_is_no_text_is_one_error(demo_folder: Path, variables: dict[str, str]) -> None:
     result = subprocess.run(
-        [*COMMAND, str(demo_folder)],
-        input=b"\xff\n",
-        env={**ENVIRONMENT, "PYTHONIOENCODING": "utf-8:strict"},
-        capture_output=True,
-        check=False,
+        [*COMMAND, str(demo_folder)], input=b"\xff\n", env=ENVIRONMENT | variables, capture_output=True, check=False
     )
     assert result.returncode == 2
     assert b"mistral-large: standard input: 'utf-8' codec can't decode" in result.stderr
     assert b"Traceback" not in result.stderr
+
+
+def test_input_is_text_and_output_readable_whatever_the_encoding(demo_folder: Path, tools_file: Path) -> None:
+    command = [*COMMAND, str(demo_folder), "--temperature", "0", "--commands", "--tools", str(tools_file)]
+    result = subprocess.run(
+        command,
+        input=f"{question('weather_call')}\n/reset\n/system né\nWho are you?\n/prompt\n".encode(),
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert rb"It is 22 \xb0C in Paris right now." in result.stdout
+    assert rb"n\xe9" in result.stdout
+
+
+def test_input_that_cannot_be_read_is_one_error(demo_folder: Path, tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    result = subprocess.run(
+        [*COMMAND, str(demo_folder)], stdin=descriptor, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    os.close(descriptor)
+    assert result.returncode == 2
+    assert "Is a directory" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 class Terminal:
@@ -353,6 +477,12 @@ def test_at_a_terminal(demo_folder: Path) -> None:
         terminal.wait_for("> ")
         terminal.type("/help\n")
         terminal.wait_for("/reset         forget the conversation")
+        terminal.wait_for("> ")
+        # A block is no command, and neither is a line that begins with two slashes.
+        terminal.type('/system\n"""\n/nonsense\n"""\n//etc\n/prompt\n')
+        shown = terminal.wait_for("[INST] /etc [/INST]")
+        assert "[INST] /nonsense [/INST]" in shown
+        assert "no such command" not in shown
         terminal.wait_for("> ")
         # Ctrl-C at the prompt neither. Between showing the prompt and waiting, Python only takes note of it.
         for _ in range(20):
