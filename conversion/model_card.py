@@ -7,6 +7,7 @@ from typing import Literal
 from modeling_mistral_large.conversion.quantize import DESCRIPTIONS, Quantization
 from modeling_mistral_large.conversion.source_files import file_finding
 from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.remote_code import DISTRIBUTION, REMOTE_CODE_NAME
 
 ModelType = Literal["mistral_large", "mistral"]
 
@@ -51,11 +52,27 @@ PIPELINE = """\
 chat = pipeline("text-generation", "path/to/this/folder", dtype="auto", device_map="auto")
 print(chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
 ```"""
+REGISTERING_IMPORT = "import modeling_mistral_large  # registers the architecture with transformers\n"
+# Front matter and text name what loads the folder: without it, the tokenizer is not safe.
+NEEDS_PACKAGE = f"""\
+This checkpoint needs the package `{DISTRIBUTION}`:
+
+```bash
+pip install {DISTRIBUTION}
+```
+
+{PIPELINE.format(imports=REGISTERING_IMPORT)}
+
+Programs that do not import the package find it with `trust_remote_code=True` or `--trust_remote_code`: then
+`{REMOTE_CODE_NAME}` imports the classes from the installed package. Without the package or the option,
+transformers refuses to load this folder. Do not read `tokenizer.json` with a stock tokenizer class: there, `[INST]` or
+`</s>` in a user's text is the control token. `mistral-large retag --as mistral` makes a folder for programs without the
+package; see its documentation for what they cannot do."""
 NATIVE_READERS = """\
 Programs that read the vendor's layout read this folder: `params.json`, `consolidated*.safetensors` and
 `tokenizer.model.v3`. For vLLM, add `--load-format mistral --config-format mistral --tokenizer-mode mistral`."""
 TRANSFORMERS_FRONT_MATTER = """\
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 - {model_type}"""
@@ -76,14 +93,12 @@ CAST_OTHER_VALUES = "All other values were rounded from {} to {}."
 # What differs between the layouts and model types; None is the consolidated layout.
 READERS: dict[ModelType | None, dict[str, str]] = {
     "mistral_large": {
-        "front_matter": TRANSFORMERS_FRONT_MATTER.format(model_type="mistral_large"),
+        "front_matter": TRANSFORMERS_FRONT_MATTER.format(library=DISTRIBUTION, model_type="mistral_large"),
         "modification": CONVERTED,
-        "use": PIPELINE.format(
-            imports="import modeling_mistral_large  # registers the architecture with transformers\n"
-        ),
+        "use": NEEDS_PACKAGE,
     },
     "mistral": {
-        "front_matter": TRANSFORMERS_FRONT_MATTER.format(model_type="mistral"),
+        "front_matter": TRANSFORMERS_FRONT_MATTER.format(library="transformers", model_type="mistral"),
         "modification": CONVERTED,
         "use": PIPELINE.format(imports=""),
     },

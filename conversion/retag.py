@@ -1,7 +1,7 @@
 """Another model type for a folder of the HF layout: the small files that say it, never the weights."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_mistral_large.chat_templates import prompt_format_of
@@ -46,13 +46,14 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
     findings += _settings_findings(folder) or tokenizer_findings(folder, vocab_size=config.vocab_size)
     if findings:
         raise CheckpointError(f"{folder}: cannot be retagged, it is not as it was converted: {'; '.join(findings)}")
-    changed = _retagged(folder, model_type)
-    others = {name for files in OWN_FILES.values() for name in files} - OWN_FILES[model_type].keys()
-    removed = sorted(name for name in others if os.path.lexists(folder / name))
-    manifest = _retagged_manifest(folder, changed, removed)
+    retagged = _retagged(folder, model_type)
+    removed = [name for files in OWN_FILES.values() for name in files if name not in retagged]
+    # Before the files that it is of: until they are written, they do not pass.
+    contents = {**_retagged_manifest(folder, model_type, removed), **retagged}
+    changed = {name: content for name, content in contents.items() if not _is(folder / name, content)}
+    removed = [name for name in removed if os.path.lexists(folder / name)]
     try:
-        # First of all: a file that is not yet as it says does not pass, and after an interruption, this stays.
-        for name, content in {**manifest, **changed}.items():
+        for name, content in changed.items():
             with whole_file(folder / name) as out:
                 out.write(content)
         for name in removed:
@@ -70,14 +71,18 @@ def _settings_findings(folder: Path) -> list[str]:
     return []
 
 
+def _is(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
+
+
 def _retagged(folder: Path, model_type: ModelType) -> dict[str, bytes]:
-    """The new contents of the files that change; last of the file that says how the others are read."""
+    """The contents of the files that say the model type; last of the file that says how the others are read."""
     present = {name: (folder / name).read_bytes() for name in (CHAT_TEMPLATE_NAME, MODEL_CARD_NAME)}
     template = present[CHAT_TEMPLATE_NAME]
     prompt_format = prompt_format_of(template.decode("utf-8", errors="replace"))
     if prompt_format is not None:
         template = CHAT_TEMPLATES[model_type].encode()
-    retagged = {
+    return {
         **OWN_FILES[model_type],
         CHAT_TEMPLATE_NAME: template,
         MODEL_CARD_NAME: retag_model_card(present[MODEL_CARD_NAME], model_type),
@@ -86,20 +91,18 @@ def _retagged(folder: Path, model_type: ModelType) -> dict[str, bytes]:
         ),
         CONFIG_NAME: retag_config((folder / CONFIG_NAME).read_bytes(), model_type),
     }
-    return {
-        name: content
-        for name, content in retagged.items()
-        if not (folder / name).exists() or (folder / name).read_bytes() != content
-    }
 
 
-def _retagged_manifest(folder: Path, changed: Mapping[str, bytes], removed: Sequence[str]) -> dict[str, bytes]:
-    """The manifest with the entries of files that change; those that were changed before keep what they do not match."""
+def _retagged_manifest(folder: Path, model_type: ModelType, removed: Sequence[str]) -> dict[str, bytes]:
+    """The manifest of the retagged folder; a file that was changed by someone else stays one that has changed."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.files is None:
         return {}
     files = {name: entry for name, entry in manifest.files.items() if name not in removed}
-    for name, content in changed.items():
-        if name not in files or ManifestFile.of_file(folder / name) == files[name]:
+    files |= {name: ManifestFile.of(content) for name, content in OWN_FILES[model_type].items()}
+    versions = [_retagged(folder, each) for each in CHAT_TEMPLATES]
+    for name, content in _retagged(folder, model_type).items():
+        # The entry may be that of either model type, if an earlier call was interrupted.
+        if files.get(name) in [ManifestFile.of(version[name]) for version in versions if name in version]:
             files[name] = ManifestFile.of(content)
     return {MANIFEST_NAME: json_bytes(Manifest(manifest.tensors, dict(sorted(files.items()))).to_json())}

@@ -21,14 +21,19 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, 
 from modeling_mistral_large.chat_templates import PLAIN_CHAT_TEMPLATE
 from modeling_mistral_large.conversion.destination import whole_file
 from modeling_mistral_large.conversion.hf_files import hf_files
+from modeling_mistral_large.conversion.inspect import manifest_findings
+from modeling_mistral_large.conversion.manifest import read_manifest
 from modeling_mistral_large.conversion.model_card import ModelType, licence_files
 from modeling_mistral_large.conversion.retag import retag_checkpoint
+from modeling_mistral_large.conversion.verify import verify_checkpoint
 from modeling_mistral_large.errors import CheckpointError, DestinationError
 
 from .texts import SNIPPETS, every_code_point, mixed_texts
 
 WEIGHTS = "model.safetensors"
+MANIFEST, MODULE = "conversion.manifest.json", "modeling_mistral_large_remote.py"
 CHANGED = ["chat_template.jinja", "README.md", "tokenizer_config.json", "config.json"]
+CHANGED_TO = {"mistral": [MANIFEST, *CHANGED, MODULE], "mistral_large": [MANIFEST, MODULE, *CHANGED]}
 
 # Run by an interpreter that must not see this package.
 STOCK = """
@@ -129,15 +134,15 @@ def test_retagging_touches_no_weights_and_goes_back_to_the_same_bytes(folder: Pa
     before, stat = contents(folder), (folder / WEIGHTS).stat()
     assert retag_checkpoint(folder, "mistral_large") == []
     assert contents(folder) == before
-    assert retag_checkpoint(folder, "mistral") == CHANGED
+    assert retag_checkpoint(folder, "mistral") == CHANGED_TO["mistral"]
     after = contents(folder)
-    assert {name for name in before if after[name] != before[name]} == set(CHANGED)
-    assert after.keys() == before.keys()
+    assert {name for name in before if after.get(name) != before[name]} == set(CHANGED_TO["mistral"])
+    assert after.keys() == before.keys() - {MODULE}
     # Readers that do not take rope_theta from where it is now.
     assert json.loads(after["config.json"])["rope_theta"] == 1e6
     assert retag_checkpoint(folder, "mistral") == []
     assert contents(folder) == after
-    assert retag_checkpoint(folder, "mistral_large") == CHANGED
+    assert retag_checkpoint(folder, "mistral_large") == CHANGED_TO["mistral_large"]
     assert contents(folder) == before
     now = (folder / WEIGHTS).stat()
     assert (now.st_ino, now.st_mtime_ns, now.st_ctime_ns) == (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -169,7 +174,8 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
     retag_checkpoint(folder, other)
     expected_ids = MistralLargeTokenizer.from_pretrained(folder).encode("a  b   c")
     original = whole_file
-    for stop in range(1, 4):
+    files = CHANGED_TO[model_type]
+    for stop in range(1, 5):
         count = 0
 
         def stopping(path: Path, stop: int = stop) -> Any:
@@ -185,8 +191,41 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
         assert AutoConfig.from_pretrained(folder).hidden_size == 64
         assert AutoTokenizer.from_pretrained(folder).encode("a  b   c") == expected_ids
         monkeypatch.setattr(retag_module, "whole_file", original)
-        assert len(retag_checkpoint(folder, model_type)) == 4 - stop
+        assert retag_checkpoint(folder, model_type) == files[stop:]
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        assert manifest_findings(folder, manifest) == []
         retag_checkpoint(folder, other)
+
+
+def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) -> None:
+    for model_type in ("mistral", "mistral_large"):
+        retag_checkpoint(folder, model_type)
+        assert all(check.is_ok for check in verify_checkpoint(folder))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "</s>"}))
+    for model_type in ("mistral", "mistral_large"):
+        retag_checkpoint(folder, model_type)
+        wrong = {check.name: check.detail for check in verify_checkpoint(folder) if not check.is_ok}
+        assert wrong == {"files": "tokenizer_config.json has changed since the conversion"}
+
+
+def test_an_interrupted_retagging_can_be_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(folder)
+    original = whole_file
+
+    def failing(path: Path) -> Any:
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        return original(path)
+
+    monkeypatch.setattr(retag_module, "whole_file", failing)
+    with pytest.raises(DestinationError):
+        retag_checkpoint(folder, "mistral")
+    assert not all(check.is_ok for check in verify_checkpoint(folder))
+    monkeypatch.setattr(retag_module, "whole_file", original)
+    retag_checkpoint(folder, "mistral_large")
+    assert contents(folder) == before
 
 
 def test_what_others_have_added_stays(folder: Path) -> None:
@@ -199,7 +238,7 @@ def test_what_others_have_added_stays(folder: Path) -> None:
         (folder / name).write_text(json.dumps({**settings, **change}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_bytes(b"# My fine-tune \xff")
-    assert retag_checkpoint(folder, "mistral") == ["tokenizer_config.json", "config.json"]
+    assert retag_checkpoint(folder, "mistral") == [MANIFEST, "tokenizer_config.json", "config.json", MODULE]
     assert json.loads((folder / "config.json").read_text())["my_key"] == [1]
     retag_checkpoint(folder, "mistral_large")
     assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -271,7 +310,7 @@ def test_an_unknown_folder_is_refused_and_stays_as_it_is(
 def test_the_command_says_what_it_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for expected in (f"changed {', '.join(CHANGED)}", "as it was"):
+    for expected in (f"changed {', '.join(CHANGED_TO['mistral'])}", "as it was"):
         monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
         with pytest.raises(SystemExit) as exit_:
             main()
