@@ -52,6 +52,7 @@ setup(
         "modeling_mistral_large",
         "modeling_mistral_large.conversion",
         "modeling_mistral_large.chat_templates",
+        "modeling_mistral_large.inference",
         "mistral_large_cli",
     ],
     package_dir={
