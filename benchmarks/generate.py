@@ -1,7 +1,8 @@
 """Reading a prompt and decoding, beside stock transformers and beside what the memory's bandwidth allows.
 
 Our model and transformers' own MistralForCausalLM have the very same random weights, in memory once; their logits are
-compared first. Ours with FP8 and 4-bit weights, random ones too, run beside them. The ways take turns, each turn begins
+compared first. Ours runs as it is loaded and, on processors with AMX, after `use_vector_products_` too; ours with FP8
+and 4-bit weights, random ones too, run beside them. The ways take turns, each turn begins
 with another one; a figure is the median of the turns, a ratio the median of the turns' ratios. A step is the whole of
 it: model, head and the choice of the likeliest token. For decoding the cache is filled with random numbers, as the time
 does not depend on them.
@@ -23,7 +24,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ import benchmarks.stand_ins  # noqa: F401  # before the package is imported
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.compiled_layers import compile_layers_
 from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
-from modeling_mistral_large.cpu_decode import PATHS, turn_off, turn_on
+from modeling_mistral_large.cpu_decode import HAS_AMX, use_vector_products_
 from modeling_mistral_large.quantized import Fp8Linear, Int4Linear, quantize_modules_, use_kernels_
+from modeling_mistral_large.transformers_api import cache_argument, cache_in
 
 # transformers types its models in part only.
 OURS: Any = MistralLargeForCausalLM
@@ -68,12 +69,11 @@ RANKS = {"rank of 8": 8}
 
 @dataclass(frozen=True)
 class Way:
-    """A model to run, with some of the fast paths turned off, compiled with a static cache or not."""
+    """A model to run, compiled with a static cache or not."""
 
     name: str
     model: Any
     is_quantized: bool = False
-    off: frozenset[str] = frozenset()
     is_compiled: bool = False
 
 
@@ -122,15 +122,18 @@ def our_model(geometry: str, layers: int | None, weights: str, device: torch.dev
     return model.eval()
 
 
-def stock_model(ours: Any) -> Any:
-    """transformers' Mistral with the same tensors."""
-    own = {name: value for name, value in ours.config.to_dict().items() if name not in ("architectures", "model_type")}
-    config = MistralConfig(**own, sliding_window=None)
+def with_same_weights(model_class: Any, config: Any, ours: Any) -> Any:
+    """Another model with the same tensors, in memory once."""
     with torch.device("meta"):
-        model = STOCK._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = model_class._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.load_state_dict(ours.state_dict(), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(ours.device)
     return model.eval()
+
+
+def stock_model(ours: Any) -> Any:
+    own = {name: value for name, value in ours.config.to_dict().items() if name not in ("architectures", "model_type")}
+    return with_same_weights(STOCK, MistralConfig(**own, sliding_window=None), ours)
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -220,7 +223,7 @@ class Decoding:
             self.fill()
 
     def step(self) -> None:
-        logits = self.way.model(self.token, past_key_values=self.cache, position_ids=self.position).logits
+        logits = self.way.model(self.token, position_ids=self.position, **cache_argument(self.cache)).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
         self.position.add_(1)
 
@@ -248,21 +251,10 @@ class Decoding:
                 self.graph.replay()
 
 
-@contextmanager
-def paths_off(way: Way) -> Iterator[None]:
-    turn_off(*way.off)
-    try:
-        yield
-    finally:
-        turn_on(*PATHS)
-
-
 def in_turns(ways: Sequence[Way], runs: int, measure: Callable[[Way], None]) -> None:
     for turn in range(runs):
         for place in range(len(ways)):
-            way = ways[(turn + place) % len(ways)]
-            with paths_off(way):
-                measure(way)
+            measure(ways[(turn + place) % len(ways)])
 
 
 def measured(ways: Sequence[Way], times: Mapping[str, list[float]], peaks: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,15 +281,14 @@ def decode(ways: Sequence[Way], batch: int, context: int, runs: int, buffer: Ten
     memory = Memory(device)
     decodings, first_steps, uncaptured = {}, {}, {}
     for way in ways:
-        with paths_off(way):
-            decodings[way.name] = decoding = Decoding(way, batch, context)
-            decoding.restart()
-            first_steps[way.name] = seconds(device, decoding.step)
-            if way.is_compiled and device.type == "cuda":
-                try:
-                    decoding.capture()
-                except RuntimeError as error:
-                    decoding.graph, uncaptured[way.name] = None, str(error)
+        decodings[way.name] = decoding = Decoding(way, batch, context)
+        decoding.restart()
+        first_steps[way.name] = seconds(device, decoding.step)
+        if way.is_compiled and device.type == "cuda":
+            try:
+                decoding.capture()
+            except RuntimeError as error:
+                decoding.graph, uncaptured[way.name] = None, str(error)
     times: dict[str, list[float]] = defaultdict(list)
     peaks: dict[str, dict[str, float]] = {}
     rates: list[float] = []
@@ -342,7 +333,7 @@ def prefill(ways: Sequence[Way], batch: int, context: int, runs: int) -> dict[st
         cache = DynamicCache(config=model.config)
         for start in range(0, context, PREFILL_CHUNK):
             part = prompt[:, start : start + PREFILL_CHUNK]
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(part, use_cache=True, logits_to_keep=1, **cache_argument(cache)).logits
         logits.argmax(-1).tolist()
 
     def measure(way: Way) -> None:
@@ -365,8 +356,8 @@ def disagreement(ours: Any, stock: Any) -> float:
     prompt = torch.randint(3, ours.config.vocab_size, (1, 33), device=ours.device)
     found = []
     for model in (ours, stock):
-        past = model(prompt[:, :-1], use_cache=True).past_key_values
-        found.append(model(prompt[:, -1:], past_key_values=past).logits.double())
+        past = cache_in(model(prompt[:, :-1], use_cache=True))
+        found.append(model(prompt[:, -1:], **cache_argument(past)).logits.double())
     return float((found[0] - found[1]).norm() / found[1].norm())
 
 
@@ -390,17 +381,16 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "decode, compiled": [],
     }
     print(f"{result['layers']} layers of {options.geometry}")
-    partial = []
     if options.stock and options.weights[0] == "bf16":
         stock = stock_model(ways[0].model)
         result["our logits from stock's"] = disagreement(ways[0].model, stock)
-        if options.device.type == "cpu":
-            partial = [
-                Way(f"ours, bf16, without {path}", ways[0].model, off=frozenset({path})) for path in sorted(PATHS)
-            ]
+        if options.device.type == "cpu" and HAS_AMX:
+            vectors = with_same_weights(OURS, ways[0].model.config, ways[0].model)
+            use_vector_products_(vectors)
+            ways.insert(1, Way("ours, bf16, vector products", vectors))
         ways.insert(0, Way("stock, bf16", stock))
     for batch, context in options.decode:
-        result["decode"].append(decode([*ways, *partial], batch, context, options.runs, buffer))
+        result["decode"].append(decode(ways, batch, context, options.runs, buffer))
         show("Decode", result["decode"][-1])
         yield result
     for batch, context in dict.fromkeys([*options.prefill, *options.quantized_prefill]):

@@ -131,7 +131,7 @@ def _options(function: Callable[..., Any]) -> tuple[str, ...]:
 # What a head hands to its loss function itself.
 _LOSS_INPUTS = {"logits", "labels", "vocab_size"}
 # Taken by transformers' decorators of forward, `can_return_tuple` and `merge_with_config_defaults`.
-_OF_DECORATORS = {"return_dict", "debug_io", "debug_io_dir", "prune_layers"}
+_OF_DECORATORS = {"return_dict", "use_cache", "debug_io", "debug_io_dir", "prune_layers"}
 KNOWN_KEYWORDS = frozenset(
     {*TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__, *_OF_DECORATORS}
     | ({*_options(ForCausalLMLoss)} - _LOSS_INPUTS)
@@ -152,25 +152,23 @@ def _is_used(model: Any, keywords: dict[str, Any], name: str) -> bool:
     if isinstance(keywords.get("cache"), PagedAttentionCache) and name in _PAGED_KEYWORDS:
         return True
     implementation = attention_implementation(model.config)
-    if implementation is not None and name not in CACHE_NAMES and name in _attention_options(implementation):
-        return True
-    has_own_loss = not torch.compiler.is_compiling() and keywords.get("labels") is not None
-    return has_own_loss and name in _options(model.loss_function)
+    return implementation is not None and name not in CACHE_NAMES and name in _attention_options(implementation)
 
 
-def _refuse_keyword(model: Any, name: str, known: frozenset[str]) -> None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not type it
+def _refusal(model_class: str, name: str, known: frozenset[str]) -> str:
     close = get_close_matches(name, sorted(known), n=1)
     advice = f"did you mean {close[0]!r}?" if close else "it would have no effect; leave it out"
     if name in CACHE_NAMES:
         advice = f"transformers {transformers_version} calls the cache {CACHE_NAME!r}"
-    raise KeywordError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}; {advice}")
+    return f"{model_class}.forward() got an unexpected keyword argument {name!r}; {advice}"
 
 
 def model_forward(forward: Any) -> Any:
     """Decorator of a model's `forward`: take the cache by the names transformers gives it, and refuse unknown keywords.
 
     Known are what `forward` declares and what transformers declares: its `TransformersKwargs`, the options of the
-    attention function in use and of the loss function, and those of continuous batching. Without it transformers'
+    attention function in use and of its loss function, and those of continuous batching. Without it transformers'
     `**kwargs` swallow a misspelt name. It is the outermost decorator, as the others add keywords of their own.
     """
     own_name = _own_cache_name(forward)
@@ -181,7 +179,7 @@ def model_forward(forward: Any) -> Any:
     def checked(self: Any, *args: Any, **keywords: Any) -> Any:
         for name in keywords:
             if name not in known and not _is_used(self, keywords, name):
-                _refuse_keyword(self, name, known)
+                raise KeywordError(_refusal(type(self).__name__, name, known))
         if takes_both:
             _rename_cache(f"{type(self).__name__}.forward", own_name, keywords)
         return forward(self, *args, **keywords)
