@@ -1,4 +1,4 @@
-"""Damage to checkpoints, of every kind and in every layout: data for the tests and for benchmarks/reliability.py."""
+"""Damage to checkpoints, of every kind and in every layout: data for the tests and for tests/campaign."""
 
 import json
 import os

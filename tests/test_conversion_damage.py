@@ -16,7 +16,7 @@ from mistral_large_cli.demo import assemble_demo_checkpoint
 from .checkpoints import everything_in
 from .damage import DAMAGES, LAYOUTS
 
-# The layouts of the demo and of its conversion; benchmarks/reliability.py takes all of them.
+# The layouts of the demo and of its conversion; tests/campaign takes all of them.
 CONSOLIDATED, HF = LAYOUTS["consolidated, shards with an index"], LAYOUTS["HF, one file"]
 OF_CONSOLIDATED, OF_HF = (
     [name for name, damage in DAMAGES.items() if damage.where(layout)] for layout in (CONSOLIDATED, HF)

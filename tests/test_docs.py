@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from benchmarks.reliability import SECTIONS, table
+from .campaign.reliability import SECTIONS, table
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

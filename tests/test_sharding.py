@@ -433,7 +433,7 @@ def test_a_plan_takes_time_with_the_size_of_what_is_asked() -> None:
         {"batch": 10**9, "weights": "bf16", "kv": "auto", "prefill_chunk": 2048, "host_memory": 0},
     )
     # One by one, a thousand million batches.
-    assert time.monotonic() - started < 120
+    assert time.monotonic() - started < 30
 
 
 def test_no_devices() -> None:

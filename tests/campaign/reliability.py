@@ -4,7 +4,7 @@ Every case runs `mistral-large` in a process of its own, on real files, and is h
 error and exit code 2, or the right end; no traceback; the source as it was; nothing half-written under its name. A
 broken promise is a loss, and listed.
 
-    python -m benchmarks.reliability --kills 200 --json benchmarks/results/reliability.json
+    python -m tests.campaign --kills 200 --json benchmarks/results/reliability.json
 
 The servers need an environment with `transformers[serving]` and openai, as .ci/serve makes one: `--sections servers`
 there. Sections that did not run stay in the JSON file as they are.
@@ -41,8 +41,9 @@ import modeling_mistral_large.conversion.verify  # noqa: F401  # so that forked 
 from mistral_large_cli import main as command_line
 from mistral_large_cli.demo import assemble_demo_checkpoint, convert_demo_checkpoint
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.destination import UNFINISHED_NAME
+from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT
 from modeling_mistral_large.conversion.safetensors_header import FileTensor
+
 from tests.checkpoints import contents, everything_in, write_consolidated
 from tests.damage import DAMAGES, LAYOUTS, TOKENIZER, Layout
 from tests.interruptions import (
@@ -54,8 +55,11 @@ from tests.interruptions import (
     small_disk,
 )
 from tests.loopback_hub import REPOSITORY, LoopbackHub, serve
+from tests.test_foreign_files import KINDS
+from tests.test_json_types import OTHER_KEYS, VALUES
+from tests.test_terminal import TEXTS, is_harmless
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # 110 MB, so that a conversion takes longer to write the weights than to prepare it.
 GEOMETRY = MistralLargeConfig(
     hidden_size=512,
@@ -132,7 +136,8 @@ class Command:
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
+                with suppress(AttributeError, OSError):
+                    sys.stdout.flush()
                 os._exit(int(code or 0))
         return cls(process, folder)
 
@@ -394,6 +399,79 @@ class Campaign:
             shutil.rmtree(folder)
         section.figures["in headers"] = in_headers
 
+    def foreign(self, section: Section) -> None:
+        """Names in an unfinished destination that are a link to someone else's file, or a pipe."""
+        for source, to in ((self.demo, "hf"), (self.demo_hf, "consolidated")):
+            destination, precious = self.scratch / "foreign", self.scratch / "precious"
+            assert run("convert", source, destination, "--to", to).code == 0
+            expected, before = contents(destination), contents(source)
+            shutil.rmtree(destination)
+            precious.write_bytes(b"precious")
+            for name in sorted(expected):
+                for suffix in ("", ".partial"):
+                    for make in KINDS:
+                        for target in (precious, sorted(source.glob("*.safetensors"))[0]):
+                            destination.mkdir()
+                            (destination / UNFINISHED_NAME).write_bytes(UNFINISHED_TEXT)
+                            make(destination / f"{name}{suffix}", target)
+                            case = f"to {to}, {name}{suffix} a {make.__name__} to {target.name}"
+                            section.cases += 1
+                            section.ended(run("convert", source, destination, "--to", to), case, 0)
+                            section.hold(contents(destination) == expected, f"{case}: other bytes")
+                            is_kept = precious.read_bytes() == b"precious" and contents(source) == before
+                            section.hold(is_kept, f"{case}: written through")
+                            shutil.rmtree(destination)
+
+    def json_values(self, section: Section) -> None:
+        """Values of every JSON type and size in the place of each value of params.json and config.json."""
+        for sound, name in ((self.demo, "params.json"), (self.demo_hf, "config.json")):
+            folder = Path(shutil.copytree(sound, self.place() / "folder"))
+            content = json.loads((folder / name).read_text())
+            pairs = [(key, value) for key in sorted({*content, *OTHER_KEYS}) for value in VALUES]
+            for key, value in self.random.sample(pairs, min(len(pairs), self.options.values)):
+                others = [f"{json.dumps(other)}: {json.dumps(content[other])}" for other in content if other != key]
+                (folder / name).write_text("{" + ", ".join([f"{json.dumps(key)}: {value}", *others]) + "}")
+                to = "hf" if name == "params.json" else "consolidated"
+                convert = ("convert", folder, folder.parent / "out", "--to", to, "--dry-run")
+                for arguments in (convert, ("inspect", folder), ("verify", folder), ("plan", folder, "--gpus", "80GB")):
+                    outcome, case = run(*arguments), f"{name}, {key!r} {value[:40]}: {arguments[0]}"
+                    section.cases += 1
+                    section.ended(outcome, case, outcome.code if outcome.code in (0, 1, 2) else 2)
+                    section.hold(is_harmless(outcome.stdout + outcome.stderr), f"{case}: commands the terminal")
+            shutil.rmtree(folder.parent)
+
+    def texts(self, section: Section) -> None:
+        """Escape sequences, line ends and letters turned around in every text of a checkpoint that is printed."""
+        for text, act in TEXTS.items():
+            folder = Path(shutil.copytree(self.demo_hf, self.place() / "folder"))
+            act(folder)
+            convert = ("convert", folder, folder.parent / "out", "--to", "consolidated", "--dry-run")
+            others = [("inspect", folder), ("inspect", folder, "--json"), ("verify", folder), ("plan", folder)]
+            for arguments in (convert, *others, ("retag", folder, "--as", "mistral")):
+                outcome, case = run(*arguments), f"{text}: {arguments[0]}"
+                section.cases += 1
+                section.ended(outcome, case, outcome.code if outcome.code in (0, 1, 2) else 2)
+                section.hold(is_harmless(outcome.stdout + outcome.stderr), f"{case}: commands the terminal")
+            shutil.rmtree(folder.parent)
+
+    def streams(self, section: Section) -> None:
+        """A standard output that is full, closed, without a reader or ASCII only, and one that is a text of bytes."""
+        folder, out = self.demo_hf, self.scratch / "streams"
+        commands = (
+            ("inspect", folder),
+            ("inspect", folder, "--json"),
+            ("verify", folder),
+            ("plan", "--gpus", "8x80GB"),
+            ("convert", folder, out, "--to", "consolidated", "--dry-run"),
+            ("convert", folder, out, "--to", "consolidated"),
+            ("retag", folder, "--as", "mistral_large"),
+        )
+        for name, (prepare, code) in STREAMS.items():
+            for arguments in commands:
+                section.cases += 1
+                section.ended(run(*arguments, prepare=prepare), f"{name}: {' '.join(map(str, arguments))}", code)
+                shutil.rmtree(out, ignore_errors=True)
+
     def together(self, section: Section) -> None:
         """Two and six conversions into one folder at once: one writes, the others refuse or find it finished."""
         for direction in self.directions:
@@ -544,6 +622,34 @@ class Campaign:
         section.figures["clients at once"] = CLIENTS
 
 
+def full() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def closed() -> None:
+    os.close(0)
+    os.close(1)
+    sys.stdin = sys.stdout = None  # type: ignore[assignment]  # as an interpreter has them then
+
+
+def without_reader() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+
+
+def ascii_only() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii")  # type: ignore[union-attr]  # made by Command.start
+
+
+# What becomes of the standard output, and the exit code of every command then.
+STREAMS: dict[str, tuple[Callable[[], None], int]] = {
+    "full": (full, 2),
+    "closed": (closed, 0),
+    "without a reader": (without_reader, 1),
+    "ASCII only": (ascii_only, 0),
+}
 # What a row of the table says, with figures of the section.
 SECTIONS = {
     "kills": "conversions killed by SIGKILL at random moments and run again, both ways; {left an unfinished folder} "
@@ -553,6 +659,11 @@ SECTIONS = {
     "full_disks": "a limit on the size of files; a disk that is too small; one that another program fills meanwhile",
     "sources": "read errors of the disk, and files that become shorter while they are read",
     "bit_flips": "one bit of the files of weights, {in headers} of them in a header; `verify` has the manifest only",
+    "foreign": "hard links, links and pipes under every name of an unfinished destination",
+    "json_values": "values of every JSON type and of up to 400 digits in `params.json` and `config.json`, as "
+    "`convert`, `inspect`, `verify` and `plan` meet them",
+    "texts": "escape sequences and line ends in every text of a checkpoint that is printed",
+    "streams": "a standard output that is full, closed, without a reader or ASCII only",
     "together": "two and six conversions into one folder at once",
     "unreadable": "folders and files that may not be read or written",
     "hub": "connections to the hub that are cut, files that cannot be had, commands killed in a download, refusals",
@@ -628,6 +739,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--interruptions", type=int, default=10, help="of each other kind and direction")
+    parser.add_argument("--values", type=int, default=100, help="of params.json, and as many of config.json")
     parser.add_argument("--mutations", type=int, default=20_000, help="answers")
     parser.add_argument("--conversations", type=int, default=6_000)
     parser.add_argument("--turns", type=int, default=4, help=f"of {CLIENTS} clients")

@@ -1,0 +1,5 @@
+"""`python -m tests.campaign`."""
+
+from .reliability import main
+
+main()
