@@ -6,7 +6,6 @@ Here a request is read strictly, before anything of it is dropped; what goes on 
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 CHAT_ROUTE = "/v1/chat/completions"
 OPEN_ROUTES = (CHAT_ROUTE, "/health")
 DEFAULT_MAX_TOKENS = 1024
-# Logits divided by less overflow.
-SMALLEST_TEMPERATURE = 0.001
+# Logits divided by less overflow; divided by more, all tokens are alike.
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.001, 1000
 
 # Parameters that this server does not have, and the values that ask for nothing; null always does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -119,8 +118,8 @@ def read_chat_request(body: Mapping[str, Any]) -> ChatRequest:
         temperature=_read_number(
             given,
             "temperature",
-            lambda value: value == 0 or SMALLEST_TEMPERATURE <= value < math.inf,
-            f"0 or a number of at least {SMALLEST_TEMPERATURE}",
+            lambda value: value == 0 or SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE,
+            f"0 or a number from {SMALLEST_TEMPERATURE} to {LARGEST_TEMPERATURE}",
         ),
         top_p=_read_number(given, "top_p", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
         seed=_read_whole(given, "seed", -(2**63), 2**63 - 1),

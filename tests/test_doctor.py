@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
+from mistral_large_cli.demo import convert_demo_checkpoint
 from mistral_large_cli.doctor import MODES, find_packages, run_checks
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+from modeling_mistral_large.transformers_api import cache_argument
 
 CPU = {"cpu": "a processor"}
 DOCTOR = sys.modules["mistral_large_cli.doctor"]
@@ -80,7 +82,7 @@ def test_a_cache_that_is_swallowed_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     forward = MistralLargeForCausalLM.forward
 
     def forgetful(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **{**kwargs, "cache": None, "past_key_values": None, "use_cache": False})
+        return forward(self, *args, **{**kwargs, **cache_argument(None), "use_cache": False})
 
     forgetful.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # generate reads it
     monkeypatch.setattr(MistralLargeForCausalLM, "forward", forgetful)
@@ -105,10 +107,16 @@ def test_an_error_of_one_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("only_float32")
 def test_other_ids_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = MistralLargeTokenizer.encode_texts
-    monkeypatch.setattr(
-        MistralLargeTokenizer, "encode_texts", lambda self, texts: encode(self, [text.strip() for text in texts])
-    )
+    encode, convert = MistralLargeTokenizer.encode_texts, convert_demo_checkpoint
+
+    def convert_first(folder: Path) -> None:
+        """The conversion compares tokenizers, too."""
+        convert(folder)
+        monkeypatch.setattr(
+            MistralLargeTokenizer, "encode_texts", lambda self, texts: encode(self, [text.strip() for text in texts])
+        )
+
+    monkeypatch.setattr(DOCTOR, "convert_demo_checkpoint", convert_first)
     assert "SentencePiece gives" in wrong()["tokenizer"]
 
 

@@ -3,11 +3,15 @@
 Run by `.ci/serve`, in an environment with what that server needs.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
@@ -29,6 +33,7 @@ from .clients import (
     request_of,
     run_tools,
     stream,
+    wire_messages,
     with_call_ids,
 )
 from .servers import HOST, Server, free_port, running
@@ -167,6 +172,123 @@ def test_a_conversation_that_the_format_refuses_is_answered_with_the_reason(serv
     with pytest.raises(openai.BadRequestError, match="message 2"):
         how(served.client, request_of(golden, served.model) | {"messages": late})
     assert how(served.client, request_of(golden, served.model)).content == golden.answer
+
+
+def post(served: Served, path: str = "/v1/chat/completions", body: Any = None, **headers: str) -> tuple[int, str]:
+    """Status and text of the response to a request as bytes or JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = Request(f"{served.server.url}{path}", data, {"Content-Type": "application/json", **headers})
+    try:
+        with urlopen(request, timeout=120) as response:
+            return response.status, response.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+
+
+@our_folder
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}, PICTURE]}]},
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": "nobody", "content": "x"}]},
+        {"messages": [{"content": "x"}]},
+        {"messages": [5]},
+        {"messages": [*GOLDEN["pirate"].messages, {"role": "assistant", "content": "Arr"}]},
+        {"messages": [{"role": "user", "content": "hi " * 131072}]},
+        {"max_tokens": 131072},
+        {"model": "another"},
+        {"model": 5},
+        {"tools": [{"type": "function", "function": {"name": "no name"}}]},
+        {"response_format": {"type": "json_object"}},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_answered_is_a_mistake_of_the_client(served: Served, options: dict[str, Any]) -> None:
+    for stream_too in (False, True):
+        request = request_of(GOLDEN["pirate"], served.model) | options | {"stream": stream_too}
+        status, text = post(served, body=request)
+        error = json.loads(text)["error"]
+        assert (status, error["type"]) == (400, "invalid_request_error")
+        assert error["message"]
+        assert error["param"] in (None, *options)
+
+
+@our_folder
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"5", b"null", b"", b"\xff", b"[" * 100_000])
+def test_bodies_that_are_no_request(served: Served, body: bytes) -> None:
+    status, text = post(served, body=body)
+    assert (status, json.loads(text)["error"]["type"]) == (400, "invalid_request_error")
+
+
+@our_folder
+@pytest.mark.parametrize(
+    "path", ["/load_model", "/reset", "/v1/completions", "/v1/responses", "/v1/systemone", "/v1/audio/transcriptions"]
+)
+def test_other_routes_are_closed(served: Served, path: str) -> None:
+    status, text = post(served, path, {"model": served.model})
+    assert (status, json.loads(text)["error"]["type"]) == (404, "invalid_request_error")
+
+
+@our_folder
+def test_pages_of_other_sites_may_not_ask(served: Served) -> None:
+    request = request_of(GOLDEN["pirate"], served.model)
+    assert post(served, body=request, Origin="http://other.example")[0] == 403
+    assert post(served, body=request, Origin=served.server.url)[0] == 200
+
+
+@our_folder
+def test_the_model_is_listed(served: Served) -> None:
+    assert [model.id for model in served.client.models.list()] == [served.model]
+    assert served.client.models.retrieve(served.model).id == served.model
+    with pytest.raises(openai.NotFoundError):
+        served.client.models.retrieve("another")
+
+
+@our_folder
+def test_text_chunks_and_text_next_to_calls_are_read(served: Served, demo_tokenizer: MistralLargeTokenizer) -> None:
+    golden = GOLDEN["weather_answer"]
+    messages = wire_messages(golden.messages)
+    messages[0]["content"] = [{"type": "text", "text": "Now"}, {"type": "text", "text": "then."}]
+    messages[1]["content"] = "Let me see."
+    answer = served.client.chat.completions.create(
+        model=served.model, messages=messages, tools=golden.tools, max_tokens=1
+    )
+    prompt = demo_tokenizer.apply_chat_template(messages, golden.tools, return_dict=False)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(prompt)
+
+
+@our_folder
+@whole_and_streamed
+def test_sampling_is_obeyed(served: Served, how: Asking) -> None:
+    """So hot that greedy answers and those of other seeds do not come by chance."""
+    request = request_of(GOLDEN["pirate"], served.model) | {"max_tokens": 20, "temperature": 100.0}
+    with ThreadPoolExecutor(4) as threads:
+        seeds = [1, 2, 1, 2, None]
+        said = list(threads.map(lambda seed: how(served.client, request | {"seed": seed}).content, seeds))
+    assert said[0] == said[2] != said[1] == said[3]
+    assert said[4] not in said[:4]
+    assert how(served.client, request | {"top_p": 1e-9}).content == GOLDEN["pirate"].answer
+
+
+@our_folder
+def test_no_tool_is_called_where_none_may_be(served: Served) -> None:
+    golden = GOLDEN["weather_call"]
+    answer = ask(served.client, request_of(golden, served.model) | {"tool_choice": "none"})
+    assert (answer.content, answer.calls) == (GOLDEN["weather_without_tools"].answer, [])
+
+
+@our_folder
+def test_every_chunk_of_a_stream_has_a_finish_reason(served: Served) -> None:
+    _, text = post(served, body=request_of(GOLDEN["pirate"], served.model) | {"stream": True})
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: {")]
+    reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+    assert reasons == [None] * (len(reasons) - 1) + ["stop"]
 
 
 @every_folder
