@@ -246,15 +246,19 @@ class MistralLargePreTrainedModel(PreTrainedModel):
             index_of,
             register_weight_conversions,
         )
-        from .conversion.hub import CONSOLIDATED_FILES
+        from .conversion.hub import CONSOLIDATED_FILES, reachable_options
         from .conversion.plan import read_checkpoint
         from .quantized import config_for_loading
 
+        options = kwargs
+        kwargs = reachable_options(pretrained_model_name_or_path, options)
         folder = find_consolidated(pretrained_model_name_or_path, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
             base = adapter_base(pretrained_model_name_or_path, kwargs)
             if base is not None:
-                return load_with_adapter(cls, base, pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+                return load_with_adapter(
+                    cls, base, pretrained_model_name_or_path, *model_args, config=config, **options
+                )
             config = config_for_loading(cls, pretrained_model_name_or_path, config, kwargs)
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         register_weight_conversions()
