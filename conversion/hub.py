@@ -3,11 +3,12 @@
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, HfFileSystem, constants, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, constants, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -34,6 +35,10 @@ CONSOLIDATED_FILES = (
     ADAPTER_CONFIG_NAME,
     *LICENCE_PATTERNS,
 )
+# A hub that answers nothing for so long is taken for out of reach; HF_HUB_ETAG_TIMEOUT is for slow networks.
+ANSWER_SECONDS = 1.5
+# Options of `from_pretrained` that say where in the hub and how to get it.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # Most headers are shorter.
 FIRST_BYTES = 100_000
 HF_FILES = (
@@ -64,7 +69,7 @@ def resolve_source(
     """The folder of a checkpoint: `source` itself, or its snapshot in the hub's cache if it is a repository's id.
 
     Of a repository, the files that match `patterns` are downloaded, unless the cache has them: an interrupted
-    download goes on with the first file that is not whole.
+    download goes on with the first file that is not whole. Of a hub that does not answer, there is what the cache has.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be had, or an adapter, and what to do about it.
@@ -86,7 +91,7 @@ def resolve_source(
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
-                local_files_only=local_files_only,
+                local_files_only=local_files_only or is_out_of_reach(repository),
                 allow_patterns=list(patterns),
             )
         )
@@ -95,6 +100,46 @@ def resolve_source(
         raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
     refuse_adapter(folder, name=repository)
     return folder
+
+
+def reachable_options(source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `from_pretrained` for `source`: with `local_files_only` where the hub does not answer.
+
+    Raises:
+        CheckpointError: neither a folder nor the id of a repository, or one that is not in the cache, and out of reach.
+    """
+    if source is None or Path(source).exists():
+        return dict(options)
+    repository = os.fspath(source)
+    if not is_repository_id(repository):
+        raise CheckpointError(f"{source}: no such folder; give a folder, or a repository on the hub as owner/name")
+    if not options.get("local_files_only") and not is_out_of_reach(repository):
+        return dict(options)
+    place = {name: options[name] for name in ("revision", "cache_dir") if options.get(name)}
+    try:
+        snapshot_download(repository, local_files_only=True, **place)
+    except Exception as error:
+        raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+    return {**options, "local_files_only": True}
+
+
+def is_out_of_reach(repository: str) -> bool:
+    """Whether the hub is not to be asked, or does not answer in time; any answer will do.
+
+    The client itself would try again for each file, for minutes.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return True
+    is_set = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    try:
+        get_session().get(
+            f"{constants.ENDPOINT}/api/models/{repository}",
+            timeout=constants.HF_HUB_ETAG_TIMEOUT if is_set else ANSWER_SECONDS,
+        )
+    # The client's HTTP library, whose errors come through, is another one in each of its major versions.
+    except Exception:
+        return True
+    return False
 
 
 def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = None) -> None:

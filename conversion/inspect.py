@@ -24,7 +24,7 @@ from modeling_mistral_large.conversion.hf_files import (
     MODEL_CARD_NAME,
     SPECIAL_IDS,
 )
-from modeling_mistral_large.conversion.hub import fetch_headers, is_repository_id, resolve_source
+from modeling_mistral_large.conversion.hub import fetch_headers, is_out_of_reach, is_repository_id, resolve_source
 from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
 from modeling_mistral_large.conversion.model_card import (
     AGREEMENT_NAME,
@@ -183,6 +183,8 @@ def inspect_checkpoint(source: Path | str) -> Inspection:
     """
     if Path(source).exists() or not is_repository_id(str(source)):
         return _inspect(resolve_source(source), str(source))
+    if is_out_of_reach(str(source)):
+        return _inspect(resolve_source(source, local_files_only=True), str(source))
     with TemporaryDirectory() as folder:
         fetch_headers(str(source), Path(folder))
         return _inspect(Path(folder), str(source))

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
-from .consolidated_loading import HUB_OPTIONS
-from .conversion.hub import ADAPTER_CONFIG_NAME, is_repository_id, read_adapter_base
+from .conversion.hub import ADAPTER_CONFIG_NAME, HUB_OPTIONS, is_repository_id, read_adapter_base
 from .errors import CheckpointError, MissingLibraryError
 
 

@@ -260,14 +260,15 @@ class MistralLargeConfig(ConfigWithRemoteCode):
         Raises:
             CheckpointError: no config.json, or a params.json that is not a Mistral Large geometry.
         """
+        # Imported here, because importing the package loads no more than stock Mistral does.
+        from .conversion.hub import reachable_options, refuse_adapter
+
+        kwargs = reachable_options(pretrained_model_name_or_path, kwargs)
         found = read_consolidated(pretrained_model_name_or_path, kwargs)
         if found is not None:
             return found, {name: value for name, value in kwargs.items() if name not in OPTIONS_OF_FILES}
         found, remaining = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not found.keys() - {"_commit_hash"}:
-            # Imported here, because importing the package loads no more than stock Mistral does.
-            from .conversion.hub import refuse_adapter
-
             refuse_adapter(Path(pretrained_model_name_or_path))
             # The defaults would be taken for the geometry of that checkpoint.
             raise CheckpointError(

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_mistral_large import MistralLargeConfig
 from .conversion.hf_files import SPECIAL_IDS
-from .conversion.hub import is_repository_id, read_adapter_base, resolve_source
+from .conversion.hub import HUB_OPTIONS, is_repository_id, read_adapter_base, resolve_source
 from .conversion.names import ROPE_PAIRS, TO_HF
 from .conversion.params import PARAMS_NAME, config_from_params
 from .conversion.plan import CONFIG_NAMES
@@ -32,8 +32,6 @@ from .errors import CheckpointError
 from .sentencepiece_bpe import VOCABULARY_NAMES, find_vocabulary
 
 WEIGHT_PATTERN = "consolidated*.safetensors"
-# Options of `from_pretrained` that say where in the hub and how to get it.
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # The last part of a name between renaming and conversion: no layout has it.
 INTERLEAVED = "interleaved"
 

@@ -253,18 +253,20 @@ class MistralLargePreTrainedModel(HostedModel):
             index_of,
             register_weight_conversions,
         )
-        from .conversion.hub import CONSOLIDATED_FILES
+        from .conversion.hub import CONSOLIDATED_FILES, reachable_options
         from .conversion.plan import read_checkpoint
         from .quantized import config_for_loading, refuse_unquantized
 
         source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
+        options = kwargs
+        kwargs = reachable_options(source, options)
         folder = find_consolidated(source, kwargs, patterns=CONSOLIDATED_FILES)
         if folder is None:
             base = adapter_base(source, kwargs)
             if base is not None:
                 return load_with_adapter(
-                    cls, base, source, *model_args, config=config, output_loading_info=wants_info, **kwargs
+                    cls, base, source, *model_args, config=config, output_loading_info=wants_info, **options
                 )
             config = config_for_loading(cls, source, config, kwargs)
             loaded: Any = super().from_pretrained(

@@ -197,12 +197,17 @@ class MistralLargeTokenizer(TokenizerHook):
         """Read the tokenizer of a folder, of one of its two files, or of a repository on the hub."""
         _refuse_settings(kwargs)
         path = Path(pretrained_model_name_or_path)
-        # The base class would take it for the name of a repository, and speak of that.
-        if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
-            raise TokenizerFileError(f"{path}: no such file or folder; {RULE}; {WAY_OUT}")
         # Imported here, because importing the package loads no more than stock Mistral does.
         from .consolidated_loading import find_tokenizer_file
+        from .conversion.hub import is_repository_id, reachable_options
 
+        # The base class would take it for the name of a repository, and speak of that.
+        if not path.exists() and not is_repository_id(os.fspath(pretrained_model_name_or_path)):
+            raise TokenizerFileError(f"{path}: no such file or folder; {RULE}; {WAY_OUT}")
+        kwargs = reachable_options(pretrained_model_name_or_path, kwargs)
+        if path.exists():
+            # The base class would ask the hub for the templates of a repository with the name of the file.
+            kwargs["local_files_only"] = True
         alone = find_tokenizer_file(pretrained_model_name_or_path, kwargs)
         if alone is not None:
             kwargs.pop("subfolder", None)

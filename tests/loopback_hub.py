@@ -39,6 +39,8 @@ class LoopbackHub:
     url: str = ""
     # Name of a file, and the Range header, for each GET of one.
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
+    # Method and path of each request.
+    asked: list[str] = field(default_factory=list)
 
     @property
     def downloaded(self) -> set[str]:
@@ -81,6 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
+        self.served.asked.append(f"POST {self.path}")
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
         if re.fullmatch(rf"/api/models/{REPOSITORY}/paths-info/[^/]+", urlsplit(self.path).path):
@@ -91,6 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.served, unquote(urlsplit(self.path).path)
+        hub.asked.append(f"{self.command} {path}")
         if hub.refuse is not None:
             self._error(hub.refuse, "")
         elif re.fullmatch(rf"/api/models/{REPOSITORY}(/revision/(main|{COMMIT}))?", path):

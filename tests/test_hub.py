@@ -1,21 +1,28 @@
 """Checkpoints by their repository's id, from a hub on the loopback interface, with the real client."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from modeling_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.conversion.hub import CONSOLIDATED_FILES, HF_FILES, resolve_source
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
+from modeling_mistral_large.conversion.hub import ANSWER_SECONDS, CONSOLIDATED_FILES, HF_FILES, resolve_source
 from modeling_mistral_large.conversion.inspect import inspect_checkpoint
-from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.errors import CheckpointError, MistralLargeError
 
 from .loopback_hub import COMMIT, REPOSITORY, LoopbackHub, serve
 
@@ -174,6 +181,125 @@ def test_a_folder_is_never_looked_for_on_the_hub(
             resolve_source(source)
         assert str(error.value).startswith(f"{source}: {finding}; give a folder, or a repository")
     assert hub.downloads == []
+
+
+def load_all(source: str | Path) -> dict[str, Any]:
+    """What every way to read a checkpoint finds in it."""
+    model: Any = MistralLargeForCausalLM.from_pretrained(source)
+    return {
+        "config": MistralLargeConfig.from_pretrained(source).to_diff_dict(),
+        "ids": MistralLargeTokenizer.from_pretrained(source).encode("Hello"),
+        "logits": model(torch.tensor([[1, 23325]])).logits.tolist(),
+        "generation config": model.generation_config.to_dict(),
+        "findings": inspect_checkpoint(source).findings,
+    }
+
+
+@pytest.fixture
+def closed_port() -> str:
+    """The address of a hub that nobody serves."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def silent_port() -> Iterator[str]:
+    """The address of a hub that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+UNREACHABLE = ["closed_port", "silent_port", "offline"]
+
+
+@pytest.fixture(params=UNREACHABLE)
+def unreachable(request: pytest.FixtureRequest, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    if request.param == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", request.getfixturevalue(request.param))
+    return hub
+
+
+@pytest.mark.parametrize("name", ["toyy", "owner/other"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        resolve_source,
+        inspect_checkpoint,
+        MistralLargeConfig.from_pretrained,
+        MistralLargeTokenizer.from_pretrained,
+        MistralLargeForCausalLM.from_pretrained,
+    ],
+)
+def test_out_of_reach_what_is_not_here_is_one_line_at_once(
+    unreachable: LoopbackHub, read: Callable[[str], Any], name: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(MistralLargeError) as error:
+        read(name)
+    # Nothing but the wait for an answer takes time; machines in use may add to it.
+    assert time.monotonic() - started < ANSWER_SECONDS + 2
+    assert str(error.value).startswith(f"{name}: no ")
+    assert "\n" not in str(error.value)
+    assert unreachable.asked == []
+
+
+def test_out_of_reach_a_repository_is_read_from_the_cache(
+    hub: LoopbackHub, closed_port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_all(REPOSITORY)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed_port)
+    assert load_all(REPOSITORY) == expected
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.asked.clear()
+    assert load_all(REPOSITORY) == expected
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("layout", ["consolidated", "hf"])
+def test_nothing_of_a_local_folder_is_asked_of_the_hub(
+    hub: LoopbackHub, layout: str, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A name without a slash, and a file in it, could be those of repositories.
+    monkeypatch.chdir(tmp_path)
+    Path("toy").symlink_to(hub.folder if layout == "consolidated" else demo_folder)
+    if layout == "consolidated":
+        for name in UNWANTED:
+            (hub.folder / name).unlink()
+    load_all("toy")
+    for name in ("toy", "toy/tokenizer.model.v3"):
+        assert MistralLargeTokenizer.from_pretrained(name).encode("Hello") == [1, 23325]
+    AutoConfig.from_pretrained("toy")
+    AutoTokenizer.from_pretrained("toy")
+    model: Any = AutoModelForCausalLM.from_pretrained("toy")
+    chat = pipeline("text-generation", "toy", assistant_model="toy")
+    chat("Hello", max_new_tokens=2, do_sample=False)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained("adapter")
+    hub.asked.clear()
+    MistralLargeForCausalLM.from_pretrained("adapter")
+    AutoModelForCausalLM.from_pretrained("adapter")
+    AutoPeftModelForCausalLM.from_pretrained("adapter")
+    assert run(monkeypatch, "inspect", "toy") == 0
+    assert run(monkeypatch, "verify", "toy", "toy") == 0
+    assert run(monkeypatch, "plan", "toy", "--gpus", "8x80GB") == 0
+    monkeypatch.setattr(sys, "stdin", StringIO("Hello\n"))
+    assert run(monkeypatch, "chat", "toy", "--max-new-tokens", "2") == 0
+    assert hub.asked == []
+
+
+def test_a_server_is_not_started_for_what_is_not_here(
+    hub: LoopbackHub, closed_port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed_port)
+    for name in ("toyy", "owner/other"):
+        assert run(monkeypatch, "serve", name) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"mistral-large: {name}: no ")
 
 
 def test_the_tokenizer_of_a_repository_is_read_without_the_weights(hub: LoopbackHub, tmp_path: Path) -> None:

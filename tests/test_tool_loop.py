@@ -207,7 +207,7 @@ def test_tools_are_checked_first() -> None:
         run_tool_loop(script(), QUESTION, [say, say])
 
 
-@pytest.mark.parametrize("tools", [say, {"say": say}, "say", iter([say]), {say}], ids=str)
+@pytest.mark.parametrize("tools", [say, {"say": say}, "say", iter([say]), {say}])
 def test_tools_are_a_list(tools: Any) -> None:
     with pytest.raises(ConversationError, match="tools are a list"):
         run_tool_loop(script(), QUESTION, tools)
@@ -294,7 +294,7 @@ def run_one(tool: Callable[..., Any], arguments: Any) -> Any:
     return run_tool_loop(script(calling((name, arguments)), DONE), QUESTION, [tool])[2]["content"]
 
 
-@pytest.mark.parametrize("kind", async_tools([]))
+@pytest.mark.parametrize("kind", list(async_tools([])))
 @pytest.mark.parametrize("in_a_loop", [False, True])
 def test_async_tools_are_awaited(kind: str, in_a_loop: bool) -> None:
     ran: Ran = []
