@@ -15,6 +15,7 @@ from modeling_mistral_large.conversion.model_card import ModelType, licence_file
 from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_config
 from modeling_mistral_large.conversion.plan import (
     DEFAULT_SHARD_SIZE,
+    TOKENIZER_NAME,
     ConversionPlan,
     Layout,
     OutputDtype,
@@ -26,7 +27,6 @@ from modeling_mistral_large.conversion.quantize import Quantization
 from modeling_mistral_large.conversion.safetensors_header import LENGTH_BYTES, FileTensor
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, write_weights
 from modeling_mistral_large.errors import CheckpointError, DestinationError, MistralLargeError
-from modeling_mistral_large.sentencepiece_bpe import VOCABULARY_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,7 @@ def export_checkpoint(
     plan = plan_export(state_dict, config.to_dict(), dtype=dtype, max_shard_size=max_shard_size)
     small_files = {PARAMS_NAME: json_bytes(params_from_config(plan.config))}
     if origin is not None:
-        folder = resolve_source(origin, patterns=(*VOCABULARY_NAMES, *LICENCE_PATTERNS))
+        folder = resolve_source(origin, patterns=(TOKENIZER_NAME, *LICENCE_PATTERNS))
         if finding := vocabulary_finding(folder):
             raise CheckpointError(f"{folder}: {finding}; give the folder that holds it")
         small_files = consolidated_files(plan.config, source=folder, licences=licence_files(folder), cast=plan.cast)

@@ -19,7 +19,6 @@ from huggingface_hub.hf_api import RepoFile
 
 from modeling_mistral_large.conversion.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
 from modeling_mistral_large.errors import CheckpointError
-from modeling_mistral_large.sentencepiece_bpe import VOCABULARY_NAMES
 
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
 # The vendor's repository holds a second copy of the weights, model-*.safetensors: another 245 GB.
@@ -28,7 +27,7 @@ CONSOLIDATED_FILES = (
     "consolidated.safetensors",
     "consolidated-*.safetensors",
     "consolidated.safetensors.index.json",
-    *VOCABULARY_NAMES,
+    "tokenizer.model.v3",
     *LICENCE_PATTERNS,
 )
 # Most headers are shorter.

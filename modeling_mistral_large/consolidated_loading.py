@@ -24,12 +24,12 @@ from .conversion.hf_files import SPECIAL_IDS
 from .conversion.hub import is_repository_id, resolve_source
 from .conversion.names import ROPE_PAIRS, TO_HF
 from .conversion.params import PARAMS_NAME, config_from_params
-from .conversion.plan import CONFIG_NAMES
+from .conversion.plan import CONFIG_NAMES, TOKENIZER_NAME
 from .conversion.rope import split_rope_pairs
 from .conversion.safetensors_header import TORCH_NAMES, FileTensor
 from .conversion.source_files import file_finding, read_json_object
 from .errors import CheckpointError
-from .sentencepiece_bpe import VOCABULARY_NAMES, find_vocabulary
+from .sentencepiece_bpe import find_vocabulary
 
 WEIGHT_PATTERN = "consolidated*.safetensors"
 # Options of `from_pretrained` that say where in the hub and how to get it.
@@ -118,7 +118,7 @@ def find_tokenizer_file(source: Any, options: Mapping[str, Any]) -> Path | None:
 
     It is read alone: the vendor's folder also has a tokenizer.json and a template of its own, which are not exact.
     """
-    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, *VOCABULARY_NAMES))
+    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, TOKENIZER_NAME))
     file = None if folder is None else find_vocabulary(folder)
     return file if file is not None and file.exists() else None
 
