@@ -31,7 +31,7 @@ from modeling_mistral_large.conversion.safetensors_header import FileTensor, hea
 from modeling_mistral_large.conversion.source_files import read_json_object, shown
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, write_weights
 from modeling_mistral_large.errors import CheckpointError, DestinationError, MistralLargeError, SettingError
-from modeling_mistral_large.sentencepiece_bpe import VOCAB_SIZE, VOCABULARY_NAMES
+from modeling_mistral_large.sentencepiece_bpe import VOCAB_SIZE
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +227,7 @@ def export_checkpoint(
     plan = plan_export(state_dict, config.to_dict(), dtype=dtype, max_shard_size=max_shard_size)
     small_files = {PARAMS_NAME: json_bytes(params_from_config(plan.config))}
     if origin is not None:
-        folder = resolve_source(origin, patterns=(*VOCABULARY_NAMES, *LICENCE_PATTERNS))
+        folder = resolve_source(origin, patterns=(TOKENIZER_NAME, *LICENCE_PATTERNS))
         if finding := vocabulary_finding(folder):
             raise CheckpointError(f"{folder}: {finding}; give the folder that holds it")
         small_files = consolidated_files(plan.config, source=folder, licences=licence_files(folder), cast=plan.cast)

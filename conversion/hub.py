@@ -21,7 +21,6 @@ from huggingface_hub.hf_api import RepoFile
 from modeling_mistral_large.conversion.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
 from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
 from modeling_mistral_large.errors import CheckpointError
-from modeling_mistral_large.sentencepiece_bpe import VOCABULARY_NAMES
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
@@ -31,7 +30,7 @@ CONSOLIDATED_FILES = (
     "consolidated.safetensors",
     "consolidated-*.safetensors",
     "consolidated.safetensors.index.json",
-    *VOCABULARY_NAMES,
+    "tokenizer.model.v3",
     ADAPTER_CONFIG_NAME,
     *LICENCE_PATTERNS,
 )

@@ -24,7 +24,7 @@ from .conversion.hf_files import SPECIAL_IDS
 from .conversion.hub import HUB_OPTIONS, is_repository_id, read_adapter_base, resolve_source
 from .conversion.names import ROPE_PAIRS, TO_HF
 from .conversion.params import PARAMS_NAME, config_from_params
-from .conversion.plan import CONFIG_NAMES
+from .conversion.plan import CONFIG_NAMES, TOKENIZER_NAME
 from .conversion.rope import split_rope_pairs
 from .conversion.safetensors_header import TORCH_NAMES, FileTensor
 from .conversion.source_files import file_finding, read_json_object
@@ -117,7 +117,7 @@ def find_tokenizer_file(source: Any, options: Mapping[str, Any]) -> Path | None:
     Of a consolidated checkpoint, the file is read alone: the vendor's folder also has a tokenizer.json and a template
     of its own, which are not exact. An adapter that was saved without a tokenizer has the one of its base.
     """
-    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, *VOCABULARY_NAMES))
+    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, TOKENIZER_NAME))
     if folder is not None:
         file = find_vocabulary(folder)
         return file if file is not None and file.exists() else None

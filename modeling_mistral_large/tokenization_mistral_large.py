@@ -632,7 +632,7 @@ def _refuse_settings(settings: Mapping[str, Any]) -> None:
                 f"for which it is {show(values[0])}; leave {name} out"
             )
     for name in settings:
-        # Callers hand all kinds of names through, which transformers keeps and does not read: refused is what is misspelt.
+        # Callers hand all kinds of names through, which transformers keeps and does not read: what is misspelt is refused.
         close = get_close_matches(name, SETTINGS, n=1, cutoff=0.85)
         if name not in SETTINGS and close:
             raise KeywordError(f"{name}: no setting of a tokenizer; did you mean {close[0]!r}?")

@@ -240,10 +240,23 @@ def test_what_others_have_added_stays(folder: Path) -> None:
     (folder / "README.md").write_bytes(b"# My fine-tune \xff")
     assert retag_checkpoint(folder, "mistral") == [MANIFEST, "tokenizer_config.json", "config.json", MODULE]
     assert json.loads((folder / "config.json").read_text())["my_key"] == [1]
+    # Nothing says that the format is ours.
+    assert json.loads((folder / "tokenizer_config.json").read_text())["prompt_format"] is None
     retag_checkpoint(folder, "mistral_large")
     assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (folder / "README.md").read_bytes() == b"# My fine-tune \xff"
     assert json.loads((folder / "config.json").read_text())["my_key"] == [1]
+
+
+def test_a_template_of_ours_is_known_whatever_an_editor_did_to_it(folder: Path) -> None:
+    path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    assert json.loads(settings.read_text())["prompt_format"] == "v3"
+    # As an earlier version wrote it.
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "prompt_format": None}))
+    path.write_bytes(b"\xef\xbb\xbf{# mine -#}\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert retag_checkpoint(folder, "mistral") == CHANGED
+    assert path.read_text() == PLAIN_CHAT_TEMPLATE
+    assert json.loads(settings.read_text())["prompt_format"] == "v3"
 
 
 def test_a_config_of_an_older_transformers_keeps_its_theta(folder: Path) -> None:
