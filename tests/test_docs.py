@@ -19,7 +19,7 @@ SOURCES += (ROOT / "mistral_large_cli").glob("*.py")
 INTERNAL = {
     *("destination", "finished", "hf_files", "model_card", "names", "params", "rope", "safetensors_header"),
     *("quantize", "source_files", "stream", "tokenizer", "transforms", "__init__"),
-    *("consolidated_loading", "json_text", "vllm_renderer", "masked_attention"),
+    *("consolidated_loading", "json_text", "vllm_renderer", "masked_attention", "gpu_kernels"),
 }
 
 
@@ -76,6 +76,7 @@ def documented_modules() -> set[str]:
 def test_every_module_is_documented_or_internal_and_every_documented_one_is_there() -> None:
     folders = {"modeling_mistral_large": ROOT / "modeling_mistral_large"}
     folders["modeling_mistral_large.conversion"] = ROOT / "conversion"
+    folders["modeling_mistral_large.inference"] = ROOT / "modeling_mistral_large" / "inference"
     modules = {f"{package}.{path.stem}" for package, folder in folders.items() for path in folder.glob("*.py")}
     public = {module for module in modules if module.rpartition(".")[2] not in INTERNAL}
     beside = {"modeling_mistral_large", "modeling_mistral_large.chat_templates", "mistral_large_cli.serve"}

@@ -353,5 +353,7 @@ def test_requests_that_do_not_fit_the_recording_are_refused() -> None:
         decoding.generate(ids, torch.tensor([[1] * 8, [1] * 7 + [0]]), max_new_tokens=2)
     with pytest.raises(SettingError, match="padded on its left only"):
         decoding.generate(ids, torch.tensor([[1] * 8, [0, 1, 0] + [1] * 5]), max_new_tokens=2)
+    with pytest.raises(SettingError, match="not be empty"):
+        decoding.generate(ids, torch.tensor([[1] * 8, [0] * 8]), max_new_tokens=2)
     with pytest.raises(SettingError, match="do_sample=True"):
         decoding.generate(ids, max_new_tokens=2, temperature=0.5)
