@@ -34,7 +34,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from .errors import KeywordError
 
@@ -46,7 +46,7 @@ CACHE_NAME = "cache" if hasattr(BaseModelOutputWithPast, "cache") else OLD_CACHE
 CACHE_NAMES = ("cache", OLD_CACHE_NAME)
 
 
-def cache_argument(cache: Cache | None) -> dict[str, Any]:
+def cache_argument(cache: Any) -> dict[str, Any]:
     """The keyword argument by which `forward`, `generate`, masks, layers and output classes take a cache."""
     return {CACHE_NAME: cache}
 
@@ -135,8 +135,7 @@ def _attention_options(implementation: str) -> tuple[str, ...]:
 def _is_used(model: Any, keywords: dict[str, Any], name: str) -> bool:
     if isinstance(keywords.get("cache"), PagedAttentionCache) and name in _PAGED_KEYWORDS:
         return True
-    implementation = attention_implementation(model.config)
-    return implementation is not None and name not in CACHE_NAMES and name in _attention_options(implementation)
+    return name not in CACHE_NAMES and name in _attention_options(attention_implementation(model.config))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not type it
@@ -175,7 +174,7 @@ def model_forward(forward: Any) -> Any:
 # What a model declares
 
 
-class HostedModel(PreTrainedModel):
+class HostedModel(PreTrainedModel):  # type: ignore[no-untyped-call]  # transformers types no __init_subclass__
     """What transformers has to know of every Mistral Large model, by the underscored names it looks for."""
 
     # A device_map may not cut a layer: its residual connection would cross devices.
@@ -209,9 +208,9 @@ def records(**modules: type[nn.Module]) -> Callable[[type[HostedModel]], type[Ho
     return declare
 
 
-def attention_implementation(config: Any) -> str | None:
+def attention_implementation(config: Any) -> str:
     """The attention that a model is set to: `sdpa`, `eager`, `flash_attention_2` or a registered name."""
-    implementation: str | None = config._attn_implementation
+    implementation: str = config._attn_implementation
     return implementation
 
 
