@@ -385,7 +385,9 @@ class MistralLargeModel(MistralLargePreTrainedModel):
         )
 
 
-class MistralLargeForCausalLM(HeadedModel, MistralLargePreTrainedModel, LongPromptGenerationMixin):
+class MistralLargeForCausalLM(  # type: ignore[misc]  # transformers types plans of lists, and its own are tuples
+    HeadedModel, MistralLargePreTrainedModel, LongPromptGenerationMixin
+):
     """The decoder with the output matrix that turns hidden states into logits over the vocabulary."""
 
     def __init__(self, config: MistralLargeConfig) -> None:

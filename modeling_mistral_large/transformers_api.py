@@ -46,9 +46,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pipelines import SUPPORTED_TASKS
 from transformers.quantizers.base import HfQuantizer
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import TransformersKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
-from transformers.utils.generic import PaddingStrategy
+from transformers.utils.generic import PaddingStrategy, TransformersKwargs
 from transformers.utils.import_utils import _LazyModule
 
 from .errors import KeywordError, MistralLargeError
@@ -62,7 +61,7 @@ CACHE_NAME = "cache" if hasattr(BaseModelOutputWithPast, "cache") else OLD_CACHE
 CACHE_NAMES = ("cache", OLD_CACHE_NAME)
 
 
-def cache_argument(cache: Cache | None) -> dict[str, Any]:
+def cache_argument(cache: Any) -> dict[str, Any]:
     """The keyword argument by which `forward`, `generate`, masks, layers and output classes take a cache."""
     return {CACHE_NAME: cache}
 
@@ -151,8 +150,7 @@ def _attention_options(implementation: str) -> tuple[str, ...]:
 def _is_used(model: Any, keywords: dict[str, Any], name: str) -> bool:
     if isinstance(keywords.get("cache"), PagedAttentionCache) and name in _PAGED_KEYWORDS:
         return True
-    implementation = attention_implementation(model.config)
-    return implementation is not None and name not in CACHE_NAMES and name in _attention_options(implementation)
+    return name not in CACHE_NAMES and name in _attention_options(attention_implementation(model.config))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not type it
@@ -191,7 +189,7 @@ def model_forward(forward: Any) -> Any:
 # What a model declares
 
 
-class HostedModel(PreTrainedModel):
+class HostedModel(PreTrainedModel):  # type: ignore[no-untyped-call]  # transformers types no __init_subclass__
     """What transformers has to know of every Mistral Large model, by the underscored names it looks for."""
 
     # A device_map may not cut a layer: its residual connection would cross devices.
@@ -225,9 +223,9 @@ def records(**modules: type[nn.Module]) -> Callable[[type[HostedModel]], type[Ho
     return declare
 
 
-def attention_implementation(config: Any) -> str | None:
+def attention_implementation(config: Any) -> str:
     """The attention that a model is set to: `sdpa`, `eager`, `flash_attention_2` or a registered name."""
-    implementation: str | None = config._attn_implementation
+    implementation: str = config._attn_implementation
     return implementation
 
 

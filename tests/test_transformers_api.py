@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, GenerationMixin, MistralForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers.base import HfQuantizer
 
 import modeling_mistral_large
 from modeling_mistral_large import (
@@ -274,7 +275,7 @@ def own_privates(tree: ast.Module) -> set[str]:
 def host_privates() -> set[str]:
     """Underscored names of the classes that the package's classes and objects come from, but not torch's."""
     hosts = [PreTrainedModel, GenerationMixin, transformers.PreTrainedConfig, transformers.PreTrainedTokenizerFast]
-    hosts += [transformers.quantizers.HfQuantizer, transformers.Pipeline, transformers.Cache]
+    hosts += [HfQuantizer, transformers.Pipeline, transformers.Cache]
     names = {name for host in hosts for name in dir(host) if is_private(name)}
     # Set on objects only.
     names |= {"_attn_implementation", "_commit_hash", "_mask_length", "_tp_size", "_hf_hook", "_from_auto"}
@@ -309,11 +310,11 @@ def touches(name: str, tree: ast.Module, own: set[str], host: set[str]) -> Itera
             elif node.attr in host and ast.unparse(node.value) == "super()":
                 yield f"{where} touches super().{node.attr}"
         elif isinstance(node, ast.ClassDef) and node.bases:
-            for each in node.body:
-                targets = each.targets if isinstance(each, ast.Assign) else []
+            for statement in node.body:
+                targets = statement.targets if isinstance(statement, ast.Assign) else []
                 names = [target.id for target in targets if isinstance(target, ast.Name)]
-                names += [each.name] if isinstance(each, ast.FunctionDef) else []
-                yield from (f"{name}:{each.lineno} overrides {one}" for one in names if one in host)
+                names += [statement.name] if isinstance(statement, ast.FunctionDef) else []
+                yield from (f"{name}:{statement.lineno} overrides {one}" for one in names if one in host)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr"):
             key = node.args[1]
             if isinstance(key, ast.Constant) and key.value in host:
