@@ -43,7 +43,6 @@ from mistral_large_cli.demo import assemble_demo_checkpoint, convert_demo_checkp
 from modeling_mistral_large import MistralLargeConfig
 from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT
 from modeling_mistral_large.conversion.safetensors_header import FileTensor
-
 from tests.checkpoints import contents, everything_in, write_consolidated
 from tests.damage import DAMAGES, LAYOUTS, TOKENIZER, Layout
 from tests.interruptions import (
@@ -636,6 +635,8 @@ def without_reader() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
+    # A pipe cannot be moved in, and a stream on a file would try.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
 
 
 def ascii_only() -> None:
