@@ -46,7 +46,11 @@ def pipe(path: Path, target: Path) -> None:
     os.mkfifo(path)
 
 
-KINDS: list[Callable[[Path, Path], None]] = [hard_link, link, pipe]
+def own_file(path: Path, target: Path) -> None:
+    path.write_bytes(b"torn")
+
+
+KINDS: list[Callable[[Path, Path], None]] = [hard_link, link, pipe, own_file]
 
 
 @pytest.mark.parametrize("make", KINDS)
