@@ -46,7 +46,11 @@ def pipe(path: Path, target: Path) -> None:
     os.mkfifo(path)
 
 
-KINDS: list[Callable[[Path, Path], None]] = [hard_link, link, pipe]
+def own_file(path: Path, target: Path) -> None:
+    path.write_bytes(b"torn")
+
+
+KINDS: list[Callable[[Path, Path], None]] = [hard_link, link, pipe, own_file]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -111,9 +115,13 @@ def test_a_marker_that_is_someone_elses_is_refused(
 def test_a_marker_of_any_size_is_begun_anew(
     small_source: Path, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling_mistral_large.conversion.destination.LARGEST_JSON", 100)
+    def parse_short(line: bytes) -> None:
+        assert len(line) < 10_000
+
+    monkeypatch.setattr("modeling_mistral_large.conversion.destination.LARGEST_JSON", 100_000)
+    monkeypatch.setattr("modeling_mistral_large.conversion.destination._json_object", parse_short)
     destination = begin(tmp_path / "out", small_source)
-    os.truncate(destination / UNFINISHED_NAME, 10**10)
+    os.truncate(destination / UNFINISHED_NAME, 1_000_000)
     convert_checkpoint(small_source, destination, max_shard_size=SHARDS)
     assert contents(destination) == expected
 

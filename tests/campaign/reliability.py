@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -41,7 +42,7 @@ import modeling_mistral_large.conversion.verify  # noqa: F401  # so that forked 
 from mistral_large_cli import main as command_line
 from mistral_large_cli.demo import assemble_demo_checkpoint, convert_demo_checkpoint
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT
+from modeling_mistral_large.conversion.destination import PARTIAL_SUFFIX, UNFINISHED_NAME, UNFINISHED_TEXT
 from modeling_mistral_large.conversion.safetensors_header import FileTensor
 from tests.checkpoints import contents, everything_in, write_consolidated
 from tests.damage import DAMAGES, LAYOUTS, TOKENIZER, Layout
@@ -406,20 +407,19 @@ class Campaign:
             expected, before = contents(destination), contents(source)
             shutil.rmtree(destination)
             precious.write_bytes(b"precious")
-            for name in sorted(expected):
-                for suffix in ("", ".partial"):
-                    for make in KINDS:
-                        for target in (precious, sorted(source.glob("*.safetensors"))[0]):
-                            destination.mkdir()
-                            (destination / UNFINISHED_NAME).write_bytes(UNFINISHED_TEXT)
-                            make(destination / f"{name}{suffix}", target)
-                            case = f"to {to}, {name}{suffix} a {make.__name__} to {target.name}"
-                            section.cases += 1
-                            section.ended(run("convert", source, destination, "--to", to), case, 0)
-                            section.hold(contents(destination) == expected, f"{case}: other bytes")
-                            is_kept = precious.read_bytes() == b"precious" and contents(source) == before
-                            section.hold(is_kept, f"{case}: written through")
-                            shutil.rmtree(destination)
+            targets = (precious, sorted(source.glob("*.safetensors"))[0])
+            for name, make in product(sorted(expected), KINDS):
+                suffix, target = self.random.choice(("", PARTIAL_SUFFIX)), self.random.choice(targets)
+                destination.mkdir()
+                (destination / UNFINISHED_NAME).write_bytes(UNFINISHED_TEXT)
+                make(destination / f"{name}{suffix}", target)
+                case = f"to {to}, {name}{suffix} a {make.__name__} to {target.name}"
+                section.cases += 1
+                section.ended(run("convert", source, destination, "--to", to), case, 0)
+                section.hold(contents(destination) == expected, f"{case}: other bytes")
+                is_kept = precious.read_bytes() == b"precious" and contents(source) == before
+                section.hold(is_kept, f"{case}: written through")
+                shutil.rmtree(destination)
 
     def json_values(self, section: Section) -> None:
         """Values of every JSON type and size in the place of each value of params.json and config.json."""
@@ -635,6 +635,8 @@ def without_reader() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
+    # A pipe cannot be moved in, and a stream on a file would try.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
 
 
 def ascii_only() -> None:
