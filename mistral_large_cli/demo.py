@@ -74,7 +74,7 @@ def golden_conversations() -> dict[str, GoldenConversation]:
 
 def wrong_answer(tokenizer: "MistralLargeTokenizer", ids: Sequence[int], golden_answer: str) -> str | None:
     """Return what the ids of a whole answer say where that is not the golden one, and else None."""
-    said: str = tokenizer.decode(list(ids))
+    said = str(tokenizer.decode(list(ids)))
     return None if said == f"{golden_answer}{tokenizer.eos_token}" else said
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from itertools import product
@@ -253,8 +254,9 @@ def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, Gol
 
     where = f"{device} {dtype}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model.to(device)
     except Exception as error:
         yield Check(where, False, _one_line(error))
         return
@@ -277,7 +279,7 @@ def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, Gol
         return "a golden answer from its result"
 
     for mode, options in MODES.items():
-        yield _try(f"{where}, {mode}", lambda options=options: ask(options))
+        yield _try(f"{where}, {mode}", partial(ask, options))
     yield _try(f"{where}, tool call", call_a_tool)
 
 

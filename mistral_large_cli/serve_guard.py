@@ -322,38 +322,39 @@ def guard(app: "FastAPI", *, chat_handler: Any, loaded: Any, name: str, host: st
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
     entry = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
 
-    @app.get("/v1/models")
     def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [entry]}
 
-    @app.get("/v1/models/{asked:path}")
     def describe_model(asked: str) -> dict[str, Any]:
         if asked != name:
             raise HTTPException(404, f"model {asked!r} is not served here; the model is {name!r}")
         return entry
 
-    @app.exception_handler(MistralLargeError)
-    async def refuse(_: "Request", error: MistralLargeError) -> "JSONResponse":
+    async def refuse(_: "Request", error: Exception) -> "JSONResponse":
         is_of_client = isinstance(error, RequestError | ConversationError)
         return error_response(400 if is_of_client else 500, str(error), getattr(error, "parameter", None))
 
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(_: "Request", error: RequestValidationError) -> "JSONResponse":
+    async def refuse_body(_: "Request", error: Any) -> "JSONResponse":
         return error_response(400, f"the body is no JSON object: {error.errors()[0]['msg']}; correct it")
 
-    @app.exception_handler(HTTPException)
-    async def refuse_route(request: "Request", error: HTTPException) -> "JSONResponse":
+    async def refuse_route(request: "Request", error: Any) -> "JSONResponse":
         message = str(error.detail)
         if error.status_code == 404 and message == "Not Found":
             message = f"{request.url.path}: not served; there are {', '.join((*OPEN_ROUTES, '/v1/models'))}"
         return error_response(error.status_code, message)
 
-    @app.middleware("http")
     async def refuse_foreign_pages(request: "Request", call_next: Any) -> Any:
         origin = request.headers.get("origin")
         if origin is None or allows_all_origins or is_own_origin(origin, request.headers.get("host", ""), host):
             return await call_next(request)
         return error_response(403, f"origin {origin}: pages of other sites may not ask; --enable-cors lets them")
+
+    app.add_api_route("/v1/models", list_models)
+    app.add_api_route("/v1/models/{asked:path}", describe_model)
+    app.add_exception_handler(MistralLargeError, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_body)
+    app.add_exception_handler(HTTPException, refuse_route)
+    app.middleware("http")(refuse_foreign_pages)
 
 
 def is_own_origin(origin: str, asked_host: str, host: str) -> bool:

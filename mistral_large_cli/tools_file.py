@@ -105,7 +105,8 @@ def _run(path: Path) -> tuple[ModuleType, set[str]]:
     try:
         source = path.read_bytes()
         _check_module_names(path, ast.parse(source, str(path)))
-        table = symtable.symtable(source, str(path), "exec")
+        # Bytes are taken as well, as by `compile`: with the encoding that the file declares.
+        table = symtable.symtable(source, str(path), "exec")  # type: ignore[arg-type]  # typeshed has text only
         spec = importlib.util.spec_from_file_location(path.stem, path.absolute())
         assert spec is not None
         module = importlib.util.module_from_spec(spec)

@@ -42,8 +42,8 @@ def write(folder: Path, *parts: str, name: str = "station.py") -> Path:
 def call(tools: list[Any], name: str, x: int = 3) -> str:
     """The result that the model gets for a call."""
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": {"x": x}}}]
-    messages = [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "assistant", "content": "Done."}]
-    answers = iter(messages)
+    asked: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": calls}
+    answers = iter([asked, {"role": "assistant", "content": "Done."}])
     said = run_tool_loop(lambda *_: next(answers), [{"role": "user", "content": "x"}], tools)
     content: str = said[2]["content"]
     return content
