@@ -23,7 +23,13 @@ from modeling_mistral_large.conversion.hf_files import (
     MODEL_CARD_NAME,
     SPECIAL_IDS,
 )
-from modeling_mistral_large.conversion.hub import fetch_headers, is_out_of_reach, is_repository_id, resolve_source
+from modeling_mistral_large.conversion.hub import (
+    fetch_headers,
+    is_out_of_reach,
+    is_repository_id,
+    refuse_adapter,
+    resolve_source,
+)
 from modeling_mistral_large.conversion.model_card import (
     AGREEMENT_NAME,
     LICENCE_NAMES,
@@ -134,6 +140,7 @@ def load_headers(folder: Path, layout: Layout | None = None, *, may_mix_dtypes: 
     Raises:
         CheckpointError: the reasons of `read_checkpoint`.
     """
+    refuse_adapter(folder)
     if layout is None:
         layouts = layouts_of(folder) if folder.is_dir() else []
         layout = layouts[0] if layouts else "consolidated"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from modeling_mistral_large.conversion.hub import refuse_adapter
 from modeling_mistral_large.conversion.inspect import (
     Checkpoint,
     chat_template_findings,
@@ -64,6 +65,7 @@ def verify_checkpoint(
         CheckpointError: no checkpoint in `folder`, or none that is sound in `source`.
     """
     folder = Path(folder)
+    refuse_adapter(folder)
     layouts = layouts_of(folder) if folder.is_dir() else []
     if not layouts:
         raise CheckpointError(f"{folder}: no checkpoint; give a folder with {' or '.join(CONFIG_NAMES.values())}")
