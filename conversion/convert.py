@@ -28,7 +28,7 @@ from modeling_mistral_large.conversion.plan import (
 )
 from modeling_mistral_large.conversion.quantize import Quantization
 from modeling_mistral_large.conversion.safetensors_header import FileTensor, header_bytes
-from modeling_mistral_large.conversion.source_files import read_json_object, shown
+from modeling_mistral_large.conversion.source_files import ADAPTER_CONFIG_NAME, read_json_object, shown
 from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, write_weights
 from modeling_mistral_large.errors import CheckpointError, DestinationError, MistralLargeError, SettingError
 from modeling_mistral_large.sentencepiece_bpe import VOCAB_SIZE
@@ -142,6 +142,11 @@ def prepare_conversion(
         raise CheckpointError(f"model type {model_type!r}: the consolidated layout has none; leave it out")
     folder = resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES)
     plan = plan_conversion(folder, to=to, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"{folder}: holds an adapter next to the checkpoint, which would be left out; save what merge_and_unload() "
+            f"returns and convert that, or move {ADAPTER_CONFIG_NAME} elsewhere"
+        )
     if layout_to_read(folder, to=to, quantize=quantize) == "hf":
         _refuse_added_tokens(folder, plan.config.vocab_size)
     licences = licence_files(folder)

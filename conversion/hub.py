@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, HfFileSystem, constants, get_session, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, constants, get_session, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,10 +19,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from modeling_mistral_large.conversion.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
-from modeling_mistral_large.conversion.source_files import file_finding, read_json_object
+from modeling_mistral_large.conversion.source_files import (
+    ADAPTER_CONFIG_NAME,
+    adapter_finding,
+    file_finding,
+    read_json_object,
+)
 from modeling_mistral_large.errors import CheckpointError
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
 # The vendor's repository holds a second copy of the weights, model-*.safetensors: another 245 GB.
 CONSOLIDATED_FILES = (
@@ -36,6 +40,8 @@ CONSOLIDATED_FILES = (
 )
 # A hub that answers nothing for so long is taken for out of reach; HF_HUB_ETAG_TIMEOUT is for slow networks.
 ANSWER_SECONDS = 1.5
+# A repository of which the cache has one of these may be read without the hub.
+TELLING_FILES = ("config.json", "params.json", "tokenizer.json", "tokenizer.model.v3", ADAPTER_CONFIG_NAME)
 # Options of `from_pretrained` that say where in the hub and how to get it.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # Most headers are shorter.
@@ -115,10 +121,8 @@ def reachable_options(source: Any, options: Mapping[str, Any]) -> dict[str, Any]
     if not options.get("local_files_only") and not is_out_of_reach(repository):
         return dict(options)
     place = {name: options[name] for name in ("revision", "cache_dir") if options.get(name)}
-    try:
-        snapshot_download(repository, local_files_only=True, **place)
-    except Exception as error:
-        raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+    if not any(isinstance(try_to_load_from_cache(repository, file, **place), str) for file in TELLING_FILES):
+        raise CheckpointError(f"{repository}: {_not_in_cache(repository)}")
     return {**options, "local_files_only": True}
 
 
@@ -201,20 +205,20 @@ def read_adapter_base(folder: Path) -> str | None:
 
 def refuse_adapter(folder: Path, name: str | None = None) -> None:
     """Raise a CheckpointError if a folder holds an adapter of PEFT and no checkpoint; `name` is how it was named."""
-    if any((folder / file).exists() for file in ("config.json", "params.json")):
-        return
-    base = read_adapter_base(folder)
-    if base is not None:
-        raise CheckpointError(
-            f"{name or folder}: an adapter for {base!r}, not a checkpoint; merge it first: "
-            f"peft.AutoPeftModelForCausalLM.from_pretrained({name or str(folder)!r})"
-            ".merge_and_unload().save_pretrained('merged')"
-        )
+    if problem := adapter_finding(folder):
+        raise CheckpointError(f"{name or folder}: {problem}")
 
 
 def is_repository_id(source: str) -> bool:
     """Whether a source can be the id of a repository: owner/name."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source, re.ASCII) is not None
+
+
+def _not_in_cache(repository: str) -> str:
+    return (
+        "no folder of this name here, the hub cannot be reached or is not to be asked, and the cache has not all that "
+        f"is needed of {constants.ENDPOINT}/{repository}"
+    )
 
 
 def hub_finding(repository: str, error: Exception) -> str:
@@ -223,10 +227,7 @@ def hub_finding(repository: str, error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         # The client looks into its cache when the hub refuses, and then says what it has not found there.
         if not isinstance(error.__cause__, HfHubHTTPError):
-            return (
-                "no folder of this name here, the hub cannot be reached or is not to be asked, and the cache has not "
-                f"all that is needed of {page}"
-            )
+            return _not_in_cache(repository)
         error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError) or status == 403:

@@ -8,6 +8,7 @@ from typing import Any
 
 LARGEST_JSON = 100_000_000
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+CHECKPOINT_CONFIGS = ("config.json", "params.json")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -44,8 +45,8 @@ def file_finding(folder: Path, name: str) -> str | None:
 
 
 def adapter_finding(folder: Path) -> str | None:
-    """What a folder with an adapter is, of which base, and the way out; None for any other folder."""
-    if not (folder / ADAPTER_CONFIG_NAME).exists():
+    """What a folder with nothing but an adapter is, of which base, and the way out; None for any other folder."""
+    if not (folder / ADAPTER_CONFIG_NAME).exists() or any((folder / name).exists() for name in CHECKPOINT_CONFIGS):
         return None
     base: object = None
     if file_finding(folder, ADAPTER_CONFIG_NAME) is None:
@@ -55,7 +56,7 @@ def adapter_finding(folder: Path) -> str | None:
             base = None
     of_base = f"the base {shown(base)}" if isinstance(base, str) and base else "a base that it does not name"
     return (
-        f"an adapter (PEFT) of {of_base}, not a checkpoint; load the base with the adapter, save what "
+        f"an adapter (PEFT) of {of_base}, not a checkpoint; load it with peft.AutoPeftModelForCausalLM, save what "
         "merge_and_unload() returns, and give that folder"
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
-from .conversion.hub import ADAPTER_CONFIG_NAME, HUB_OPTIONS, is_repository_id, read_adapter_base
+from .conversion.hub import HUB_OPTIONS, is_repository_id, read_adapter_base
+from .conversion.source_files import ADAPTER_CONFIG_NAME
 from .errors import CheckpointError, MissingLibraryError
 
 

@@ -295,7 +295,10 @@ def read_consolidated(source: Any, options: dict[str, Any]) -> dict[str, Any] | 
     from .consolidated_loading import find_consolidated, read_config
 
     folder = find_consolidated(source, options)
-    return None if folder is None else read_config(folder).to_dict()
+    if folder is None:
+        return None
+    # As every config.json says it: pipelines and TRL look for the class of this name.
+    return {**read_config(folder).to_dict(), "architectures": ["MistralLargeForCausalLM"]}
 
 
 def check_config(config: Any) -> None:

@@ -570,10 +570,17 @@ def test_an_adapter_is_named_as_one(source: Path, tmp_path: Path, config: str, b
             act(adapter)
     inspection = inspect_checkpoint(adapter)
     assert (inspection.kind, len(inspection.findings), inspection.loads_with) == ("an adapter (PEFT)", 1, ())
-    # The base's weights alone are not what such a folder is.
-    (source / "adapter_config.json").write_text(config)
-    with pytest.raises(CheckpointError, match=finding):
-        plan_conversion(source)
+
+
+def test_an_adapter_next_to_a_checkpoint_is_not_left_out(source: Path, tmp_path: Path) -> None:
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        convert_checkpoint(source, tmp_path / "out")
+    assert str(error.value) == (
+        f"{source}: holds an adapter next to the checkpoint, which would be left out; save what merge_and_unload() "
+        "returns and convert that, or move adapter_config.json elsewhere"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config: MistralLargeConfig) -> None:

@@ -337,6 +337,7 @@ def test_the_auto_classes_load_a_consolidated_folder(checkpoint: Checkpoint, wit
     assert_same_tensors(model, load(checkpoint.hf))
     assert type(AutoTokenizer.from_pretrained(folder, **options)) is MistralLargeTokenizer
     assert AutoConfig.from_pretrained(folder).to_dict() == {**config.to_dict(), "_name_or_path": str(folder)}
+    assert config.architectures == ["MistralLargeForCausalLM"]
     chat = pipeline("text-generation", str(folder), **options)
     assert type(chat.model) is MistralLargeForCausalLM
     assert type(chat.tokenizer) is MistralLargeTokenizer

@@ -1,13 +1,19 @@
 """What is installed: the wheel's names and files, and what an import or a `--help` costs."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
+import transformers
+
+from modeling_mistral_large.supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
+from modeling_mistral_large.transformers_api import warn_outside_range
 
 ROOT = Path(__file__).parent.parent
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
@@ -137,6 +143,74 @@ assert type(AutoConfig.for_model("mistral")) is MistralConfig
         cwd=tmp_path,
         path=ROOT,
     )
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import modeling_mistral_large, transformers",
+        "import transformers, modeling_mistral_large",
+        # It puts a new module in the place of `transformers`.
+        "import modeling_mistral_large, transformers, transformers.processing_utils",
+        "import transformers.processing_utils, modeling_mistral_large, transformers",
+        "import transformers, modeling_mistral_large, importlib; importlib.reload(modeling_mistral_large)",
+    ],
+)
+def test_every_public_class_is_found_in_transformers(imports: str, tmp_path: Path) -> None:
+    python(
+        "import transformers; first = transformers\n"
+        + imports
+        + """
+import sys
+for name in modeling_mistral_large.__all__:
+    for module in (first, sys.modules["transformers"]):
+        assert getattr(module, name) is getattr(modeling_mistral_large, name), name
+        assert name in dir(module)
+    assert not hasattr(transformers.models, name)
+    assert not hasattr(transformers.models.mistral, name)
+from transformers import MistralForCausalLM, MistralLargeForCausalLM
+assert MistralLargeForCausalLM is modeling_mistral_large.MistralLargeForCausalLM
+assert not hasattr(transformers, "MistralLargeForNothing")
+""",
+        cwd=tmp_path,
+        path=ROOT,
+    )
+
+
+@pytest.mark.parametrize("installed", ["5.16.9", "5.25.0", "5.25.0.dev0", "6.0.1", "4.57.0"])
+def test_a_transformers_outside_the_range_is_said_once(installed: str, tmp_path: Path) -> None:
+    said = python(
+        f"""
+import importlib, warnings
+import transformers
+transformers.__version__ = {installed!r}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("default")
+    import modeling_mistral_large
+    importlib.reload(modeling_mistral_large)
+for warning in caught:
+    if issubclass(warning.category, UserWarning) and "modeling-mistral-large" in str(warning.message):
+        print(warning.message)
+""",
+        cwd=tmp_path,
+        path=ROOT,
+    )
+    assert said.splitlines() == [
+        f"transformers {installed} is installed; modeling-mistral-large is tested with 5.17 to 5.24, and another version "
+        "may give wrong results without an error: run `mistral-large doctor`, or install one of the range"
+    ]
+
+
+@pytest.mark.parametrize("installed", ["5.17.0", "5.17.0.dev0", "5.23.0", "5.24.7", transformers.__version__])
+def test_a_transformers_inside_the_range_is_not_spoken_of(installed: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_outside_range(installed)
+
+
+def test_the_range_is_literals_that_can_be_read_without_an_import() -> None:
+    found = runpy.run_path(str(ROOT / "modeling_mistral_large" / "supported.py"))
+    assert (found["OLDEST_TRANSFORMERS"], found["NEWEST_TRANSFORMERS"]) == (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS)
 
 
 @pytest.mark.parametrize(
