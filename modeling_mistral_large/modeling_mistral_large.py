@@ -216,10 +216,6 @@ class MistralLargePreTrainedModel(PreTrainedModel):
     }
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: transformers would copy the source of this package into folders, see `remote_code`."""
-
-    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
