@@ -91,6 +91,8 @@ def test_a_tokenizer_that_is_saved_alone_is_refused_too(demo_folder: Path, tmp_p
     ((_, kind, message),) = load_elsewhere(tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"])
     assert kind == "ValueError"
     assert "custom code which must be executed" in message
+    ((_, kind, _),) = load_elsewhere(tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"], trust_remote_code=True)
+    assert kind == "modeling_mistral_large.tokenization_mistral_large.MistralLargeTokenizer"
 
 
 def test_trust_remote_code_gives_our_classes_and_the_exact_tokenizer(
