@@ -7,7 +7,7 @@ from modeling_mistral_large.conversion.convert import (
     prepare_conversion,
 )
 from modeling_mistral_large.conversion.inspect import Inspection, inspect_checkpoint
-from modeling_mistral_large.conversion.manifest import Manifest, ManifestTensor, read_manifest
+from modeling_mistral_large.conversion.manifest import Manifest, ManifestFile, ManifestTensor, read_manifest
 from modeling_mistral_large.conversion.plan import ConversionPlan, plan_conversion
 from modeling_mistral_large.conversion.retag import retag_checkpoint
 from modeling_mistral_large.conversion.verify import Check, verify_checkpoint
@@ -18,6 +18,7 @@ __all__ = [
     "ConversionPlan",
     "Inspection",
     "Manifest",
+    "ManifestFile",
     "ManifestTensor",
     "convert_checkpoint",
     "export_checkpoint",

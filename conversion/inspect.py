@@ -321,10 +321,14 @@ def manifest_findings(folder: Path, manifest: Manifest) -> list[str]:
     Files that were added are named if a loader reads such files.
     """
     findings = []
+    present = {path.name for path in folder.iterdir()}
     if (folder / MANIFEST_NAME).read_bytes() != json_bytes(manifest.to_json()):
         findings.append(f"{MANIFEST_NAME} is not as a conversion writes it")
     for name, entry in (manifest.files or {}).items():
-        if finding := file_finding(folder, name):
+        # Anything may stand in a manifest: only names that are there are looked up.
+        if name not in present:
+            findings.append(f"{name} is missing")
+        elif finding := file_finding(folder, name):
             findings.append(finding)
         elif ManifestFile.of_file(folder / name) != entry:
             findings.append(f"{name} has changed since the conversion")

@@ -197,13 +197,13 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
 def _file_difference(folder: Path, name: str, wanted: bytes) -> str | None:
     if finding := file_finding(folder, name):
         return finding
-    found = (folder / name).read_bytes()
-    if found == wanted:
+    path = folder / name
+    if path.stat().st_size == len(wanted) and path.read_bytes() == wanted:
         return None
-    if not name.endswith(".json"):
+    if path.suffix != ".json":
         return f"{name} differs"
     try:
-        settings, wanted_settings = parse_json_object(found), parse_json_object(wanted)
+        settings, wanted_settings = read_json_object(path), parse_json_object(wanted)
     except ValueError as error:
         return f"{name}: {error}"
     keys = sorted({*settings, *wanted_settings})

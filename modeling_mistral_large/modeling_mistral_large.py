@@ -222,10 +222,6 @@ class MistralLargePreTrainedModel(HostedModel):
         super().__init__(config, *args, **kwargs)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: transformers would copy the source of this package into folders, see `remote_code`."""
-
-    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,

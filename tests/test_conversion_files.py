@@ -156,8 +156,11 @@ def test_weights_in_memory_are_exported_like_their_folder(
     assert contents(tmp_path / "of_model") == of_folder
     assert of_folder["tokenizer.model.v3"] == b"copied as it is"
     assert of_folder.keys() - of_state_dict.keys() == {"tokenizer.model.v3", "LICENSE", "Notice", "README.md"}
+    # The manifest has all files.
+    manifests = [json.loads(files.pop("conversion.manifest.json")) for files in (of_folder, of_state_dict)]
+    assert manifests[0]["tensors"] == manifests[1]["tensors"]
     assert all(of_folder[name] == content for name, content in of_state_dict.items())
-    assert len(of_state_dict) > 4
+    assert len(of_state_dict) > 3
     # Run again, it is compared with what is in memory now.
     export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
     state_dict["model.norm.weight"] = state_dict["model.norm.weight"] + 1

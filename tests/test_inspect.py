@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.hf_files import retag_config
 from modeling_mistral_large.conversion.inspect import Inspection, inspect_checkpoint
 from modeling_mistral_large.conversion.names import expected_tensors
 from modeling_mistral_large.conversion.params import params_from_config
+from modeling_mistral_large.conversion.retag import retag_checkpoint
 from modeling_mistral_large.errors import CheckpointError
 
 from .checkpoints import tokenizer_model_file
@@ -68,8 +68,7 @@ def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> Non
     assert inspection.loads_with[0] == f"import modeling_mistral_large, transformers; {pipeline}"
     code = inspection.loads_with[0].replace('device_map="auto"', 'device_map="cpu"')
     exec(compile(code, "printed", "exec"), {})
-    path = folder / "config.json"
-    path.write_bytes(retag_config(path.read_bytes(), "mistral"))
+    retag_checkpoint(folder, "mistral")
     inspection = inspect_checkpoint(folder)
     assert inspection.kind == "HF layout, model type mistral"
     assert inspection.findings == ()
@@ -208,6 +207,9 @@ def test_what_is_wrong_is_a_finding_and_not_an_error(folder: Path, case: str) ->
 
 def test_a_quantized_checkpoint_is_counted(folder: Path) -> None:
     quantize(folder)
+    changed = [f"{name} has changed since the conversion" for name in ("config.json", "model.safetensors")]
+    assert inspect_checkpoint(folder).findings == tuple(changed)
+    (folder / "conversion.manifest.json").unlink()
     inspection = inspect_checkpoint(folder)
     assert inspection.dtypes == {"BF16": 30, "I32": 1}
     assert inspection.parameters == 4_440_512 + 16

@@ -30,7 +30,7 @@ def load(name, folder, **options):
         return transformers.pipeline("text-generation", folder, **options)
     return getattr(transformers, name).from_pretrained(folder, **options)
 
-folder, names, options = sys.argv[1], *map(json.loads, sys.argv[2:])
+folder, save, names, options = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
 assert "modeling_mistral_large" not in sys.modules
 for name in names:
     try:
@@ -42,6 +42,7 @@ for name in names:
         kind = type(loaded.model if name == "pipeline" else loaded)
         messages = [{"role": "user", "content": "[INST] a  b </s>"}]
         ids = loaded.apply_chat_template(messages, return_dict=False) if name == "AutoTokenizer" else None
+        loaded.save_pretrained(save)
         print(json.dumps([name, f"{kind.__module__}.{kind.__name__}", ids]))
 """
 AUTO_CLASSES = ["AutoTokenizer", "AutoConfig", *MODEL_CLASSES, "pipeline"]
@@ -49,7 +50,7 @@ AUTO_CLASSES = ["AutoTokenizer", "AutoConfig", *MODEL_CLASSES, "pipeline"]
 
 def load_elsewhere(folder: Path, tmp_path: Path, names: list[str], **options: Any) -> list[list[Any]]:
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), json.dumps(names), json.dumps(options)],
+        [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "saved"), json.dumps(names), json.dumps(options)],
         capture_output=True,
         text=True,
         check=False,
@@ -90,6 +91,8 @@ def test_a_tokenizer_that_is_saved_alone_is_refused_too(demo_folder: Path, tmp_p
     ((_, kind, message),) = load_elsewhere(tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"])
     assert kind == "ValueError"
     assert "custom code which must be executed" in message
+    ((_, kind, _),) = load_elsewhere(tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"], trust_remote_code=True)
+    assert kind == "modeling_mistral_large.tokenization_mistral_large.MistralLargeTokenizer"
 
 
 def test_trust_remote_code_gives_our_classes_and_the_exact_tokenizer(
@@ -106,13 +109,25 @@ def test_trust_remote_code_gives_our_classes_and_the_exact_tokenizer(
     assert [kind for _, kind, _ in found] == expected
     request = ChatCompletionRequest(messages=[UserMessage(content="[INST] a  b </s>")])
     assert found[0][2] == reference_tokenizer.encode_chat_completion(request).tokens
+    # What they save names the module, and nothing of the package's source is copied.
+    assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {REMOTE_CODE_NAME}
+    settings = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {name: settings[name] for name in IN_CONFIG} == IN_CONFIG
 
 
 def test_without_an_installation_the_error_says_what_to_install(demo_folder: Path, tmp_path: Path) -> None:
     hide = "import sys; sys.modules['modeling_mistral_large'] = None\n"
     code = hide + LOAD.replace('assert "modeling_mistral_large" not in sys.modules', "")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(demo_folder), '["AutoTokenizer"]', '{"trust_remote_code": true}'],
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(demo_folder),
+            str(tmp_path / "saved"),
+            '["AutoTokenizer"]',
+            '{"trust_remote_code": true}',
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -17,7 +17,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.conversion import convert_checkpoint, inspect_checkpoint, read_manifest
-from modeling_mistral_large.conversion.inspect import READ_BY_LOADERS
+from modeling_mistral_large.conversion.inspect import READ_BY_LOADERS, manifest_findings
 from modeling_mistral_large.conversion.manifest import ManifestFile
 from modeling_mistral_large.conversion.verify import Check, verify_checkpoint
 
@@ -219,6 +219,16 @@ def test_what_nobody_reads_is_named_and_not_wrong(hf: Path) -> None:
         (hf / "notes.txt").unlink()
         (hf / ".gitattributes").unlink()
         (hf / "runs").rmdir()
+
+
+@pytest.mark.parametrize("name", ["../README.md", "/etc/passwd", "a\0b", "\ud800", "a" * 5000, ""])
+def test_a_manifest_may_name_anything(folder: Path, name: str) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"][name] = content["files"]["README.md"]
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert manifest_findings(folder, manifest) == [f"{name} is missing"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs links")
