@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -125,7 +126,7 @@ class Bench:
             for _ in range(repeats):
                 function()
             return (time.perf_counter() - start) / repeats
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch does not type it
         start_event.record()
         for _ in range(repeats):
             function()
@@ -171,21 +172,25 @@ def machine(bench: Bench) -> dict[str, Any]:
     size = 256 if bench.is_small else 8192
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     other = torch.empty_like(buffer)
-    for function in (lambda: torch.dot(buffer, buffer), buffer.sum, lambda: other.copy_(buffer), lambda: left @ right):
-        function()
-    reads = [buffer.nbytes / bench.seconds(way, 10) for way in (lambda: torch.dot(buffer, buffer), buffer.sum)]
-    bench.read_rate = max(reads)
-    copied = 2 * buffer.nbytes / bench.seconds(lambda: other.copy_(buffer), 10)
-    product = 2 * size**3 / bench.seconds(lambda: left @ right, 10)
+    ways: list[Callable[[], Any]] = [
+        lambda: torch.dot(buffer, buffer),
+        lambda: buffer.sum(),
+        lambda: other.copy_(buffer),
+        lambda: left @ right,
+    ]
+    for way in ways:
+        way()
+    dot, total, copy, multiply = (bench.seconds(way, 10) for way in ways)
+    bench.read_rate = buffer.nbytes / min(dot, total)
     result = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "triton": getattr(gpu_kernels.triton, "__version__", None),
+        "triton": version("triton"),
         "python": platform.python_version(),
         "device": "cpu" if bench.is_small else torch.cuda.get_device_name(),
         "read GB/s": bench.read_rate / 1e9,
-        "copy GB/s, read and written": copied / 1e9,
-        "bf16 product TFLOP/s": product / 1e12,
+        "copy GB/s, read and written": 2 * buffer.nbytes / copy / 1e9,
+        "bf16 product TFLOP/s": 2 * size**3 / multiply / 1e12,
     }
     if not bench.is_small:
         fields = "name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"
@@ -276,12 +281,12 @@ def kernels(bench: Bench) -> dict[str, Any]:
         for name, (rows, columns) in shapes.items():
             weights, dense = random_weights(kind, rows, columns, bench.device.type)
             for m in (1, 5) if bench.is_small else (1, 2, 7, 8, 16):
-                bench.check(f"{kind} {name}, {m} rows", SUMS, lambda w=weights, d=dense, m=m: product_error(w, d, m))
+                bench.check(f"{kind} {name}, {m} rows", SUMS, partial(product_error, weights, dense, m))
             if kind != "int4":
                 bench.check(
                     f"{kind} {name}, 1 row as a matrix",
                     SUMS,
-                    lambda w=weights, d=dense, k=kind: product_error(w, d, 1, DOT_TILE[k], 4),
+                    partial(product_error, weights, dense, 1, DOT_TILE[kind], 4),
                 )
     for filled, starts, splits in (
         ((0, [0], 4), (64, [0, 33], 4))
@@ -299,12 +304,12 @@ def kernels(bench: Bench) -> dict[str, Any]:
         bench.check(
             f"attention at slot {filled}, starts {starts}",
             BF16,
-            lambda a=(filled, starts, splits): attention_error(bench, *a),
+            partial(attention_error, bench, filled, starts, splits),
         )
-    rows, columns = (64, 256) if bench.is_small else (28672, 12288)
+    height, width = (64, 256) if bench.is_small else (28672, 12288)
     for m in (1, 2, 8, 17) if bench.is_small else (1, 2, 8, 17, 300, 2048):
-        bench.check(f"Fp8Linear, {m} rows", W8A8, lambda m=m: linear_error("fp8", rows, columns, m, bench.device))
-        bench.check(f"Int4Linear, {m} rows", 1e-2, lambda m=m: linear_error("int4", rows, columns, m, bench.device))
+        bench.check(f"Fp8Linear, {m} rows", W8A8, partial(linear_error, "fp8", height, width, m, bench.device))
+        bench.check(f"Int4Linear, {m} rows", 1e-2, partial(linear_error, "int4", height, width, m, bench.device))
     bench.check("Fp8Cache, bytes that differ from the CPU's", 0, lambda: cache_error(bench))
     if not bench.is_small:
         bench.check("flash attention of a later chunk, no mask", BF16, lambda: flash_error(bench, 512, 1536))
@@ -331,7 +336,8 @@ def answers(bench: Bench) -> dict[str, Any]:
         texts = [f"{each.answer}</s>" for each in golden]
         if bench.is_small:
             texts = [
-                tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][: most - 1]) for text in texts
+                str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][: most - 1]))
+                for text in texts
             ]
 
         def wrong(complete: Callable[[Any], Tensor], batch: int = 1) -> float:
@@ -355,18 +361,24 @@ def answers(bench: Bench) -> dict[str, Any]:
             greedy = {"max_new_tokens": most, "do_sample": False}
             return lambda inputs: model.generate(**inputs.to(bench.device), **greedy, **options).cpu()
 
+        def with_fp8_cache(model: Any, inputs: Any) -> Tensor:
+            return generated(model, past_key_values=Fp8Cache(model.config))(inputs)
+
+        def offloaded_wrong(kind: str, devices: dict[str, Any]) -> float:
+            return wrong(generated(load(kind, device_map=devices)))
+
         longest = max(map(len, prompts)) + most
         for kind in folders:
             model = load(kind)
-            bench.check(f"answers, {kind}, generate", 0, lambda m=model: wrong(generated(m)))
-            bench.check(f"answers, {kind}, generate, a padded batch", 0, lambda m=model: wrong(generated(m), 8))
+            bench.check(f"answers, {kind}, generate", 0, partial(wrong, generated(model)))
+            bench.check(f"answers, {kind}, generate, a padded batch", 0, partial(wrong, generated(model), 8))
             bench.check(
                 f"answers, {kind}, Fp8Cache",
                 0,
-                lambda m=model: wrong(lambda inputs: generated(m, past_key_values=Fp8Cache(m.config))(inputs)),
+                partial(wrong, partial(with_fp8_cache, model)),
             )
             static: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
-            bench.check(f"answers, {kind}, static cache", 0, lambda m=model, s=static: wrong(generated(m, **s)))
+            bench.check(f"answers, {kind}, static cache", 0, partial(wrong, generated(model, **static)))
             for batch in (2,) if bench.is_small else (1, 8):
 
                 def recorded_wrong(model: Any = model, batch: int = batch) -> float:
@@ -390,7 +402,7 @@ def answers(bench: Bench) -> dict[str, Any]:
                 bench.check(
                     f"answers, {kind}, a layer offloaded to the host",
                     0,
-                    lambda k=kind, d=devices: wrong(generated(load(k, device_map=d))),
+                    partial(offloaded_wrong, kind, devices),
                 )
     return {"checks": bench.checks[before:]}
 
@@ -649,7 +661,7 @@ def today(bench: Bench) -> dict[str, Any]:
         result[f"{kind}, 4 layers compiled, first step s"] = bench.wall_seconds(decoding.step)
         if not bench.is_small:
             decoding.capture()
-        taken = bench.seconds(lambda d=decoding: d.run(1), 5)
+        taken = bench.seconds(partial(decoding.run, 1), 5)
         read = step_bytes(model, 1, 64)
         result[f"{kind}, 4 layers compiled and captured"] = {
             "ms a step": taken * 1000,
@@ -666,12 +678,8 @@ def today(bench: Bench) -> dict[str, Any]:
             for length in (4100, 4101, 4102, 4103, 4103):
                 view = states[:, :, :length].contiguous()
                 with sdpa_kernel(backend):
-                    times.append(
-                        bench.wall_seconds(
-                            lambda v=view: nn.functional.scaled_dot_product_attention(query, v, v, enable_gqa=True)
-                        )
-                        * 1000
-                    )
+                    attend = partial(nn.functional.scaled_dot_product_attention, query, view, view, enable_gqa=True)
+                    times.append(bench.wall_seconds(attend) * 1000)
             result[f"{backend.name}, ms at 4100, 4101, 4102, 4103, 4103 again"] = times
     print(json.dumps(result, indent=1), flush=True)
     return result

@@ -276,7 +276,7 @@ def test_completions_end_where_they_should() -> None:
     ids = random_ids(CONFIG, 2, 8)
     free = decoding.generate(ids, max_new_tokens=5, eos_token_id=[])
     assert free.shape == (2, 13)
-    ends = {free[0, 9].item(), free[1, 10].item()}
+    ends = {int(free[0, 9]), int(free[1, 10])}
     completions = []
     for row in free[:, 8:].tolist():
         end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))

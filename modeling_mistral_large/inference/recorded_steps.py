@@ -222,7 +222,7 @@ class RecordedDecoding:
 
     def _recorded(self) -> Callable[[], None]:
         with torch.cuda.device(self.model.device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch does not type it
+            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             # Compiles the kernels, which cannot be done while recording.
             with torch.cuda.stream(stream):
