@@ -593,11 +593,11 @@ def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config:
         }
         (folder / SECOND).write_bytes(raw_file(header, b"\0" * 2 * count))
         (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(header, SECOND)}))
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(CheckpointError):
             plan_conversion(folder)
         assert len(inspect_checkpoint(folder).findings) > 1000
-        return time.monotonic() - started
+        return time.process_time() - started
 
     # With the square of the length, the second would take 100 times as long.
     assert seconds(100_000) < 40 * seconds(10_000) + 1
@@ -608,7 +608,7 @@ def test_names_of_shards_are_compared_in_time_with_their_number(source: Path) ->
         (source / f"consolidated-{number:05}-of-99999.safetensors").touch()
     (source / FIRST).unlink()
     (source / SECOND).unlink()
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match=r"consolidated-04001-of-99999\.safetensors is missing"):
         plan_conversion(source)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20

@@ -425,7 +425,7 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
 
 def test_a_plan_takes_time_with_the_size_of_what_is_asked() -> None:
     deep = MistralLargeConfig(num_hidden_layers=10_000, hidden_size=256, intermediate_size=512)
-    started = time.monotonic()
+    started = time.process_time()
     smallest_changes(
         deep,
         parse_devices("8x24GB"),
@@ -433,7 +433,7 @@ def test_a_plan_takes_time_with_the_size_of_what_is_asked() -> None:
         {"batch": 10**9, "weights": "bf16", "kv": "auto", "prefill_chunk": 2048, "host_memory": 0},
     )
     # One by one, a thousand million batches.
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30
 
 
 def test_no_devices() -> None:
