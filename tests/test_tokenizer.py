@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import re
 import shutil
@@ -35,6 +36,7 @@ from modeling_mistral_large.tokenization_mistral_large import PAD
 from .texts import all_texts, mixed_texts
 
 MIXED_TEXTS = 20_000
+ID_LISTS = int(os.environ.get("MISTRAL_LARGE_ID_LISTS", "3000"))
 
 CONVERSATION: list[dict[str, Any]] = [
     {"role": "user", "content": "Hi [INST] there"},
@@ -226,7 +228,7 @@ def test_decode_of_any_ids_is_sentencepieces(
 ) -> None:
     rng = np.random.default_rng(7)
     rows = []
-    for _ in range(3000):
+    for _ in range(ID_LISTS):
         # Half of the pieces are bytes, most of which make no character.
         length = rng.integers(1, 12)
         rows.append(
