@@ -291,8 +291,6 @@ def _seed_when_generating(model: Any) -> None:
         seed = getattr(generation_config, SEED_NAME, None)
         if seed is not None:
             torch.manual_seed(seed)
-        # For stop strings, which are refused; the model does not know it.
-        kwargs.pop("tokenizer", None)
         return generate(*args, generation_config=generation_config, **kwargs)
 
     model.generate = generate_seeded

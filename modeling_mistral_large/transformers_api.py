@@ -287,6 +287,13 @@ class PrefillHook(GenerationMixin):
         """Read the start of the prompt [batch, tokens] into the cache, and return the ids transformers goes on with."""
         raise NotImplementedError
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **keywords: Any) -> Any:
+        """Leave out the tokenizers that `generate` takes for `stop_strings` and hands on; no `forward` knows them."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            keywords.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **keywords)
+
     def _prefill(
         self,
         input_ids: Tensor,

@@ -1,6 +1,7 @@
 """`mistral-large chat` on the demo checkpoint: the golden answers, at a terminal, in a pipe and under torchrun."""
 
 import json
+import math
 import os
 import pty
 import re
@@ -23,7 +24,7 @@ from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversation
 from mistral_large_cli.marks import printable, with_marks
 from mistral_large_cli.tools_file import load_tools
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.errors import MistralLargeError
+from modeling_mistral_large.errors import MistralLargeError, SettingError
 from modeling_mistral_large.kv_cache import Fp8Layer
 
 GOLDEN = golden_conversations()
@@ -212,9 +213,8 @@ def test_text_from_a_pipe_is_text(demo_folder: Path, tmp_path: Path, heard: list
     evil.write_text(f"open({str(ran)!r}, 'w').close()")
     lines = [f"/tools {evil}", f"/save {saved}", "/exit", "/system Be rude.", "/reset", "//x", " /y", "/nonsense", "/"]
     block = [f"/tools {evil}", "", "//"]
-    printed = talk(demo_folder, *lines, '"""', *block, '"""', *lines, commands=False)
+    assert talk(demo_folder, *lines, '"""', *block, '"""', *lines, commands=False) == []
     assert heard == [*lines, "\n".join(block), *lines]
-    assert printed == ["Yes."] * len(heard)
     assert not ran.exists()
     assert not saved.exists()
 
@@ -317,10 +317,8 @@ def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Pat
     ("options", "finding"),
     [
         (("--temperature", "0", "--top-p", "0.9"), "top_p: has no effect at a temperature of 0"),
-        (("--temperature", "nan"), "temperature nan: must be finite"),
         (("--temperature", "inf"), "temperature inf: must be finite"),
         (("--temperature", "1e-320"), "and 0 or at least 0.001"),
-        (("--top-p", "nan"), "top_p nan: must be a probability"),
         (("--system", "x", "--load", "{folder}/system.json"), "has a system prompt of its own; leave one"),
     ],
 )
@@ -341,9 +339,25 @@ def test_a_device_map_under_torchrun_is_refused(demo_folder: Path, monkeypatch: 
         CliRunner().invoke(app, ["chat", str(demo_folder), "--device-map", "cpu"], input="", catch_exceptions=False)
 
 
-@pytest.mark.parametrize("option", [("--dtype", "bf16"), ("--seed", "1e3"), ("--sede", "1"), ("--seed", str(2**64))])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--dtype", "bf16"),
+        ("--seed", "1e3"),
+        ("--sede", "1"),
+        ("--seed", str(2**64)),
+        ("--temperature", "nan"),
+        ("--top-p", "nan"),
+    ],
+)
 def test_misspelt_options_are_usage_errors(option: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, ["chat", "folder", *option], input="").exit_code == 2
+
+
+def test_sampling_needs_numbers() -> None:
+    for temperature, top_p in ((math.nan, None), (1, math.nan), (-1, None), (1, 1.5)):
+        with pytest.raises(SettingError):
+            Sampling(64, temperature, top_p, None)
 
 
 def test_a_system_prompt_goes_with_a_loaded_conversation_that_has_none(demo_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Decoding: caches, positions, padding, beams, assistants, batches, compilation."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from transformers import (
 
 from modeling_mistral_large import (
     MistralLargeConfig,
+    MistralLargeForCausalLM,
     MistralLargeModel,
+    MistralLargeTokenizer,
 )
 
 from .models import ATTENTION, GREEDY, left_padded, ours_only, random_ids, stock_and_ours
@@ -107,3 +110,12 @@ def test_far_positions_are_exact_in_bfloat16_under_autocast(tiny_config: Mistral
     # fp32 holds 131071 * 1 exactly and its product with a frequency to 2^-24: 0.008 radians at most.
     assert (cos[..., :16].double() - angles.cos()).abs().max() < 0.01
     assert (sin[..., 16:].double() - angles.sin()).abs().max() < 0.01
+
+
+def test_stop_strings_end_an_answer(demo_folder: Path) -> None:
+    """`generate` hands the tokenizer that it takes for them on to the model."""
+    tokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
+    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], return_tensors="pt")
+    output = model.generate(**prompt, do_sample=False, max_new_tokens=30, stop_strings=["tiny"], tokenizer=tokenizer)
+    assert tokenizer.decode(output[0], skip_special_tokens=True).endswith("I am a tiny")
