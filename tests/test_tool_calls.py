@@ -18,7 +18,7 @@ from transformers.utils.chat_parsing import ResponseParser, parse_response
 
 from modeling_mistral_large import MistralLargeTokenizer, tool_calls
 from modeling_mistral_large.chat_templates import RESPONSE_TEMPLATE
-from modeling_mistral_large.instruct import build_prompt
+from modeling_mistral_large.instruct import _call_ids, _Message, _ToolCall, build_prompt
 from modeling_mistral_large.sentencepiece_bpe import join_pieces
 from modeling_mistral_large.tool_calls import (
     AnswerStream,
@@ -451,11 +451,22 @@ def test_colliding_ids_are_mapped_in_linear_time() -> None:
     assert len(set(mapped.values())) == 100_000
 
 
+class Counted(str):
+    """An id that counts how often it is compared."""
+
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons += 1
+        return str.__eq__(self, other)
+
+
 def test_calls_without_ids_are_paired_in_linear_time() -> None:
-    calls = [{"function": {"name": "f", "arguments": {}}}] * 20_000
-    results = [{"role": "tool", "content": "1", "tool_call_id": f"call_{number}"} for number in range(20_000)]
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}, *results]
-    assert len(build_prompt(messages)) == 4 + 3 + 3 * 20_000
+    calls = [_ToolCall("f", "{}", None)] * 1000
+    results = [_Message(number, "tool", has_content=True, given_id=Counted(f"call_{number}")) for number in range(1000)]
+    assert _call_ids(0, calls, results) == [f"call_{number}" for number in range(1000)]
+    assert Counted.comparisons < 10_000
 
 
 def test_text_is_streamed_at_once() -> None:
@@ -497,10 +508,12 @@ def test_other_control_tokens_are_kept_as_text(tokenizer: MistralLargeTokenizer)
     assert parsed.message["content"] == "Hello[INST]<unk>\ufffd\ufffd"
 
 
-def test_a_mark_inside_of_calls_begins_anew(tokenizer: MistralLargeTokenizer) -> None:
-    begun, whole = tokenizer.encode_texts(['[{"name": "f"', '[{"name": "g"}]'])
+# One that more text may complete, and one that none can.
+@pytest.mark.parametrize("text", ['[{"name": "f"', '[{"name": the'])
+def test_a_mark_inside_of_calls_begins_anew(tokenizer: MistralLargeTokenizer, text: str) -> None:
+    begun, whole = tokenizer.encode_texts([text, '[{"name": "g"}]'])
     parsed = parse_answer([TOOL_CALLS_ID, *begun, TOOL_CALLS_ID, *whole, EOS_ID], tokenizer.pieces)
-    assert parsed.message["content"] == '[TOOL_CALLS] [{"name": "f"'
+    assert parsed.message["content"] == f"[TOOL_CALLS] {text}"
     assert [call["function"]["name"] for call in parsed.message["tool_calls"]] == ["g"]
     assert parsed.problem == "tool calls begin inside tool calls"
 
