@@ -28,6 +28,7 @@ test = [
     "jsonschema>=4.21",
     "mypy>=1.15",
     "optimum-quanto>=0.2.7",
+    "pandas>=2",
     "peft>=0.18",
     "psutil>=6",
     "pytest>=8",
