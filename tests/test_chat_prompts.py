@@ -224,7 +224,8 @@ def as_objects(value: Any) -> Any:
     """Return messages and all that is in them as objects with the fields of the dicts."""
     if isinstance(value, dict):
         fields = {name: item if name == "arguments" else as_objects(item) for name, item in value.items()}
-        return pydantic.create_model("Fields", **dict.fromkeys(fields, (Any, ...)))(**fields)
+        types: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
+        return pydantic.create_model("Fields", **types)(**fields)
     return tuple(map(as_objects, value)) if isinstance(value, list) else value
 
 
@@ -293,7 +294,8 @@ def test_requests_are_conversations(tokenizer: MistralLargeTokenizer, reference_
         }
         assert tokenizer.apply_chat_template(fields, return_dict=False) == expected
         assert tokenizer.apply_chat_template([fields], return_dict=False) == [expected]
-        assert our_ids(tokenizer, replace(conversation, messages=tuple(conversation.messages))) == expected
+        messages: Any = tuple(conversation.messages)
+        assert our_ids(tokenizer, replace(conversation, messages=messages)) == expected
 
 
 REQUESTS = {
@@ -340,7 +342,7 @@ def test_roles_and_types_may_be_enums() -> None:
 
 
 def test_keys_that_say_nothing_are_read_over(tokenizer: MistralLargeTokenizer) -> None:
-    about = {
+    about: dict[str, Any] = {
         "id": "msg_1",
         "created_at": "2024-07-24",
         "metadata": {"a": 1},

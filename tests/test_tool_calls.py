@@ -285,7 +285,8 @@ def read_slowly(text: str) -> tuple[str, list[str], str | None, bool]:
 
     What is given up is read again from the mark on, so that the time grows with the square of the length.
     """
-    content, names, problem, is_after_calls = "", [], None, False
+    names: list[str] = []
+    content, problem, is_after_calls = "", None, False
     while True:
         said, mark, rest = text.partition("[TOOL_CALLS]")
         end = None if mark else END.search(said)
