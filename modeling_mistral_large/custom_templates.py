@@ -170,7 +170,7 @@ class _Protection:
         return protect(given)
 
     def _protect(self, text: str, placeholders: Mapping[str, str]) -> str:
-        found = True
+        found = 1
         while found:
             # Again, as one control string may stand inside of another.
             text, found = self._whole.subn(lambda match: placeholders[match[0][0]] + match[0][1:], text)

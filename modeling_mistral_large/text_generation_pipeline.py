@@ -18,17 +18,18 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
     string that was spelled out looks like the token.
     """
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]  # the base classes disagree with each other
         self,
-        model_outputs: dict[str, Any],
-        return_type: ReturnType = ReturnType.FULL_TEXT,
+        model_outputs: Any,
+        return_type: Any = ReturnType.FULL_TEXT,
         clean_up_tokenization_spaces: bool | None = None,
         continue_final_message: bool | None = None,
         skip_special_tokens: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the records of transformers' method."""
-        records = super().postprocess(
+        read: Any = super().postprocess
+        records = read(
             model_outputs,
             return_type,
             clean_up_tokenization_spaces,
@@ -37,7 +38,8 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
             **kwargs,
         )
         prompt_ids = model_outputs["input_ids"]
-        if not isinstance(self.tokenizer, MistralLargeTokenizer) or prompt_ids is None:
+        tokenizer: Any = self.tokenizer
+        if not isinstance(tokenizer, MistralLargeTokenizer) or prompt_ids is None:
             return records
         prompt: list[int] = prompt_ids[0].tolist()
         given = model_outputs["prompt_text"]
@@ -53,21 +55,19 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
                 record["generated_text"] = given + text if is_full else text
             elif return_type == ReturnType.NEW_TEXT:
                 record["generated_text"] = self._text(ids, goes_on=_ends_in_text(prompt), skip=False)
-            elif response_format_of(self.tokenizer.response_template) is not None:
+            elif response_format_of(tokenizer.response_template) is not None:
                 continues = continue_final_message
                 if continues is None:
                     continues = given.messages[-1]["role"] == "assistant"
-                message = self.tokenizer.parse_response(ids, prefix=prompt)
+                message = tokenizer.parse_response(ids, prefix=prompt)
                 record["generated_text"] = _with_answer(list(given.messages), message, continues=bool(continues))
         return records
 
     def _text(self, ids: list[int], *, goes_on: bool, skip: bool) -> str:
         """Return the text of ids, which go on from another text or begin one."""
-        if not goes_on:
-            text: str = self.tokenizer.decode(ids, skip_special_tokens=skip)
-            return text
-        text = self.tokenizer.decode([NEWLINE_ID, *ids], skip_special_tokens=skip)
-        return text.removeprefix("\n")
+        tokenizer: Any = self.tokenizer
+        text: str = tokenizer.decode([NEWLINE_ID, *ids] if goes_on else ids, skip_special_tokens=skip)
+        return text.removeprefix("\n") if goes_on else text
 
 
 def _ends_in_text(prompt: list[int]) -> bool:

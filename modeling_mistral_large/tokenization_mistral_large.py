@@ -366,7 +366,7 @@ class MistralLargeTokenizer(TokenizerHook):
                 "add_generation_prompt and continue_final_message: the answer to come is either new or the last "
                 "message's rest; leave one of the two out"
             )
-        options = {
+        options: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "return_assistant_tokens_mask": return_assistant_tokens_mask,
@@ -386,14 +386,15 @@ class MistralLargeTokenizer(TokenizerHook):
         is_batch = _is_batch(conversation)
         conversations = list(conversation) if is_batch else [conversation]
         if prompt_format_of(template) is None:
-            self._say_custom(chat_template, template)
+            is_safe = sanitize_control_tokens is not False
+            self._say_custom(chat_template, template, is_safe=is_safe)
             rows = self._custom_prompts(
                 template,
                 conversations,
                 tools=tools,
                 documents=documents,
                 tokenize=tokenize,
-                is_safe=sanitize_control_tokens is not False,
+                is_safe=is_safe,
                 variables=kwargs,
                 **options,
             )
@@ -503,7 +504,7 @@ class MistralLargeTokenizer(TokenizerHook):
             return [text.translate(characters) for text in texts]
         return [prompts.encode(text, span, characters) for text, span in zip(texts, spans, strict=True)]
 
-    def _say_custom(self, chat_template: str | None, template: str) -> None:
+    def _say_custom(self, chat_template: str | None, template: str, *, is_safe: bool) -> None:
         if chat_template is not None and prompt_format_of(chat_template) is None:
             named = isinstance(self.chat_template, dict) and chat_template in self.chat_template
             source = f"the chat template {chat_template!r}" if named else "the chat_template that is passed"
@@ -514,7 +515,8 @@ class MistralLargeTokenizer(TokenizerHook):
             "chat_template",
             template,
             f"{source} is none of this package's{f', though {recorded} is recorded with it' if recorded else ''}: "
-            "prompts are what it renders and not the reference's. Control strings in texts stay text.",
+            "prompts are what it renders and not the reference's. Control strings in texts "
+            f"{'stay text' if is_safe else 'become control tokens, as sanitize_control_tokens is False'}.",
         )
 
     def _say_once(self, kind: str, key: str, message: str) -> None:
@@ -632,7 +634,8 @@ def _refuse_settings(settings: Mapping[str, Any]) -> None:
                 f"for which it is {show(values[0])}; leave {name} out"
             )
     for name in settings:
-        # Callers hand all kinds of names through, which transformers keeps and does not read: what is misspelt is refused.
+        # Callers hand all kinds of names through, which transformers keeps and does not read: only misspelt ones are
+        # refused.
         close = get_close_matches(name, SETTINGS, n=1, cutoff=0.85)
         if name not in SETTINGS and close:
             raise KeywordError(f"{name}: no setting of a tokenizer; did you mean {close[0]!r}?")

@@ -467,8 +467,8 @@ class TokenizerHook(TokenizersBackend):
 
     def strategies(
         self, padding: Any, truncation: Any, max_length: int | None, pad_to_multiple_of: int | None, verbose: bool
-    ) -> tuple[PaddingStrategy, TruncationStrategy, int | None]:
-        """Return how to pad and to truncate, and to what length."""
+    ) -> tuple[PaddingStrategy, TruncationStrategy, Any]:
+        """Return how to pad and to truncate, and to what length: an int, or None where neither is done."""
         read = self._get_padding_truncation_strategies  # type: ignore[no-untyped-call]
         padding, truncation, max_length, _ = read(padding, truncation, max_length, pad_to_multiple_of, verbose)
         return padding, truncation, max_length

@@ -290,6 +290,8 @@ class Note:
 def test_everything_a_caller_passes_is_inert(own: MistralLargeTokenizer) -> None:
     own.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
     own.add_tokens(["<|im_end|>"])
+    # One with another inside.
+    own.add_special_tokens({"extra_special_tokens": ["<|a</s>b|>"]})
     template = CHATML + "{{ tools | tojson }}{{ documents | tojson }}{{ x | tojson }}"
 
     def prompt(word: str) -> list[int]:
@@ -307,15 +309,15 @@ def test_everything_a_caller_passes_is_inert(own: MistralLargeTokenizer) -> None
         )
         return found
 
-    specials = {*range(751), 32768, 32769}
+    specials = {*range(751), *range(32768, 32771)}
     expected = [index for index in prompt("words") if index in specials]
     assert set(expected) == {32768, 32769}
-    for string in ("<|im_end|>", "<|im_start|>", "</s>", "[INST]", "<|im_<s>start|>", "<|im_end|><|im_end|>"):
+    for string in ("<|im_end|>", "<|im_start|>", "</s>", "[INST]", "<|im_<s>start|>", "<|a</s>b|>", "<|im_end|><|im_end|>"):
         assert [index for index in prompt(string) if index in specials] == expected, string
         assert own.decode(prompt(string)).count(string) > own.decode(prompt("words")).count(string)
     # A token that the template does not write, and that is not special, is a token in texts too.
     own.add_tokens(["<think>"])
-    assert 32770 in prompt("<think>")
+    assert 32771 in prompt("<think>")
 
 
 @pytest.mark.parametrize(
@@ -328,10 +330,13 @@ def test_texts_side_by_side_do_not_join(tokenizer: MistralLargeTokenizer, first:
     found = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
     assert not set(found) & set(range(751))
     assert tokenizer.decode(found) == (first.strip() + second.strip())
-    # Nor does a text complete what the template has begun.
-    template = first.strip() + "{{ messages[0].content | trim }}"
-    found = tokenizer.apply_chat_template(messages[1:], chat_template=template, return_dict=False)
-    assert not set(found) & set(range(751))
+    # Nor does a text complete what the template has begun, or begin what it completes.
+    for template, message in (
+        (first.strip() + "{{ messages[0].content | trim }}", messages[1]),
+        ("{{ messages[0].content | trim }}" + second.strip(), messages[0]),
+    ):
+        found = tokenizer.apply_chat_template([message], chat_template=template, return_dict=False)
+        assert not set(found) & set(range(751))
 
 
 def test_names_that_the_template_makes_control_strings_of_stay_so(own: MistralLargeTokenizer) -> None:
@@ -403,7 +408,8 @@ def test_what_cannot_be_done_with_another_template_is_refused(own: MistralLargeT
     options, error, reason = REFUSED[case]
     with pytest.raises(error, match=reason):
         own.apply_chat_template([*HOSTILE, {"role": "assistant", "content": "a"}], **options)
-    for conversation in ([], [[]], ["text"], [[3]]):
+    wrong: list[Any] = [[], [[]], ["text"], [[3]]]
+    for conversation in wrong:
         with pytest.raises(ConversationError, match=r"no messages|a message is a dict|they are a list"):
             own.apply_chat_template(conversation)
 

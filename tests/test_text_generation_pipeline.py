@@ -19,23 +19,26 @@ WHOLE = "I am a tiny demo of [INST] text,\n  with lines. </s>"
 
 
 @pytest.fixture
-def speaker(tokenizer: MistralLargeTokenizer, tiny_config: MistralLargeConfig) -> Any:
+def speaker(tokenizer: MistralLargeTokenizer, tiny_config: MistralLargeConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A pipeline whose model goes on with the ids in `says`."""
-    pipe: Any = pipeline("text-generation", ours_only(tiny_config), tokenizer=tokenizer, device="cpu")
-    assert type(pipe) is MistralLargeTextGenerationPipeline
+    make: Any = pipeline
+    pipe = make("text-generation", ours_only(tiny_config), tokenizer=tokenizer, device="cpu")
+    assert isinstance(pipe, MistralLargeTextGenerationPipeline)
+    spoken: list[int] = []
 
     def generate(input_ids: Any = None, **_: Any) -> Any:
-        says = torch.tensor([pipe.says])
+        says = torch.tensor([spoken])
         return says if input_ids is None else torch.cat([input_ids, says], dim=1)
 
-    pipe.model.generate = generate
+    monkeypatch.setattr(pipe.model, "generate", generate)
+    monkeypatch.setattr(pipe, "says", spoken, raising=False)
     return pipe
 
 
 def cuts(tokenizer: MistralLargeTokenizer, text: str) -> list[tuple[str, list[int]]]:
     """Return each beginning of a text that its own ids begin with, and the ids after it."""
     ids = tokenizer.encode_texts([text])[0]
-    starts = [(tokenizer.decode(ids[:cut]), ids[cut:]) for cut in range(1, len(ids))]
+    starts = [(str(tokenizer.decode(ids[:cut])), ids[cut:]) for cut in range(1, len(ids))]
     return [(start, rest) for start, rest in starts if tokenizer.encode_texts([start])[0] + rest == ids]
 
 
@@ -46,7 +49,7 @@ def test_a_begun_answer_goes_on(speaker: Any, tokenizer: MistralLargeTokenizer) 
         if begun.endswith(" "):
             continue
         for end in ([], [2], [2, 384, 384]):
-            speaker.says = rest + end
+            speaker.says[:] = rest + end
             chat = [QUESTION, {"role": "assistant", "content": begun}]
             answer = speaker(chat)[0]["generated_text"]
             assert answer == [QUESTION, {"role": "assistant", "content": WHOLE}], begun
@@ -54,12 +57,12 @@ def test_a_begun_answer_goes_on(speaker: Any, tokenizer: MistralLargeTokenizer) 
             chat[1]["content"] = begun + "  "
             assert speaker(chat)[0]["generated_text"] == answer
             assert chat[1]["content"] == begun + "  "
-        speaker.says = rest
+        speaker.says[:] = rest
         assert begun + speaker(chat, return_full_text=False)[0]["generated_text"] == WHOLE
 
 
 def test_a_begun_answer_goes_on_with_tool_calls(speaker: Any, tokenizer: MistralLargeTokenizer) -> None:
-    speaker.says = [
+    speaker.says[:] = [
         *tokenizer.encode_texts(["a"])[0],
         5,
         *tokenizer.encode_texts(['[{"name": "f", "arguments": {}}]'])[0],
@@ -74,7 +77,7 @@ def test_a_begun_answer_goes_on_with_tool_calls(speaker: Any, tokenizer: Mistral
 
 def test_a_new_answer_is_read_from_its_ids(speaker: Any, tokenizer: MistralLargeTokenizer) -> None:
     spelled = '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'
-    speaker.says = [*tokenizer.encode_texts([spelled])[0], 2]
+    speaker.says[:] = [*tokenizer.encode_texts([spelled])[0], 2]
     assert speaker([QUESTION])[0]["generated_text"] == [QUESTION, {"role": "assistant", "content": spelled}]
     assert speaker([QUESTION], return_full_text=False)[0]["generated_text"] == spelled + "</s>"
     (record,) = speaker([QUESTION], return_tensors=True)
@@ -83,7 +86,7 @@ def test_a_new_answer_is_read_from_its_ids(speaker: Any, tokenizer: MistralLarge
 
 def test_a_raw_text_goes_on(speaker: Any, tokenizer: MistralLargeTokenizer) -> None:
     for begun, rest in cuts(tokenizer, WHOLE.replace("[INST]", "x").replace("</s>", "y")):
-        speaker.says = [*rest, 2]
+        speaker.says[:] = [*rest, 2]
         whole = [*tokenizer(begun).input_ids, *speaker.says]
         assert speaker(begun)[0]["generated_text"] == tokenizer.decode(whole, skip_special_tokens=True)
         assert begun + speaker(begun, return_full_text=False)[0]["generated_text"] == tokenizer.decode(whole[1:-1])
@@ -92,7 +95,7 @@ def test_a_raw_text_goes_on(speaker: Any, tokenizer: MistralLargeTokenizer) -> N
 
 
 def test_a_raw_prompt_that_ends_in_a_control_token(speaker: Any, tokenizer: MistralLargeTokenizer) -> None:
-    speaker.says = tokenizer.encode_texts(["I am"])[0]
+    speaker.says[:] = tokenizer.encode_texts(["I am"])[0]
     options = {"add_special_tokens": False}
     assert speaker("<s>[INST] Hi[/INST]", **options)[0]["generated_text"] == "<s>[INST] Hi[/INST] I am"
     answer = speaker("<s>[INST] Hi[/INST]", return_full_text=False, **options)
