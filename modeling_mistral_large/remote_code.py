@@ -8,7 +8,7 @@ for which `[INST]` in a text is the control token.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -47,15 +47,16 @@ def write_remote_code(folder: str | os.PathLike[str]) -> str:
     return str(path)
 
 
-class ConfigWithRemoteCode(PreTrainedConfig):
+class ConfigWithRemoteCode(PreTrainedConfig):  # type: ignore[no-untyped-call]  # transformers' is not typed
     """A config whose file names the module, and which is saved with it."""
 
     # TRL and transformers look it up in a config in memory.
-    auto_map = {}
+    auto_map: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Drop what a file says of the module, so that no other one is named when the config is saved again."""
-        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in IN_CONFIG})
+        kwargs = {name: value for name, value in kwargs.items() if name not in IN_CONFIG}
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers' is not typed
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write the fields to a file, and next to it the module that the file names."""

@@ -154,7 +154,7 @@ def test_with_the_package_the_registered_classes_load_without_a_question(
     assert "auto_map" not in config.to_diff_dict()
     for auto_class, model_class in MODELS.items():
         assert type(auto_class.from_pretrained(folder, **options)) is model_class
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     # Saved again, they name the same module, and nothing of the package's source is copied.
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
@@ -166,7 +166,7 @@ def test_with_the_package_the_registered_classes_load_without_a_question(
     assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["auto_map"] == {
         "AutoTokenizer": [None, "modeling_mistral_large_remote.MistralLargeTokenizer"]
     }
-    loaded = MistralLargeForCausalLM.from_pretrained(tmp_path / "again")
+    loaded: Any = MistralLargeForCausalLM.from_pretrained(tmp_path / "again")
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], return_tensors="pt")
     assert torch.equal(loaded.generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY))
 

@@ -199,12 +199,13 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
 
 
 def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) -> None:
-    for model_type in ("mistral", "mistral_large"):
+    model_types: tuple[ModelType, ...] = ("mistral", "mistral_large")
+    for model_type in model_types:
         retag_checkpoint(folder, model_type)
         assert all(check.is_ok for check in verify_checkpoint(folder))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "</s>"}))
-    for model_type in ("mistral", "mistral_large"):
+    for model_type in model_types:
         retag_checkpoint(folder, model_type)
         wrong = {check.name: check.detail for check in verify_checkpoint(folder) if not check.is_ok}
         assert wrong == {"files": "tokenizer_config.json has changed since the conversion"}
