@@ -29,7 +29,6 @@ from transformers.generation.logits_process import (
 )
 
 from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
-from modeling_mistral_large.cpu_decode import Linear
 from modeling_mistral_large.errors import MissingLibraryError, SettingError
 from modeling_mistral_large.modeling_mistral_large import MistralLargeForCausalLM
 from modeling_mistral_large.quantized import Fp8Linear, Int4Linear
@@ -132,7 +131,7 @@ def obstacle_to_recording(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has hooks, which a recorded step would skip"
-        is_plain = type(module) in (Linear, nn.Linear) and module.weight.dtype == torch.bfloat16 and module.bias is None
+        is_plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.bias is None
         is_quantized = type(module) in (Fp8Linear, Int4Linear)
         if name.endswith(("_proj", "lm_head")) and not (is_plain or is_quantized):
             return f"{name} is {type(module).__name__}, not a BF16, FP8 or int4 linear layer without bias"
