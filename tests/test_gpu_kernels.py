@@ -276,13 +276,15 @@ def test_completions_end_where_they_should() -> None:
     ids = random_ids(CONFIG, 2, 8)
     free = decoding.generate(ids, max_new_tokens=5, eos_token_id=[])
     assert free.shape == (2, 13)
-    ends = {int(free[0, 9]), int(free[1, 10])}
+    first, second = free[:, 8:].tolist()
+    # One row ends with its first token, the other one later, but before the last.
+    ends = {first[0], second[2]}
     completions = []
-    for row in free[:, 8:].tolist():
+    for row in (first, second):
         end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
         completions.append(row[:end])
     longest = max(map(len, completions))
-    assert longest < 5
+    assert min(map(len, completions)) < longest < 5
     padded = [row + [384] * (longest - len(row)) for row in completions]
     ended = decoding.generate(ids, max_new_tokens=5, eos_token_id=sorted(ends))
     assert ended[:, 8:].tolist() == padded
