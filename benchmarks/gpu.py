@@ -614,6 +614,8 @@ def layers_that_fit(bench: Bench, kind: str) -> int:
     """All 88, or as many of a layer's bytes as leave room for embeddings, head, cache and buffers."""
     if bench.is_small:
         return 1
+    # The model of the stage before.
+    bench.free()
     layer = {"fp8": 1.385e9, "int4": 0.714e9, "bf16": 2.769e9}[kind]
     free, _ = torch.cuda.mem_get_info()
     return min(88, int((free - 16e9) / layer))

@@ -28,7 +28,7 @@ POINTERS = {"bf16": "*bf16", "fp8": "*fp8e4nv", "fp8_bits": "*u8", "int4": "*i32
 CAPABILITIES = [80, 89, 90]
 # Most instructions of a thread of sm_90 for each of its weights. At 4.3 TB/s the issue slots of an H200 allow 15 for
 # BF16, 7.7 for FP8 and 4.0 for int4.
-MOST_INSTRUCTIONS = {"bf16 vector": 4.5, "fp8 vector": 3.5, "bf16 dot": 2.1, "fp8 dot": 4.6, "int4 dot": 3.0}
+MOST_INSTRUCTIONS = {"bf16 vector": 4.5, "fp8 vector": 3.5, "bf16 dot": 2.1, "fp8 dot": 4.6, "int4 dot": 3.3}
 
 
 class Compiled:
