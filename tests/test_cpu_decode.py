@@ -118,7 +118,8 @@ def test_processors_without_amx_refuse_vector_products(
 
 def test_models_without_linear_layers_in_bf16_refuse_vector_products(tiny_config: MistralLargeConfig) -> None:
     with torch.device("meta"):
-        elsewhere = MistralLargeForCausalLM._from_config(tiny_config, dtype=torch.bfloat16)
+        elsewhere: Any = MistralLargeForCausalLM(tiny_config)
+    elsewhere.to(torch.bfloat16)
     for model in (ours_only(tiny_config), elsewhere, nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16))):
         with pytest.raises(SettingError, match="the model has no linear layer in bf16 on the CPU"):
             use_vector_products_(model)

@@ -14,6 +14,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.kv_cache import Fp8Cache, pack, unpack
 from modeling_mistral_large.masked_attention import masked_attention_forward
 from modeling_mistral_large.sharding import Demand, activation_bytes, cache_bytes_of_layer
+from modeling_mistral_large.transformers_api import cache_argument
 
 from .models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 from .peak_memory import PeakMemory
@@ -95,11 +96,11 @@ def test_parts_go_on_from_a_cache(
     ids, mask = left_padded(tiny_config, rows)
     expected = stock.generate(ids, attention_mask=mask, **GREEDY)[:, 41:]
     cache: Any = DynamicCache(config=tiny_config)
-    ours.generate(ids[:, :12], attention_mask=mask[:, :12], **{**GREEDY, "max_new_tokens": 1}, past_key_values=cache)
+    ours.generate(ids[:, :12], attention_mask=mask[:, :12], **{**GREEDY, "max_new_tokens": 1}, **cache_argument(cache))
     assert cache.get_seq_length() == 12
     lengths.clear()
     given = ids[:, 12:] if only_new else ids
-    written = ours.generate(given, attention_mask=mask, **GREEDY, past_key_values=cache, prefill_chunk_size=10)
+    written = ours.generate(given, attention_mask=mask, **GREEDY, **cache_argument(cache), prefill_chunk_size=10)
     assert torch.equal(written[:, given.shape[1] :], expected)
     assert prompt_parts(lengths) == [10, 10, 9]
 
@@ -209,7 +210,7 @@ def test_131072_positions_have_stock_mistrals_answer_in_the_planned_memory(lengt
     cache: Any = DynamicCache(config=config)
     memory = PeakMemory()
     with memory:
-        found = ours.generate(ids, **ONE_LOGIT, past_key_values=cache)
+        found = ours.generate(ids, **ONE_LOGIT, **cache_argument(cache))
     assert lengths == [2048] * 64
     check_memory(memory.peak, config, Demand(131072, weights="fp32"), cache)
     expected = stock.generate(ids, **ONE_LOGIT)
@@ -226,7 +227,7 @@ def test_8_bits_take_the_planned_memory(dtype: torch.dtype) -> None:
     cache: Any = Fp8Cache(config)
     memory = PeakMemory()
     with memory:
-        model.generate(random_ids(config, 1, 8192), **ONE_LOGIT, past_key_values=cache, prefill_chunk_size=512)
+        model.generate(random_ids(config, 1, 8192), **ONE_LOGIT, **cache_argument(cache), prefill_chunk_size=512)
     weights = "bf16" if dtype == torch.bfloat16 else "fp32"
     check_memory(memory.peak, config, Demand(8192, weights=weights, kv="fp8", prefill_chunk=512), cache)
 
@@ -306,6 +307,6 @@ def test_a_static_cache_can_be_longer_than_a_part(tiny_config: MistralLargeConfi
     stock, ours = stock_and_ours(tiny_config, "sdpa")
     ids = random_ids(tiny_config, 1, 21)
     cache = StaticCache(tiny_config, max_cache_len=64)
-    found = ours.generate(ids, **GREEDY, past_key_values=cache, prefill_chunk_size=8)
+    found = ours.generate(ids, **GREEDY, **cache_argument(cache), prefill_chunk_size=8)
     assert torch.equal(found, stock.generate(ids, **GREEDY))
     assert prompt_parts(lengths) == [8, 8, 5]

@@ -16,6 +16,8 @@ from modeling_mistral_large import (
     MistralLargeModel,
     MistralLargeTokenizer,
 )
+from modeling_mistral_large.kv_cache import Fp8Cache
+from modeling_mistral_large.transformers_api import cache_argument
 
 from .models import ATTENTION, GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 
@@ -78,6 +80,34 @@ def test_assisted_generation_gives_the_greedy_tokens(tiny_config: MistralLargeCo
     assistant = ours_only(MistralLargeConfig(**{**tiny_config.to_dict(), "num_hidden_layers": 1}))
     ids = random_ids(tiny_config, 1, 17)
     assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("implementation", ["static", "dynamic", "dynamic_full"])
+def test_assisted_generation_with_any_cache_is_that_of_stock_mistral(
+    tiny_config: MistralLargeConfig, implementation: str
+) -> None:
+    """Before transformers 5.24 static caches are refused; 5.24 drafts past their end."""
+    stock, ours = stock_and_ours(tiny_config, "sdpa")
+    ids = random_ids(tiny_config, 1, 17)
+
+    def outcome(model: Any) -> list[list[int]] | str:
+        options = {"prompt_lookup_num_tokens": 3, "cache_implementation": implementation, "disable_compile": True}
+        try:
+            written: list[list[int]] = model.generate(ids, **GREEDY, **options).tolist()
+        except (IndexError, ValueError) as error:
+            return str(error)
+        return written
+
+    found = outcome(ours)
+    assert found == outcome(stock)
+    assert isinstance(found, str) or found == ours.generate(ids, **GREEDY).tolist()
+
+
+def test_a_cache_in_8_bits_goes_back_when_an_assistant_was_wrong(tiny_config: MistralLargeConfig) -> None:
+    model, ids = ours_only(tiny_config), random_ids(tiny_config, 1, 17)
+    caches: list[Any] = [Fp8Cache(tiny_config), Fp8Cache(tiny_config)]
+    alone = model.generate(ids, **cache_argument(caches[0]), **GREEDY)
+    assert torch.equal(model.generate(ids, **cache_argument(caches[1]), **GREEDY, prompt_lookup_num_tokens=3), alone)
 
 
 def test_a_left_padded_batch_gives_each_rows_own_greedy_tokens(tiny_config: MistralLargeConfig) -> None:

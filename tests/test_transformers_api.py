@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,11 @@ def own_privates(tree: ast.Module) -> set[str]:
     return {name for name in names if is_private(name)}
 
 
+def others_privates() -> set[str]:
+    """Underscored names of torch's modules and of Python's named tuples, whose interface they are."""
+    return {*dir(nn.Module()), *dir(namedtuple("Any", []))}
+
+
 def host_privates() -> set[str]:
     """Underscored names of the classes that the package's classes and objects come from, but not torch's."""
     hosts = [PreTrainedModel, GenerationMixin, transformers.PreTrainedConfig, transformers.PreTrainedTokenizerFast]
@@ -279,7 +285,7 @@ def host_privates() -> set[str]:
     names = {name for host in hosts for name in dir(host) if is_private(name)}
     # Set on objects only.
     names |= {"_attn_implementation", "_commit_hash", "_mask_length", "_tp_size", "_hf_hook", "_from_auto"}
-    return names - set(dir(nn.Module)) - set(dir(object))
+    return names - others_privates()
 
 
 def is_torchs(node: ast.Attribute) -> bool:
@@ -289,7 +295,7 @@ def is_torchs(node: ast.Attribute) -> bool:
 
 def touches(name: str, tree: ast.Module, own: set[str], host: set[str]) -> Iterator[str]:
     """Each touch with its place; `own` are the underscored names that the whole package makes."""
-    own_here = own_privates(tree)
+    own_here, others = own_privates(tree), others_privates()
     for node in ast.walk(tree):
         where = f"{name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("transformers", "packaging"):
@@ -305,7 +311,11 @@ def touches(name: str, tree: ast.Module, own: set[str], host: set[str]) -> Itera
             of = node.value.id if isinstance(node.value, ast.Name) else ""
             if node.attr == "__version__" and of == "transformers":
                 yield f"{where} reads transformers.__version__"
-            elif is_private(node.attr) and not is_torchs(node) and node.attr not in (own_here if of == "self" else own):
+            elif (
+                is_private(node.attr)
+                and node.attr not in (own_here if of == "self" else own) | others
+                and not is_torchs(node)
+            ):
                 yield f"{where} touches .{node.attr}"
             elif node.attr in host and ast.unparse(node.value) == "super()":
                 yield f"{where} touches super().{node.attr}"
@@ -343,6 +353,8 @@ def test_no_other_module_tests_a_version_or_touches_an_underscore_of_transformer
         ("class A(B):\n    _no_split_modules = ['x']", 1),
         ("x._unheard_of()", 1),
         ("torch._scaled_mm()", 0),
+        ("pair._replace(first=1)", 0),
+        ("module._forward_hooks", 0),
         ("other._own_thing", 0),
         ("self._own_thing", 1),
         ("class A:\n    def f(self): self._x = 1\n    def g(self): return self._x", 0),
