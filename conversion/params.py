@@ -101,7 +101,7 @@ def config_from_params(params: Mapping[str, Any]) -> MistralLargeConfig:
     if findings := params_findings(params):
         raise CheckpointError(f"{PARAMS_NAME} is not a Mistral Large geometry: {'; '.join(findings)}")
     # A whole number is a real one too, in JSON.
-    values = {key: float(value) if key in REAL_NUMBERS else value for key, value in params.items()}
+    values: dict[str, Any] = {key: float(value) if key in REAL_NUMBERS else value for key, value in params.items()}
     sizes = {config_key: values[key] for key, config_key in TO_CONFIG.items() if key in values}
     return MistralLargeConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": values[ROPE_THETA]})
 

@@ -116,10 +116,12 @@ def _exit_code(app: "typer.Typer") -> int:
             return 2
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             # A usage error, which quotes what was typed: a name from a folder, perhaps.
-            error.message = printable(error.message)  # type: ignore[attr-defined]  # click's, by any of its names
+            # typer has a copy of click whose classes have no public name.
+            usage_error: Any = error
+            usage_error.message = printable(usage_error.message)
             with suppress(OSError):
-                rich_format_error(error)
-            return int(error.exit_code)
+                rich_format_error(usage_error)
+            return int(usage_error.exit_code)
         sys.excepthook = _print_traceback
         raise
 

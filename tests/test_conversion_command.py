@@ -179,9 +179,10 @@ def test_values_of_options_that_mean_nothing_are_errors(
 
 
 def test_a_misspelt_option_is_an_error(small_source: Path, tmp_path: Path) -> None:
-    for function in (convert_checkpoint, prepare_conversion, export_checkpoint):
+    functions: tuple[Any, ...] = (convert_checkpoint, prepare_conversion, export_checkpoint)
+    for function in functions:
         with pytest.raises(TypeError, match="unexpected keyword argument 'max_shard'"):
-            function(small_source, tmp_path / "out", max_shard="5GB")  # type: ignore[operator]  # that is the mistake
+            function(small_source, tmp_path / "out", max_shard="5GB")
 
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])

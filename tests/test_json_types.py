@@ -263,7 +263,15 @@ def test_a_header_of_other_types_is_one_short_finding(tmp_path: Path, header: st
 
 
 def test_a_value_is_shown_short_and_on_one_line() -> None:
-    for value in (10**4000, "\n\x1b" * 10**6, ["x"] * 10**6, {"a": {"b": {"c": "d" * 10**6}}}, [[[[[[[[]]]]]]]], None):
+    values: tuple[Any, ...] = (
+        10**4000,
+        "\n\x1b" * 10**6,
+        ["x"] * 10**6,
+        {"a": {"b": {"c": "d" * 10**6}}},
+        [[[[[[[[]]]]]]]],
+        None,
+    )
+    for value in values:
         assert len(shown(value)) < 1500
         assert shown(value).isprintable()
 

@@ -628,7 +628,7 @@ def full() -> None:
 def closed() -> None:
     os.close(0)
     os.close(1)
-    sys.stdin = sys.stdout = None  # type: ignore[assignment]  # as an interpreter has them then
+    sys.stdin = sys.stdout = None  # as an interpreter has them then
 
 
 def without_reader() -> None:
