@@ -220,6 +220,19 @@ def test_text_from_a_pipe_is_text(demo_folder: Path, tmp_path: Path, heard: list
     assert not saved.exists()
 
 
+def test_commands_that_are_taken_as_text_are_mentioned_once(demo_folder: Path, heard: list[str]) -> None:
+    lines = ["Who?", "/nonsense", "/save x.json", "/reset"]
+    for commands, expected in (
+        ((), "/save is text here, as all that comes from a pipe; --commands obeys it\n"),
+        (("--commands",), ""),
+    ):
+        text = "".join(f"{line}\n" for line in (lines[:1] if commands else lines))
+        result = CliRunner().invoke(app, ["chat", str(demo_folder), *commands], input=text, catch_exceptions=False)
+        assert result.stderr.endswith(expected)
+        assert result.stderr.count("is text here") == bool(expected)
+    assert heard == [*lines, "Who?"]
+
+
 def test_messages_may_begin_with_a_slash(demo_folder: Path, heard: list[str]) -> None:
     block = ["/* adds */", "//", "/exit"]
     talk(demo_folder, "//etc is a folder", "///", " /tmp", '"""', *block, '"""', "/exit", "not heard")
