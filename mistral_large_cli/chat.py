@@ -157,6 +157,7 @@ class Chat:
         self._max_rounds = max_rounds
         self._is_terminal = sys.stdin.isatty()
         self._obeys_commands = self._is_terminal or commands
+        self._has_mentioned_commands = self._obeys_commands
         self._is_line_open = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._set_system,
@@ -226,7 +227,15 @@ class Chat:
                 is_command = not line.startswith("//")
                 yield (line if is_command else line[1:]), is_command
             elif line.strip():
+                self._mention_commands(line)
                 yield line, False
+
+    def _mention_commands(self, line: str) -> None:
+        """Say once, next to the responses, that what looks like a command was taken as text."""
+        name = line.split(maxsplit=1)[0]
+        if not self._has_mentioned_commands and name in (*self._commands, "/exit"):
+            self._has_mentioned_commands = True
+            print(f"{name} is text here, as all that comes from a pipe; --commands obeys it", file=sys.stderr)
 
     def _obey(self, line: str) -> bool:
         """Do what a command says, and return whether it ends the chat."""

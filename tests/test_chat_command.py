@@ -1,5 +1,6 @@
 """`mistral-large chat` on the demo checkpoint: the golden answers, at a terminal, in a pipe and under torchrun."""
 
+import errno
 import json
 import math
 import os
@@ -96,9 +97,9 @@ def test_a_cache_of_8_bits_is_used(demo_folder: Path, monkeypatch: pytest.Monkey
     updated = []
     update = Fp8Layer.update
 
-    def watched_update(self: Any, *args: Any) -> Any:
+    def watched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         updated.append(self)
-        return update(self, *args)
+        return update(self, *args, **kwargs)
 
     monkeypatch.setattr(Fp8Layer, "update", watched_update)
     names = ("window_cleaner", "window_cleaner_follow_up")
@@ -217,6 +218,19 @@ def test_text_from_a_pipe_is_text(demo_folder: Path, tmp_path: Path, heard: list
     assert heard == [*lines, "\n".join(block), *lines]
     assert not ran.exists()
     assert not saved.exists()
+
+
+def test_commands_that_are_taken_as_text_are_mentioned_once(demo_folder: Path, heard: list[str]) -> None:
+    lines = ["Who?", "/nonsense", "/save x.json", "/reset"]
+    for commands, expected in (
+        ((), "/save is text here, as all that comes from a pipe; --commands obeys it\n"),
+        (("--commands",), ""),
+    ):
+        text = "".join(f"{line}\n" for line in (lines[:1] if commands else lines))
+        result = CliRunner().invoke(app, ["chat", str(demo_folder), *commands], input=text, catch_exceptions=False)
+        assert result.stderr.endswith(expected)
+        assert result.stderr.count("is text here") == bool(expected)
+    assert heard == [*lines, "Who?"]
 
 
 def test_messages_may_begin_with_a_slash(demo_folder: Path, heard: list[str]) -> None:
@@ -417,15 +431,13 @@ def test_input_is_text_and_output_readable_whatever_the_encoding(demo_folder: Pa
     assert rb"n\xe9" in result.stdout
 
 
-def test_input_that_cannot_be_read_is_one_error(demo_folder: Path, tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    result = subprocess.run(
-        [*COMMAND, str(demo_folder)], stdin=descriptor, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    os.close(descriptor)
-    assert result.returncode == 2
-    assert "Is a directory" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_input_that_cannot_be_read_is_one_error(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("builtins.input", fail)
+    with pytest.raises(MistralLargeError, match="standard input: cannot be read: Input/output error"):
+        talk(demo_folder, "x")
 
 
 class Terminal:
@@ -494,10 +506,10 @@ def test_at_a_terminal(demo_folder: Path) -> None:
         terminal.wait_for("> ")
         # A block is no command, and neither is a line that begins with two slashes.
         terminal.type('/system\n"""\n/nonsense\n"""\n//etc\n/prompt\n')
-        shown = terminal.wait_for("[INST] /etc [/INST]")
+        terminal.wait_for("/prompt\r\n")
+        shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.wait_for("\n> "))
         assert "[INST] /nonsense [/INST]" in shown
-        assert "no such command" not in shown
-        terminal.wait_for("> ")
+        assert "[INST] /etc [/INST]" in shown
         # Ctrl-C at the prompt neither. Between showing the prompt and waiting, Python only takes note of it.
         for _ in range(20):
             process.send_signal(signal.SIGINT)
