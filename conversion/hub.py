@@ -25,7 +25,7 @@ from modeling_mistral_large.conversion.source_files import (
     file_finding,
     read_json_object,
 )
-from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.errors import CheckpointError, CheckpointNotFoundError
 
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
 # The vendor's repository holds a second copy of the weights, model-*.safetensors: another 245 GB.
@@ -111,18 +111,21 @@ def reachable_options(source: Any, options: Mapping[str, Any]) -> dict[str, Any]
     """The options of `from_pretrained` for `source`: with `local_files_only` where the hub does not answer.
 
     Raises:
-        CheckpointError: neither a folder nor the id of a repository, or one that is not in the cache, and out of reach.
+        CheckpointNotFoundError: neither a folder nor the id of a repository, or one that is not in the cache, and out
+            of reach.
     """
     if source is None or Path(source).exists():
         return dict(options)
     repository = os.fspath(source)
     if not is_repository_id(repository):
-        raise CheckpointError(f"{source}: no such folder; give a folder, or a repository on the hub as owner/name")
+        raise CheckpointNotFoundError(
+            f"{source}: no such folder; give a folder, or a repository on the hub as owner/name"
+        )
     if not options.get("local_files_only") and not is_out_of_reach(repository):
         return dict(options)
     place = {name: options[name] for name in ("revision", "cache_dir") if options.get(name)}
     if not any(isinstance(try_to_load_from_cache(repository, file, **place), str) for file in TELLING_FILES):
-        raise CheckpointError(f"{repository}: {_not_in_cache(repository)}")
+        raise CheckpointNotFoundError(f"{repository}: {_not_in_cache(repository)}")
     return {**options, "local_files_only": True}
 
 

@@ -14,7 +14,13 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from .configuration_mistral_large import MistralLargeConfig, read_consolidated
 from .modeling_mistral_large import (
@@ -49,16 +55,24 @@ MODELS = {
     AutoModelForSequenceClassification: MistralLargeForSequenceClassification,
     AutoModelForTokenClassification: MistralLargeForTokenClassification,
 }
+# By model type, in the order of `MODELS`.
+NAMES_OF_MODELS = (
+    MODEL_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 
 def _register() -> None:
     """Make the Auto classes know Mistral Large; may run any number of times."""
     AutoConfig.register(MistralLargeConfig.model_type, MistralLargeConfig, exist_ok=True)
     AutoTokenizer.register(MistralLargeConfig, MistralLargeTokenizer, exist_ok=True)
-    for auto_class, model_class in MODELS.items():
+    for (auto_class, model_class), names in zip(MODELS.items(), NAMES_OF_MODELS, strict=True):
         auto_class.register(MistralLargeConfig, model_class, exist_ok=True)
-    # pipeline("text-generation") reads this table of names and logs an error for a class it does not find.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MistralLargeConfig.model_type] = MistralLargeForCausalLM.__name__
+        # Pipelines and trainers read these names: a class that is not among them is said not to do its task.
+        names[MistralLargeConfig.model_type] = model_class.__name__
     export_names([MistralLargeConfig, MistralLargePreTrainedModel, MistralLargeTokenizer, *MODELS.values()])
     read_config_dict_with(read_consolidated)
     add_peft_defaults()

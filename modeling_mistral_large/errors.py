@@ -21,6 +21,10 @@ class CheckpointError(MistralLargeError, ValueError):
     """A checkpoint whose files, tensors or geometry do not fit together."""
 
 
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No folder of a checkpoint, and no repository that can be had."""
+
+
 class ConfigurationError(MistralLargeError, ValueError):
     """A configuration with something that Mistral Large does not have."""
 

@@ -19,8 +19,6 @@ from modeling_mistral_large import (
 )
 from modeling_mistral_large.errors import CheckpointError, ConfigurationError, MistralLargeError
 
-from .checkpoints import contents
-
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 # Each is wrong whatever the other fields are, with what the error says of it.
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -216,16 +214,16 @@ def test_nothing_is_made_or_saved_of_a_config_that_was_spoiled(
         config = duplicate(config)
     repr(config)
     for refuse in (
-        lambda: config.save_pretrained(tmp_path),
+        lambda: config.save_pretrained(tmp_path / "new"),
         lambda: config.to_json_file(tmp_path / "config.json"),
-        lambda: model.save_pretrained(tmp_path),
-        lambda: model.config.save_pretrained(tmp_path),
+        lambda: model.save_pretrained(tmp_path / "new"),
+        lambda: model.config.save_pretrained(tmp_path / "new"),
         *(lambda made=made: made(config) for made in MODELS.values()),  # type: ignore[misc]  # bound now
         *(lambda auto=auto: auto.from_config(config) for auto in MODELS),  # type: ignore[misc]  # bound now
     ):
         with pytest.raises(ConfigurationError):
             refuse()
-    assert contents(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_config_of_another_class_makes_no_model() -> None:

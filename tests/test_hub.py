@@ -243,6 +243,8 @@ def test_out_of_reach_what_is_not_here_is_one_line_at_once(
         read(name)
     # Nothing but the wait for an answer takes time; machines in use may add to it.
     assert time.monotonic() - started < ANSWER_SECONDS + 2
+    # Both what transformers raises and what our own callers catch.
+    assert isinstance(error.value, OSError) == (read not in (resolve_source, inspect_checkpoint))
     assert str(error.value).startswith(f"{name}: no ")
     assert "\n" not in str(error.value)
     assert unreachable.asked == []
