@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta
 from tokenizers import AddedToken, Tokenizer
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 from .errors import ConversationError
 from .json_text import check_unicode, show

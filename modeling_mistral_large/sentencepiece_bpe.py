@@ -194,7 +194,7 @@ def _proto_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
         if (wire := tag & 7) == 0:
             yield tag >> 3, varint()
             continue
-        length = {1: lambda: 8, 2: varint, 5: lambda: 4}.get(wire, lambda: len(message))()
+        length = {1: 8, 5: 4}.get(wire, len(message)) if wire != 2 else varint()
         if length > len(message) - position:
             raise ValueError("not a protobuf message")
         yield tag >> 3, message[position : position + length]
@@ -322,7 +322,7 @@ def clone_backend(
         clone.post_processor = backend.post_processor
     if added is None:
         added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
-    clone.add_tokens(added)
+    clone.add_tokens(list(added))
     return clone
 
 

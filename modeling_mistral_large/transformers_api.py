@@ -398,9 +398,8 @@ def render_chat_template(conversations: list[Any], template: str, **options: Any
     When it changes, prompts of chat templates that are not ours fail.
     """
     with _RENDERER:
-        texts, spans = render_jinja_template(  # type: ignore[misc]  # typed as a string
-            conversations=conversations, chat_template=template, **options
-        )
+        rendered: Any = render_jinja_template(conversations=conversations, chat_template=template, **options)
+    texts, spans = rendered
     return list(texts), list(spans) or [()] * len(texts)
 
 
@@ -469,7 +468,7 @@ class TokenizerHook(TokenizersBackend):
         self, padding: Any, truncation: Any, max_length: int | None, pad_to_multiple_of: int | None, verbose: bool
     ) -> tuple[PaddingStrategy, TruncationStrategy, Any]:
         """Return how to pad and to truncate, and to what length: an int, or None where neither is done."""
-        read = self._get_padding_truncation_strategies  # type: ignore[no-untyped-call]
+        read: Any = self._get_padding_truncation_strategies
         padding, truncation, max_length, _ = read(padding, truncation, max_length, pad_to_multiple_of, verbose)
         return padding, truncation, max_length
 
@@ -478,7 +477,10 @@ class TokenizerHook(TokenizersBackend):
         self._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
 
     @classmethod
-    def _from_pretrained(cls, resolved_vocab_files: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def _from_pretrained(
+        cls, resolved_vocab_files: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        name = pretrained_model_name_or_path
         read = cls.read_files(resolved_vocab_files, name)
         make: Any = super()._from_pretrained
         try:
@@ -505,7 +507,7 @@ class TokenizerHook(TokenizersBackend):
 
     def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
         refuse_unknown_options(type(self).__name__, kwargs, _ENCODE_OPTIONS)
-        backend = self._tokenizer
+        backend = self.backend_tokenizer
         splits = kwargs.get("split_special_tokens")
         if (
             kwargs.get("padding_strategy", PaddingStrategy.DO_NOT_PAD) == PaddingStrategy.DO_NOT_PAD
@@ -548,5 +550,5 @@ def register_pipeline(task: str, module: str, name: str) -> None:
 
     When it changes, the pipeline drops the space between a text and what the model goes on with.
     """
-    entry = SUPPORTED_TASKS[task]
+    entry: Any = SUPPORTED_TASKS[task]
     entry["impl"] = f"{module}.{name}" if isinstance(entry["impl"], str) else getattr(import_module(module), name)

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -312,7 +313,8 @@ def test_everything_a_caller_passes_is_inert(own: MistralLargeTokenizer) -> None
     specials = {*range(751), *range(32768, 32771)}
     expected = [index for index in prompt("words") if index in specials]
     assert set(expected) == {32768, 32769}
-    for string in ("<|im_end|>", "<|im_start|>", "</s>", "[INST]", "<|im_<s>start|>", "<|a</s>b|>", "<|im_end|><|im_end|>"):
+    strings = ("<|im_end|>", "<|im_start|>", "</s>", "[INST]", "<|im_<s>start|>", "<|a</s>b|>", "<|im_end|>" * 2)
+    for string in strings:
         assert [index for index in prompt(string) if index in specials] == expected, string
         assert own.decode(prompt(string)).count(string) > own.decode(prompt("words")).count(string)
     # A token that the template does not write, and that is not special, is a token in texts too.
@@ -434,8 +436,11 @@ def test_nothing_passed_is_changed(own: MistralLargeTokenizer) -> None:
     assert given == before
 
 
-def test_threads_render_apart(own: MistralLargeTokenizer) -> None:
-    own.chat_template = SIMPLE
+def test_threads_render_apart(own: MistralLargeTokenizer, request: pytest.FixtureRequest) -> None:
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)
+    own.chat_template = SIMPLE + "{% for number in range(3000) %}{{ '' }}{% endfor %}"
     conversations = [[*HOSTILE, {"role": "assistant", "content": f"{n} " * n}] for n in range(8)]
     expected = [own.apply_chat_template(each, return_assistant_tokens_mask=True) for each in conversations]
     with ThreadPoolExecutor(4) as pool:
