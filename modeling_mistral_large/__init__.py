@@ -5,6 +5,8 @@ classes, with the module `transformers` and with PEFT's defaults; it does nothin
 `modeling_mistral_large.conversion`.
 """
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -56,7 +58,7 @@ MODELS = {
     AutoModelForTokenClassification: MistralLargeForTokenClassification,
 }
 # By model type, in the order of `MODELS`.
-NAMES_OF_MODELS = (
+NAMES_OF_MODELS: tuple[Any, ...] = (
     MODEL_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,

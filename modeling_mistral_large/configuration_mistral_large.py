@@ -224,7 +224,7 @@ class MistralLargeConfig(ConfigWithRemoteCode):
             ConfigurationError: no Mistral Large model has such a configuration.
         """
         overrides = {name: kwargs.pop(name) for name in OVERRIDES_WITHOUT_A_FIELD if name in kwargs}
-        found = super().from_dict(config_dict, **kwargs)
+        found: Any = super().from_dict(config_dict, **kwargs)
         config = found[0] if kwargs.get("return_unused_kwargs") else found
         for name, value in overrides.items():
             _refuse(field_problem(name, value))

@@ -371,7 +371,7 @@ def read_config_dict_with(read: Callable[[Any, dict[str, Any]], dict[str, Any] |
     original = PreTrainedConfig.__dict__["get_config_dict"].__func__
     original = getattr(original, "replaced", original)
 
-    def get_config_dict(cls: type, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         options = dict(kwargs)
         found, remaining = original(cls, source, **kwargs)
         if cls is PreTrainedConfig and not found.keys() - {"_commit_hash"}:
@@ -379,7 +379,7 @@ def read_config_dict_with(read: Callable[[Any, dict[str, Any]], dict[str, Any] |
         return found, remaining
 
     get_config_dict.replaced = original  # type: ignore[attr-defined]  # a function takes any attribute
-    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[assignment]  # of the same signature
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[arg-type,assignment]  # mypy binds it
 
 
 # Prompts

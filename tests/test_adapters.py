@@ -140,7 +140,7 @@ def test_an_adapter_beside_a_checkpoint_is_loaded_with_it(base: Path, tmp_path: 
 def test_stock_mistral_gives_the_same_logits(bases: dict[str, Path], tmp_path: Path) -> None:
     expected = train(bases["hf"], tmp_path / "adapter")
     convert_checkpoint(bases["consolidated"], tmp_path / "stock", model_type="mistral")
-    stock = MistralForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    stock: Any = MistralForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
     stock = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
     assert torch.equal(stock(IDS).logits, expected)
 

@@ -168,7 +168,7 @@ def test_an_assignment_is_refused(wrong: dict[str, Any], finding: str, tiny_conf
 
 
 def test_an_older_name_of_the_theta_changes_it(tiny_config: MistralLargeConfig) -> None:
-    tiny_config.rope_theta = 5e5  # type: ignore[attr-defined]  # an older name
+    tiny_config.rope_theta = 5e5
     assert tiny_config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
     expected = MistralLargeConfig(**{**tiny_config.to_dict(), "rope_parameters": {"rope_theta": 5e5}})
     found = MistralLargeForCausalLM(tiny_config).model.rotary_emb.inv_freq
@@ -218,8 +218,8 @@ def test_nothing_is_made_or_saved_of_a_config_that_was_spoiled(
         lambda: config.to_json_file(tmp_path / "config.json"),
         lambda: model.save_pretrained(tmp_path / "new"),
         lambda: model.config.save_pretrained(tmp_path / "new"),
-        *(lambda made=made: made(config) for made in MODELS.values()),  # type: ignore[misc]  # bound now
-        *(lambda auto=auto: auto.from_config(config) for auto in MODELS),  # type: ignore[misc]  # bound now
+        *(lambda made=made: made(config) for made in MODELS.values()),
+        *(lambda auto=auto: auto.from_config(config) for auto in MODELS),
     ):
         with pytest.raises(ConfigurationError):
             refuse()
@@ -227,7 +227,7 @@ def test_nothing_is_made_or_saved_of_a_config_that_was_spoiled(
 
 
 def test_a_config_of_another_class_makes_no_model() -> None:
-    config = MistralConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
+    config: Any = MistralConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
     with pytest.raises(ConfigurationError, match=r"^MistralConfig: a Mistral Large model is made of a Mistral"):
         MistralLargeForCausalLM(config)
 

@@ -331,14 +331,14 @@ def test_what_asks_for_other_files_is_left_to_transformers(checkpoint: Checkpoin
 def test_the_auto_classes_load_a_consolidated_folder(checkpoint: Checkpoint, with_config: bool) -> None:
     folder = checkpoint.consolidated
     config = MistralLargeConfig.from_pretrained(folder)
-    options = {"config": config} if with_config else {}
+    options: dict[str, Any] = {"config": config} if with_config else {}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     assert type(model) is MistralLargeForCausalLM
     assert_same_tensors(model, load(checkpoint.hf))
     assert type(AutoTokenizer.from_pretrained(folder, **options)) is MistralLargeTokenizer
     assert AutoConfig.from_pretrained(folder).to_dict() == {**config.to_dict(), "_name_or_path": str(folder)}
     assert config.architectures == ["MistralLargeForCausalLM"]
-    chat = pipeline("text-generation", str(folder), **options)
+    chat: Any = pipeline("text-generation", model=str(folder), **options)
     assert type(chat.model) is MistralLargeForCausalLM
     assert type(chat.tokenizer) is MistralLargeTokenizer
 

@@ -1,8 +1,6 @@
 """Training and files: gradients, adapters, saving, loading, offloading, compiling."""
 
-import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,15 +11,11 @@ from transformers import (
     GenerationConfig,
     MistralForCausalLM,
     StaticCache,
-    pipeline,
 )
 
 from modeling_mistral_large import (
     MistralLargeConfig,
     MistralLargeForCausalLM,
-    MistralLargeForSequenceClassification,
-    MistralLargeForTokenClassification,
-    MistralLargeTokenizer,
 )
 
 from .models import ATTENTION, GREEDY, ours_only, random_ids, stock_and_ours, stock_config
@@ -154,25 +148,3 @@ def test_plans_name_modules_that_exist(tiny_config: MistralLargeConfig) -> None:
         assert {"model." + pattern.replace("*", str(layer)) for layer in range(3)} <= modules, pattern
     assert {"model." + name for name in tiny_config.base_model_pp_plan} <= modules
     assert set(model._tp_plan) >= {"lm_head"}
-
-
-@pytest.mark.parametrize(
-    ("task", "model_class"),
-    [
-        ("text-classification", MistralLargeForSequenceClassification),
-        ("token-classification", MistralLargeForTokenClassification),
-        ("text-generation", MistralLargeForCausalLM),
-    ],
-)
-def test_pipelines_say_nothing_against_our_classes(
-    task: str,
-    model_class: Any,
-    tokenizer: MistralLargeTokenizer,
-    tiny_config: MistralLargeConfig,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    tiny_config.vocab_size = len(tokenizer)
-    pipeline(task, model=model_class(tiny_config), tokenizer=tokenizer)
-    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from transformers.models.auto import modeling_auto
 
 from modeling_mistral_large.supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from modeling_mistral_large.transformers_api import warn_outside_range
@@ -171,6 +172,20 @@ assert not hasattr(transformers, "MistralLargeForNothing")
         cwd=tmp_path,
         path=ROOT,
     )
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        ("MODEL_MAPPING_NAMES", "MistralLargeModel"),
+        ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MistralLargeForCausalLM"),
+        ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "MistralLargeForQuestionAnswering"),
+        ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "MistralLargeForSequenceClassification"),
+        ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "MistralLargeForTokenClassification"),
+    ],
+)
+def test_every_head_is_among_the_names_that_pipelines_read(table: str, name: str) -> None:
+    assert getattr(modeling_auto, table)["mistral_large"] == name
 
 
 OUTSIDE = (
