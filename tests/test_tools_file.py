@@ -1,5 +1,6 @@
 """A tools file runs as Python would run an import of it, and nothing of it is offered or left out without a word."""
 
+import importlib
 import pickle
 import subprocess
 import sys
@@ -110,6 +111,16 @@ def test_libraries_stay_loaded(tmp_path: Path) -> None:
     library = sys.modules["some_library_of_tests"]
     load_tools(path)
     assert sys.modules["some_library_of_tests"] is library
+
+
+def test_what_was_loaded_before_stays_loaded(tmp_path: Path) -> None:
+    """A program may load a tools file of its own folder."""
+    write(tmp_path, "", name="some_module_of_the_program.py")
+    sys.path.append(str(tmp_path))
+    module = importlib.import_module("some_module_of_the_program")
+    for _ in range(2):
+        load_tools(write(tmp_path, function("now")))
+    assert sys.modules["some_module_of_the_program"] is module
 
 
 def test_a_file_that_fails_leaves_the_one_in_use(tmp_path: Path) -> None:
