@@ -288,11 +288,14 @@ class PrefillHook(GenerationMixin):
         raise NotImplementedError
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args: Any, **keywords: Any) -> Any:
+    def prepare_inputs_for_generation(  # type: ignore[override]  # wraps keeps the signature
+        self, *args: Any, **keywords: Any
+    ) -> Any:
         """Leave out the tokenizers that `generate` takes for `stop_strings` and hands on; no `forward` knows them."""
         for name in ("tokenizer", "assistant_tokenizer"):
             keywords.pop(name, None)
-        return super().prepare_inputs_for_generation(*args, **keywords)
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]  # typed for whole models
+        return prepare(*args, **keywords)
 
     def _prefill(
         self,

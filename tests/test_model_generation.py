@@ -148,4 +148,4 @@ def test_stop_strings_end_an_answer(demo_folder: Path) -> None:
     model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], return_tensors="pt")
     output = model.generate(**prompt, do_sample=False, max_new_tokens=30, stop_strings=["tiny"], tokenizer=tokenizer)
-    assert tokenizer.decode(output[0], skip_special_tokens=True).endswith("I am a tiny")
+    assert str(tokenizer.decode(output[0], skip_special_tokens=True)).endswith("I am a tiny")
