@@ -181,6 +181,8 @@ def inspect_checkpoint(source: Path | str) -> Inspection:
     Raises:
         CheckpointError: neither a folder nor a repository that can be read.
     """
+    if Path(source).is_dir():
+        return _inspect(Path(source), str(source))
     if Path(source).exists() or not is_repository_id(str(source)):
         return _inspect(resolve_source(source), str(source))
     if is_out_of_reach(str(source)):

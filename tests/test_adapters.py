@@ -123,7 +123,7 @@ def test_options_of_the_adapter_and_of_the_base(base: Path, tmp_path: Path) -> N
         tmp_path / "adapters", subfolder="first", dtype=torch.float32, adapter_name="mine", output_loading_info=True
     )
     assert torch.equal(model(IDS).logits, expected)
-    assert model.active_adapters() == ["mine"]
+    assert list(model.peft_config) == ["mine"]
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokenizer = MistralLargeTokenizer.from_pretrained(tmp_path / "adapters", subfolder="first")

@@ -19,7 +19,8 @@ SOURCES += (ROOT / "mistral_large_cli").glob("*.py")
 INTERNAL = {
     *("destination", "finished", "hf_files", "model_card", "names", "params", "rope", "safetensors_header"),
     *("quantize", "source_files", "stream", "tokenizer", "transforms", "__init__"),
-    *("consolidated_loading", "json_text", "vllm_renderer", "masked_attention", "gpu_kernels"),
+    *("consolidated_loading", "json_text", "vllm_renderer", "masked_attention", "gpu_kernels", "adapter_loading"),
+    *("transformers_api", "supported", "remote_code", "peft_defaults", "custom_templates", "text_generation_pipeline"),
 }
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from modeling_mistral_large.conversion import convert_checkpoint, retag_checkpoint
 from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT, whole_file
+from modeling_mistral_large.conversion.manifest import MANIFEST_NAME
 from modeling_mistral_large.errors import DestinationError
+from modeling_mistral_large.remote_code import REMOTE_CODE_NAME
 
 from .checkpoints import contents
 
@@ -138,8 +140,9 @@ def test_retag_and_all_whole_files_replace_a_name(
     # A copy that shares the bytes, as `cp -al` makes it.
     shutil.copytree(demo_folder, tmp_path / "copy", copy_function=os.link)
     before = contents(demo_folder)
-    assert sorted(retag_checkpoint(folder, "mistral")) == sorted(names)
-    assert sorted(retag_checkpoint(tmp_path / "copy", "mistral")) == sorted(names)
+    changed = sorted((*names, MANIFEST_NAME, REMOTE_CODE_NAME))
+    assert sorted(retag_checkpoint(folder, "mistral")) == changed
+    assert sorted(retag_checkpoint(tmp_path / "copy", "mistral")) == changed
     assert contents(demo_folder) == before
     assert contents(folder) == contents(tmp_path / "copy")
     assert (tmp_path / "precious").read_text() == "precious"

@@ -64,7 +64,14 @@ def test_the_wheel_holds_every_module_and_every_data_file_once(wheel: Path) -> N
     expected = {
         str(path.relative_to(ROOT))
         for folder in ("modeling_mistral_large", "mistral_large_cli")
-        for pattern in ("*", "conversion/*", "conversion/licence/*", "chat_templates/*", "demo_checkpoint/*")
+        for pattern in (
+            "*",
+            "conversion/*",
+            "conversion/licence/*",
+            "chat_templates/*",
+            "inference/*",
+            "demo_checkpoint/*",
+        )
         for path in (ROOT / folder).glob(pattern)
         if path.is_file() and path.suffix != ".pyc"
     }
@@ -104,7 +111,7 @@ def test_the_wheel_asks_for_the_whole_supported_range_of_transformers(wheel: Pat
     lines = archive.read(metadata).decode().splitlines()
     assert "Name: modeling-mistral-large" in lines
     assert "Requires-Python: >=3.10" in lines
-    assert "Requires-Dist: transformers<6,>=5.17" in lines
+    assert "Requires-Dist: transformers<5.25,>=5.17" in lines
     assert not any(line.startswith("Requires-Dist: mistral-common") and "extra" not in line for line in lines)
 
 

@@ -54,6 +54,8 @@ def test_vllm_takes_each_layout_with_its_options(
     demo_folder: Path, tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, "vllm", *SERVER)
+    # The engine asks the hub for the last one.
+    monkeypatch.setattr("modeling_mistral_large.conversion.hub.reachable_options", lambda *_: {})
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
     run(str(demo_folder), "--port", "8123", "--tensor-parallel-size", "8")
     run(str(folder))

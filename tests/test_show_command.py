@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[object, tuple[object, ...], str]] = {
     "another role": ([{"role": "bot", "content": "x"}], (), "message 0: role 'bot'"),
     "ids without a tokenizer": (MESSAGES, ("--ids",), "--ids: no tokenizer"),
     "no tokenizer": (MESSAGES, ("--model", "."), ".: has neither tokenizer.model.v3 nor tokenizer.json"),
-    "no repository": (MESSAGES, ("--model", "nobody/nothing"), "nobody/nothing: has neither tokenizer.model.v3"),
+    "no repository": (MESSAGES, ("--model", "nobody/nothing"), "nobody/nothing: no folder of this name here"),
     "no name of a repository": (MESSAGES, ("--model", "a b/c/d"), "a b/c/d: no such file or folder"),
     "no tools file": (MESSAGES, ("--tools", "tools.json"), "tools.json: [Errno 2]"),
     "no tools in it": (MESSAGES, ("--tools", "conversation.json"), "tool 0: name None"),

@@ -237,6 +237,8 @@ def test_forward_compiles_into_one_graph(tiny_config: MistralLargeConfig, model_
 
 def test_a_compiled_model_takes_the_options_of_its_attention_and_no_others(tiny_config: MistralLargeConfig) -> None:
     model, ids = build(MistralLargeForCausalLM, tiny_config), random_ids(tiny_config, 1, 5)
+    # What other tests have compiled of the same code counts for the limit of recompilations.
+    torch.compiler.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(ids, position_bias=None, use_cache=False).logits, model(ids).logits)

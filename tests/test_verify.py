@@ -208,7 +208,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "headers",
         "k_proj.weight' has shape [64, 64], this geometry needs [192, 64]",
     ),
-    "config of another dtype": (setting("config.json", dtype="float16"), "config", "dtype is float16, the weights are"),
+    "config of another dtype": (
+        setting("config.json", dtype="float16"),
+        "config",
+        "dtype is 'float16', the weights are",
+    ),
     "config of another class": (setting("config.json", architectures=["X"]), "config", "architectures ['X'] of a mis"),
     "no generation config": (remove("generation_config.json"), "config", "generation_config.json is missing"),
     "generation config not JSON": (content("generation_config.json", b"{"), "config", "generation_config.json: Expe"),
