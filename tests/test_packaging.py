@@ -19,6 +19,7 @@ from modeling_mistral_large.transformers_api import warn_outside_range
 ROOT = Path(__file__).parent.parent
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 LINKS = ("conversion", "chat_templates")
+FOLDERS = (*LINKS, "conversion/licence", "inference", "demo_checkpoint")
 
 
 def python(code: str, *arguments: str, cwd: Path, path: Path | None = None) -> str:

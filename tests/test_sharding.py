@@ -570,6 +570,7 @@ def test_errors_of_the_command_are_one_line(
         ["--gpus", "80GB@" + "9" * 400],
         ["--gpus", "80GB@0"],
         ["--gpus", "999x80GB+" * 11_000 + "80GB"],
+        ["--gpus", "999x80GB+999x80GB"],
         ["--gpus", "a" * 100_000],
         ["--gpus", " " * 100_000],
         ["--gpus", "80GB", "--batch", "1" * 400],
