@@ -65,14 +65,7 @@ def test_the_wheel_holds_every_module_and_every_data_file_once(wheel: Path) -> N
     expected = {
         str(path.relative_to(ROOT))
         for folder in ("modeling_mistral_large", "mistral_large_cli")
-        for pattern in (
-            "*",
-            "conversion/*",
-            "conversion/licence/*",
-            "chat_templates/*",
-            "inference/*",
-            "demo_checkpoint/*",
-        )
+        for pattern in ("*", *(f"{name}/*" for name in FOLDERS))
         for path in (ROOT / folder).glob(pattern)
         if path.is_file() and path.suffix != ".pyc"
     }
