@@ -308,7 +308,7 @@ def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"quantization_config": {}}, "quantization_config is {}"),
         ({"head_dim": 0}, "config.json: head_dim is 0"),
-        ({"head_dim": None}, "config.json: head_dim is None"),
+        ({"head_dim": None}, "config.json: head_dim is missing"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope_type is 'yarn'"),
         (
             {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "linear"}},
