@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def test_logs_and_warnings_of_libraries_are_harmless_too(
             sys.stderr.write(warnings.formatwarning(ATTACK, UserWarning, "file", 1))
 
     factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
-    monkeypatch.setattr("mistral_large_cli.retag.retag", talk)
+    # Of the package, the name is the command's function.
+    monkeypatch.setattr(import_module("mistral_large_cli.retag"), "retag", talk)
     assert run(monkeypatch, "retag", "folder", "--as", "mistral") == 0
     printed = capsys.readouterr().err
     assert is_harmless(printed)
