@@ -38,9 +38,9 @@ def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence
     from modeling_mistral_large.conversion.hub import reachable_options, refuse_adapter
     from modeling_mistral_large.errors import CheckpointError
 
-    chosen = choose_engine(engine)
     reachable_options(model, {})
     refuse_adapter(Path(model))
+    chosen = choose_engine(engine)
     has_consolidated = Path(model).is_dir() and is_consolidated(Path(model))
     if chosen == "transformers" and has_consolidated:
         raise CheckpointError(

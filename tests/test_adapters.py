@@ -18,7 +18,6 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, 
 from modeling_mistral_large.adapter_loading import adapter_base
 from modeling_mistral_large.conversion import convert_checkpoint, verify_checkpoint
 from modeling_mistral_large.conversion.hub import resolve_source
-from modeling_mistral_large.conversion.inspect import inspect_checkpoint
 from modeling_mistral_large.conversion.retag import retag_checkpoint
 from modeling_mistral_large.errors import CheckpointError, MissingLibraryError
 
@@ -149,7 +148,6 @@ def test_stock_mistral_gives_the_same_logits(bases: dict[str, Path], tmp_path: P
     "take",
     [
         resolve_source,
-        inspect_checkpoint,
         verify_checkpoint,
         lambda folder: convert_checkpoint(folder, folder / "out"),
         lambda folder: retag_checkpoint(folder, "mistral"),

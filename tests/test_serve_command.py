@@ -104,11 +104,16 @@ def test_transformers_is_not_given_the_consolidated_layout(
     ],
 )
 def test_an_engine_that_is_missing(
-    started: list[Any], monkeypatch: pytest.MonkeyPatch, engine: str, installed: list[str], finding: str
+    demo_folder: Path,
+    started: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    installed: list[str],
+    finding: str,
 ) -> None:
     install(monkeypatch, *installed)
     with pytest.raises(MissingLibraryError, match=finding):
-        run("folder", "--engine", engine)
+        run(str(demo_folder), "--engine", engine)
     assert started == []
 
 

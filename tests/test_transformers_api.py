@@ -223,6 +223,13 @@ def test_generate_refuses_what_forward_refuses(tiny_config: MistralLargeConfig) 
             model.generate(ids, **{name: 1}, **GREEDY)
 
 
+@pytest.fixture
+def _fresh_compiler() -> None:
+    """What other tests have compiled of the same code counts for the limit of recompilations."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 @every_class
 def test_forward_compiles_into_one_graph(tiny_config: MistralLargeConfig, model_class: Any) -> None:
     tiny_config.pad_token_id = 0
@@ -235,10 +242,9 @@ def test_forward_compiles_into_one_graph(tiny_config: MistralLargeConfig, model_
         )
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_model_takes_the_options_of_its_attention_and_no_others(tiny_config: MistralLargeConfig) -> None:
     model, ids = build(MistralLargeForCausalLM, tiny_config), random_ids(tiny_config, 1, 5)
-    # What other tests have compiled of the same code counts for the limit of recompilations.
-    torch.compiler.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(ids, position_bias=None, use_cache=False).logits, model(ids).logits)
