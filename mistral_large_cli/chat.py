@@ -426,14 +426,13 @@ class Speaker:
         while (task := _broadcast(None)) is not None:
             prompt, seed = task
             self._generate(prompt, seed, lambda _: None, _Stop())
+        _end_processes()
 
     def dismiss(self) -> None:
         """Let the other processes end."""
         if self._is_parallel:
-            import torch.distributed
-
             _broadcast(None)
-            torch.distributed.destroy_process_group()
+            _end_processes()
 
     def _generate(self, prompt: list[int], seed: int, take: Callable[[list[int]], None], stop: "_Stop") -> None:
         import torch
@@ -511,6 +510,13 @@ def _stop_on_interrupt(*, is_wanted: bool) -> Iterator[_Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _end_processes() -> None:
+    """End the group of processes, in each of them: one that is left to the interpreter's end may abort there."""
+    import torch.distributed
+
+    torch.distributed.destroy_process_group()
 
 
 def _broadcast(task: tuple[list[int], int] | None) -> tuple[list[int], int] | None:
