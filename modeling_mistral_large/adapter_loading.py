@@ -62,6 +62,9 @@ def load_with_adapter(
         )
     # These say where the adapter is; the base has a place of its own.
     place = {name: options.pop(name) for name in ("revision", "subfolder") if name in options}
+    if Path(source).is_dir():
+        # transformers 5.17 looks into the folder itself.
+        source = Path(source, place.pop("subfolder", None) or "")
     hub_options = {name: options[name] for name in ("token", "cache_dir", "local_files_only") if options.get(name)}
     adapter_options = {**place, **hub_options, **(options.pop("adapter_kwargs", None) or {})}
     loaded = model_class.from_pretrained(base, *model_args, **options)
