@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -47,42 +47,31 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # `conversion/` and `chat_templates/` stand at the top of the repository and are installed inside the package,
-    # so that no generic name lands in site-packages.
-    packages=[
-        "modeling_mistral_large",
-        "modeling_mistral_large.conversion",
-        "modeling_mistral_large.chat_templates",
-        "modeling_mistral_large.inference",
-        "mistral_large_cli",
-    ],
-    package_dir={
-        "modeling_mistral_large.conversion": "conversion",
-        "modeling_mistral_large.chat_templates": "chat_templates",
-    },
+    packages=find_packages(include=["modeling_mistral_large*", "mistral_large_conversion*", "mistral_large_cli*"]),
     package_data={
         "modeling_mistral_large": ["py.typed"],
-        "modeling_mistral_large.conversion": ["licence/*"],
-        "modeling_mistral_large.chat_templates": ["*.jinja", "*.json"],
+        "mistral_large_conversion": ["py.typed", "licence/*"],
+        "mistral_large_conversion.chat_templates": ["*.jinja", "*.json"],
         "mistral_large_cli": ["py.typed", "demo_checkpoint/*"],
     },
     install_requires=[
         "accelerate>=1.1",
         "huggingface-hub>=1.0",
         "jinja2>=3.1",
+        "numpy>=1.26",
         "packaging>=23",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.22",
         "torch>=2.5",
         f"transformers{transformers_range}",
-        "typer",
-        "rich",
+        "typer>=0.12",
+        "rich>=13",
         "xxhash>=3",
     ],
     extras_require={"demo": demo, "quantized": quantized, "structured": structured, "test": test},
     entry_points={
         "console_scripts": ["mistral-large=mistral_large_cli:main"],
-        "vllm.general_plugins": ["mistral_large=modeling_mistral_large.vllm_plugin:register"],
+        "vllm.general_plugins": ["mistral_large=modeling_mistral_large.integrations.vllm_plugin:register"],
     },
 )

@@ -34,8 +34,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.structured_output import constrain
-from modeling_mistral_large.tool_calls import AnswerStream, parse_answer
+from modeling_mistral_large.generation.structured_output import constrain
+from modeling_mistral_large.instruct.answer import AnswerStream, parse_answer
 from tests.checkpoints import tokenizer_model_file
 
 DOCUMENT_TOKENS = 128_000

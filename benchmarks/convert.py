@@ -45,11 +45,11 @@ Cache = Literal["warm", "cold"]
 
 def params_of_size(gigabytes: float) -> dict[str, Any]:
     """The params.json of a checkpoint that takes about so much in bf16."""
-    from modeling_mistral_large.conversion.names import expected_tensors
-    from modeling_mistral_large.conversion.params import config_from_params
+    from mistral_large_conversion.checkpoint.names import expected_tensors
+    from mistral_large_conversion.checkpoint.params import geometry_from_params
 
     def bytes_of(layers: int) -> int:
-        tensors = expected_tensors(config_from_params({**PARAMS, "n_layers": layers}))
+        tensors = expected_tensors(geometry_from_params({**PARAMS, "n_layers": layers}))
         return sum(2 * math.prod(tensor.shape) for tensor in tensors)
 
     one, two = bytes_of(1), bytes_of(2)
@@ -61,14 +61,14 @@ def make(folder: Path, gigabytes: float) -> None:
     import numpy
 
     from mistral_large_cli.demo import tokenizer_model_file
-    from modeling_mistral_large.conversion.names import expected_tensors
-    from modeling_mistral_large.conversion.params import config_from_params
-    from modeling_mistral_large.conversion.safetensors_header import TensorEntry, encode_header
+    from mistral_large_conversion.checkpoint.names import expected_tensors
+    from mistral_large_conversion.checkpoint.params import geometry_from_params
+    from mistral_large_conversion.checkpoint.safetensors_header import TensorEntry, encode_header
 
     params = params_of_size(gigabytes)
     tensors = [
         TensorEntry(tensor.consolidated, "BF16", tensor.shape, 2 * math.prod(tensor.shape))
-        for tensor in expected_tensors(config_from_params(params))
+        for tensor in expected_tensors(geometry_from_params(params))
     ]
     noise = numpy.random.default_rng(0).bytes(2**24)
     for number in (1, 2):
@@ -83,7 +83,7 @@ def make(folder: Path, gigabytes: float) -> None:
 
 
 def convert(source: Path, destination: Path) -> None:
-    from modeling_mistral_large.conversion import convert_checkpoint
+    from mistral_large_conversion import convert_checkpoint
 
     convert_checkpoint(source, destination)
 
@@ -94,11 +94,11 @@ def convert_state_dict(source: Path, destination: Path) -> None:
     from safetensors.torch import load_file
     from transformers import MistralConfig, MistralForCausalLM
 
-    from modeling_mistral_large.conversion.names import expected_tensors
-    from modeling_mistral_large.conversion.params import config_from_params
-    from modeling_mistral_large.conversion.rope import split_rope_pairs
+    from mistral_large_conversion.checkpoint.names import expected_tensors
+    from mistral_large_conversion.checkpoint.rope import split_rope_pairs
+    from modeling_mistral_large import MistralLargeConfig
 
-    config = config_from_params(json.loads((source / "params.json").read_text()))
+    config = MistralLargeConfig.from_pretrained(source)
     loaded: dict[str, torch.Tensor] = {}
     for path in sorted(source.glob("consolidated*.safetensors")):
         loaded |= load_file(path)
@@ -144,7 +144,7 @@ def timed_step(name: str, source: Path, destination: Path) -> None:
     import torch  # noqa: F401
     from transformers import MistralForCausalLM  # noqa: F401
 
-    import modeling_mistral_large.conversion  # noqa: F401
+    import mistral_large_conversion  # noqa: F401
 
     started = time.perf_counter()
     STEPS[name](source, destination)

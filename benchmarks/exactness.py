@@ -29,8 +29,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import LlamaTokenizer
 from transformers.core_model_loading import PermuteForRope
 
+from mistral_large_conversion.checkpoint.rope import split_rope_pairs
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
-from modeling_mistral_large.conversion.rope import split_rope_pairs
 from tests.checkpoints import tokenizer_model_file
 from tests.conversations import KINDS, Conversation, conversations, reference_ids
 

@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 import benchmarks.stand_ins  # noqa: F401  # before the package is imported
+from mistral_large_conversion.sharding.memory import PREFILL_CHUNK
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.compiled_layers import compile_layers_
-from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
-from modeling_mistral_large.cpu_decode import HAS_AMX, use_vector_products_
-from modeling_mistral_large.quantized import Fp8Linear, Int4Linear, quantize_modules_, use_kernels_
+from modeling_mistral_large.generation.compiled_layers import compile_layers_
+from modeling_mistral_large.inference.cpu_decode import HAS_AMX, use_vector_products_
+from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
+from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
 from modeling_mistral_large.transformers_api import cache_argument, cache_in
 
 # transformers types its models in part only.

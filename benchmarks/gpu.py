@@ -42,12 +42,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import benchmarks.stand_ins  # noqa: F401  # before the package is imported
 from benchmarks.generate import Decoding, Way, cache_bytes, disagreement, fill_, our_model, stock_model
 from modeling_mistral_large import MistralLargeForCausalLM
-from modeling_mistral_large.compiled_layers import compile_layers_
+from modeling_mistral_large.generation.compiled_layers import compile_layers_
+from modeling_mistral_large.generation.recorded_steps import RecordedDecoding, record_decoding
 from modeling_mistral_large.inference import gpu_kernels
 from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, VECTOR_TILE, Tile, Weights
-from modeling_mistral_large.inference.recorded_steps import RecordedDecoding, record_decoding
-from modeling_mistral_large.kv_cache import Fp8Cache, pack, unpack
-from modeling_mistral_large.quantized import Fp8Linear, Int4Linear
+from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
+from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
 from tests.gpu_products import placed, random_weights, relative_error
 
 RESULTS = Path(__file__).parent / "results"
@@ -320,8 +320,8 @@ def kernels(bench: Bench) -> dict[str, Any]:
 def answers(bench: Bench) -> dict[str, Any]:
     """The golden answers of the demo by every strategy, and recorded steps next to the model's own."""
     from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+    from mistral_large_conversion import convert_checkpoint
     from modeling_mistral_large import MistralLargeTokenizer
-    from modeling_mistral_large.conversion import convert_checkpoint
 
     before = len(bench.checks)
     golden = list(golden_conversations().values())[: 2 if bench.is_small else None]

@@ -40,10 +40,11 @@ from transformers import MistralConfig, MistralForCausalLM
 from transformers.utils import logging
 
 from benchmarks.convert import params_of_size
+from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.checkpoint.names import expected_tensors
+from mistral_large_conversion.checkpoint.params import geometry_from_params
 from modeling_mistral_large import MistralLargeForCausalLM
-from modeling_mistral_large.conversion import convert_checkpoint
-from modeling_mistral_large.conversion.names import expected_tensors
-from modeling_mistral_large.conversion.params import config_from_params
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
 from tests.checkpoints import tokenizer_model_file
 
 BUFFER_BYTES = 8 * 2**20
@@ -61,7 +62,7 @@ def make(folder: Path, gigabytes: float) -> None:
     consolidated.mkdir(parents=True)
     stock.mkdir()
     generator = torch.Generator().manual_seed(0)
-    tensors = expected_tensors(config_from_params(params))
+    tensors = expected_tensors(geometry_from_params(params))
     shards = [tensors[start : start + TENSORS_OF_A_SHARD] for start in range(0, len(tensors), TENSORS_OF_A_SHARD)]
     for number, shard in enumerate(shards, 1):
         weights = {
@@ -72,7 +73,11 @@ def make(folder: Path, gigabytes: float) -> None:
     (consolidated / "params.json").write_text(json.dumps(params))
     (consolidated / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
     plan = convert_checkpoint(consolidated, hf, max_shard_size="2GB")
-    own = {name: value for name, value in plan.config.to_dict().items() if name not in ("architectures", "model_type")}
+    own = {
+        name: value
+        for name, value in MistralLargeConfig.from_geometry(plan.geometry).to_dict().items()
+        if name not in ("architectures", "model_type")
+    }
     MistralConfig(**own, sliding_window=None).save_pretrained(stock)
     for path in hf.glob("model*"):
         (stock / path.name).symlink_to(path)

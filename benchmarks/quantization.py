@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mistral_large_conversion.checkpoint.quantization import GROUP_SIZE, Scheme
+from mistral_large_conversion.quantize import Quantize
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion.quantize import GROUP_SIZE, Quantization, Quantize
-from modeling_mistral_large.quantized import Fp8Linear, Int4Linear, QuantizedLinear
+from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear, QuantizedLinear
 
 ROOT = Path(__file__).resolve().parent.parent
-QUANTIZATIONS: list[Quantization] = ["fp8", "int4"]
+QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
 HIDDEN, INTERMEDIATE = 12288, 28672
 # Rows of the matrices: errors are by row or group, so that more of them tell nothing new.
 ROWS = 1024
@@ -54,7 +55,7 @@ print(idle, peak())
 def demo_divergence(folder: Path) -> dict[str, Any]:
     """KL, top-1 agreement and golden answers of the quantized demo model."""
     from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
-    from modeling_mistral_large.conversion import convert_checkpoint
+    from mistral_large_conversion import convert_checkpoint
 
     source = assemble_demo_checkpoint(folder / "demo")
     whole: Any = MistralLargeForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -112,7 +113,7 @@ def matrix_errors() -> dict[str, Any]:
     return found
 
 
-def quantized_layer(weight: Tensor, quantization: Quantization) -> QuantizedLinear:
+def quantized_layer(weight: Tensor, quantization: Scheme) -> QuantizedLinear:
     codes, scales = (
         torch.from_numpy(part) for part in Quantize("BF16", quantization)(weight.view(torch.uint8).numpy())
     )
@@ -155,9 +156,9 @@ def layer_conversion(folder: Path) -> dict[str, Any]:
 
 def write_layer(folder: Path) -> None:
     """A consolidated checkpoint of one layer of full width and few pieces, tensor by tensor."""
-    from modeling_mistral_large.conversion.names import expected_tensors
-    from modeling_mistral_large.conversion.params import config_from_params
-    from modeling_mistral_large.conversion.safetensors_header import TensorEntry, encode_header
+    from mistral_large_conversion.checkpoint.names import expected_tensors
+    from mistral_large_conversion.checkpoint.params import geometry_from_params
+    from mistral_large_conversion.checkpoint.safetensors_header import TensorEntry, encode_header
     from tests.checkpoints import tokenizer_model_file
 
     params = {
@@ -174,7 +175,7 @@ def write_layer(folder: Path) -> None:
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(params))
     (folder / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
-    shapes = {tensor.consolidated: tensor.shape for tensor in expected_tensors(config_from_params(params))}
+    shapes = {tensor.consolidated: tensor.shape for tensor in expected_tensors(geometry_from_params(params))}
     entries = [TensorEntry(name, "BF16", shape, 2 * torch.Size(shape).numel()) for name, shape in shapes.items()]
     row = torch.randn(INTERMEDIATE + 7).bfloat16()
     with (folder / "consolidated.safetensors").open("wb") as stream:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from modeling_mistral_large.conversion import convert_checkpoint, plan_conversion
+from mistral_large_conversion import convert_checkpoint, plan_conversion
 
 with TemporaryDirectory() as folder:
     if len(sys.argv) == 3:

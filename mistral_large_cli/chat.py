@@ -62,7 +62,7 @@ class Sampling:
     seed: int | None
 
     def __post_init__(self) -> None:
-        from modeling_mistral_large.errors import SettingError
+        from mistral_large_conversion.errors import SettingError
 
         if not (self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf):
             raise SettingError(
@@ -171,7 +171,7 @@ class Chat:
 
     def run(self) -> None:
         """Read and answer until the input ends."""
-        from modeling_mistral_large.errors import MistralLargeError
+        from mistral_large_conversion.errors import MistralLargeError
 
         if self._is_terminal:
             with suppress(ImportError):
@@ -255,7 +255,7 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         """Let the model answer, call tools and answer again; an answer of nothing takes the message back."""
-        from modeling_mistral_large.tool_loop import run_tool_loop
+        from modeling_mistral_large.generation.tool_loop import run_tool_loop
 
         conversation = self._conversation
         messages = [*conversation.messages, {"role": "user", "content": text}]
@@ -291,7 +291,7 @@ class Chat:
 
     def _show(self, event: Any) -> None:
         """Print a part of an answer as it comes."""
-        from modeling_mistral_large.tool_calls import TextEvent
+        from modeling_mistral_large.instruct.answer import TextEvent
 
         if isinstance(event, TextEvent):
             self._console.out(printable(event.text), end="", highlight=False)
@@ -350,9 +350,9 @@ class Speaker:
         import transformers
         from transformers import DynamicCache
 
-        from modeling_mistral_large.conversion.names import expected_tensors
-        from modeling_mistral_large.errors import SettingError
-        from modeling_mistral_large.kv_cache import Fp8Cache
+        from mistral_large_conversion.checkpoint.names import expected_tensors
+        from mistral_large_conversion.errors import SettingError
+        from modeling_mistral_large.inference.kv_cache import Fp8Cache
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._is_parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -395,7 +395,7 @@ class Speaker:
         import torch
 
         from modeling_mistral_large.errors import ConversationError
-        from modeling_mistral_large.tool_calls import AnswerStream
+        from modeling_mistral_large.instruct.answer import AnswerStream
 
         prompt = self.prompt(messages, tools)
         limit = self._model.config.max_position_embeddings
@@ -541,9 +541,9 @@ def load_model(name: str, **options: Any) -> tuple[Any, "MistralLargeTokenizer"]
     Raises:
         CheckpointError: there is none, or it cannot be loaded.
     """
+    from mistral_large_conversion.errors import CheckpointError, MistralLargeError
     from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
     from modeling_mistral_large.adapter_loading import adapter_base
-    from modeling_mistral_large.errors import CheckpointError, MistralLargeError
 
     try:
         base = adapter_base(name, {})
@@ -568,8 +568,8 @@ def save_conversation(conversation: Conversation, name: str) -> Path:
     Raises:
         DestinationError: no name, the file is another one's, or it cannot be written.
     """
-    from modeling_mistral_large.conversion.destination import whole_file
-    from modeling_mistral_large.errors import DestinationError
+    from mistral_large_conversion.checkpoint.atomic_write import whole_file
+    from mistral_large_conversion.errors import DestinationError
 
     if not name:
         raise DestinationError("/save: no name of a file; pass one")

@@ -13,7 +13,7 @@ def read_conversation(path: Path) -> tuple[list[Any], list[Any] | None]:
         ConversationError: no such file, or no conversation in it.
     """
     from modeling_mistral_large.errors import ConversationError
-    from modeling_mistral_large.instruct import build_prompt
+    from modeling_mistral_large.instruct.prompt import build_prompt
 
     try:
         content = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))

@@ -12,8 +12,8 @@ from .terminal import print_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from modeling_mistral_large.conversion import Conversion
-    from modeling_mistral_large.conversion.destination import State
+    from mistral_large_conversion import Conversion
+    from mistral_large_conversion.destination import State
 
 CHAT = """\
 from transformers import pipeline
@@ -55,15 +55,15 @@ def convert(
     Raises:
         MistralLargeError: the reasons of `convert_checkpoint`, or an option without effect.
     """
-    from modeling_mistral_large.errors import SettingError
+    from mistral_large_conversion.errors import SettingError
 
     if to == "consolidated" and model_type is not None:
         raise SettingError(f"--as {model_type} with --to consolidated: that layout has no model type; leave it out")
     if dry_run and jobs is not None:
         raise SettingError(f"--jobs {jobs} with --dry-run: nothing is written; leave one out")
     model_type = model_type or "mistral_large"
-    from modeling_mistral_large.conversion import prepare_conversion
-    from modeling_mistral_large.conversion.quantize import ConstantTensor
+    from mistral_large_conversion import prepare_conversion
+    from mistral_large_conversion.quantize import ConstantTensor
 
     # With JSON, people read standard error.
     console = safe_console(soft_wrap=True, stderr=as_json)

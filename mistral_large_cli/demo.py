@@ -88,7 +88,7 @@ def tokenizer_model_file() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / TOKENIZER_IN_MISTRAL_COMMON).is_file():
             return path
-    from modeling_mistral_large.errors import TokenizerFileError
+    from mistral_large_conversion.errors import TokenizerFileError
 
     finding = "is not installed" if spec is None else f"has no {TOKENIZER_IN_MISTRAL_COMMON}"
     raise TokenizerFileError(
@@ -119,7 +119,7 @@ def convert_demo_checkpoint(folder: Path) -> Path:
         TokenizerFileError: the reasons of `tokenizer_model_file`.
         DestinationError: the reasons of `convert_checkpoint`.
     """
-    from modeling_mistral_large.conversion import convert_checkpoint
+    from mistral_large_conversion import convert_checkpoint
 
     with TemporaryDirectory() as source:
         convert_checkpoint(assemble_demo_checkpoint(Path(source)), folder)
@@ -170,7 +170,7 @@ def run_demo(keep: Path | None = None) -> None:
 def _show_conversion(console: "Console", source: Path, converted: Path) -> None:
     _title(console, "1  Convert the vendor's layout to that of transformers")
     _show(console, "code", f'convert_checkpoint("demo", "{converted.name}")')
-    from modeling_mistral_large.conversion import convert_checkpoint
+    from mistral_large_conversion import convert_checkpoint
 
     assemble_demo_checkpoint(source)
     started = time.monotonic()

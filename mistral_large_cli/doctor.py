@@ -143,7 +143,7 @@ def run_checks(devices: Mapping[str, str]) -> Iterator[Check]:
     """Yield each check as soon as it is done; one that fails with an error is wrong, and the others go on."""
     import transformers
 
-    from modeling_mistral_large.errors import TokenizerFileError
+    from mistral_large_conversion.errors import TokenizerFileError
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -249,8 +249,8 @@ def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, Gol
     """Load the model as users do, and compare its answers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from modeling_mistral_large.json_text import show
-    from modeling_mistral_large.tool_loop import generate_with, run_tool_loop
+    from modeling_mistral_large.generation.tool_loop import generate_with, run_tool_loop
+    from modeling_mistral_large.instruct.json_text import show
 
     where = f"{device} {dtype}"
     try:

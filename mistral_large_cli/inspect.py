@@ -12,7 +12,7 @@ def inspect(source: str, as_json: bool) -> None:
     Raises:
         MistralLargeError: the reasons of `inspect_checkpoint`.
     """
-    from modeling_mistral_large.conversion.inspect import inspect_checkpoint
+    from mistral_large_conversion.inspect import inspect_checkpoint
 
     inspection = inspect_checkpoint(source)
     if as_json:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-    from modeling_mistral_large import MistralLargeConfig
-    from modeling_mistral_large.sharding import Device, DeviceLoad, ShardingPlan
+    from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
+    from mistral_large_conversion.checkpoint.quantization import Quantization
+    from mistral_large_conversion.sharding.devices import Device
+    from mistral_large_conversion.sharding.plan import DeviceLoad, ShardingPlan
 
 PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
 # The parts of a bar, and how they look.
@@ -25,7 +27,7 @@ TALK = "mistral-large chat {model} --device-map cuda{options}"
 PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{options}"
 MAPPED = """\
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.sharding import detect_devices, device_map_for
+from mistral_large_conversion.sharding import detect_devices, device_map_for
 
 config = MistralLargeConfig.from_pretrained({model!r})
 device_map = device_map_for(config, detect_devices(), {demand})
@@ -56,25 +58,17 @@ def plan(
     Raises:
         PlanError, CheckpointError: what is asked for makes no sense, or the model has no geometry of ours.
     """
-    from modeling_mistral_large.conversion.quantize import quantization_of
-    from modeling_mistral_large.errors import PlanError
-    from modeling_mistral_large.sharding import (
-        QUANTIZED,
-        Demand,
-        Sizes,
-        cache_bytes_of_layer,
-        detect_devices,
-        parse_devices,
-        plan_sharding,
-    )
+    from mistral_large_conversion.errors import PlanError
+    from mistral_large_conversion.sharding.devices import detect_devices, parse_devices
+    from mistral_large_conversion.sharding.memory import QUANTIZED, Demand, Sizes, cache_bytes_of_layer
+    from mistral_large_conversion.sharding.plan import plan_sharding
 
     if svg is not None and as_json:
         raise PlanError("--svg with --json: the picture is of what is printed, and JSON is not; leave one out")
-    config = read_config(model)
-    found = quantization_of(getattr(config, "quantization_config", None))
-    if found is not None and weights not in (None, found[0]):
-        raise PlanError(f"{model} has {found[0]} weights, not {weights}; leave --weights out")
-    weights = weights or (found[0] if found else "bf16")
+    geometry, found = read_model_geometry(model)
+    if found is not None and weights not in (None, found.scheme):
+        raise PlanError(f"{model} has {found.scheme} weights, not {weights}; leave --weights out")
+    weights = weights or (found.scheme if found else "bf16")
     devices = detect_devices() if gpus == "auto" else parse_devices(gpus)
     host_memory = parse_host(host)
     if host_memory and weights in QUANTIZED:
@@ -86,16 +80,18 @@ def plan(
         "prefill_chunk": chunk,
         "host_memory": host_memory,
     }
-    plans = plan_sharding(config, devices, context=context, **options)
+    plans = plan_sharding(geometry, devices, context=context, **options)
     best = plans[0]
     smaller = QUANTIZED if weights not in QUANTIZED else ()
     # What could be asked for instead is shown beside it.
     of_others = {**options, "host_memory": 0}
-    others = [plan_sharding(config, devices, context=context, **{**of_others, "weights": each})[0] for each in smaller]
+    others = [
+        plan_sharding(geometry, devices, context=context, **{**of_others, "weights": each})[0] for each in smaller
+    ]
     plans += [plan for plan in others if plan.fits]
-    changes = {} if best.fits else smallest_changes(config, devices, context, options)
-    cache = config.num_hidden_layers * cache_bytes_of_layer(config, Demand(context, batch, weights, kv))
-    weight_bytes = Sizes.of(config, weights).weights
+    changes = {} if best.fits else smallest_changes(geometry, devices, context, options)
+    cache = geometry.num_hidden_layers * cache_bytes_of_layer(geometry, Demand(context, batch, weights, kv))
+    weight_bytes = Sizes.of(geometry, weights).weights
     command = None
     if best.fits:
         command = how_to_run(best, model or PUBLISHED_NAME, context, options, is_converted=found is not None)
@@ -136,38 +132,38 @@ def plan(
     return best.fits
 
 
-def read_config(model: str | None) -> "MistralLargeConfig":
-    """Return the geometry of a folder or repository, or the published one.
+def read_model_geometry(model: str | None) -> "tuple[Geometry, Quantization | None]":
+    """Return the geometry and quantization of a folder or repository, or those of the published one.
 
     Raises:
         CheckpointError: no geometry of ours there.
     """
-    from modeling_mistral_large import MistralLargeConfig
-    from modeling_mistral_large.conversion.hub import resolve_source
-    from modeling_mistral_large.conversion.inspect import layouts_of
-    from modeling_mistral_large.conversion.plan import CONFIG_NAMES, read_geometry
-    from modeling_mistral_large.conversion.source_files import ADAPTER_CONFIG_NAME
+    from mistral_large_conversion.checkpoint.geometry import PUBLISHED
+    from mistral_large_conversion.checkpoint.hub import resolve_source
+    from mistral_large_conversion.checkpoint.layout import CONFIG_NAMES, layouts_of
+    from mistral_large_conversion.checkpoint.read import read_geometry
+    from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
 
     if model is None:
-        return MistralLargeConfig()
+        return PUBLISHED, None
     folder = resolve_source(model, patterns=(*CONFIG_NAMES.values(), ADAPTER_CONFIG_NAME))
     return read_geometry(folder, next(iter(layouts_of(folder)), "hf"))
 
 
 def parse_host(size: str) -> int:
     """Return the bytes of a size such as 512GB."""
-    from modeling_mistral_large.conversion.plan import parse_size
+    from mistral_large_conversion.options import parse_size
 
     return 0 if size == "0" else parse_size(size, "host memory")
 
 
 def smallest_changes(
-    config: "MistralLargeConfig", devices: "Sequence[Device]", context: int, options: dict[str, Any]
+    geometry: "ModelSizes", devices: "Sequence[Device]", context: int, options: dict[str, Any]
 ) -> dict[str, str]:
     """Return what could be asked for instead, one thing changed at a time, by its name."""
-    from modeling_mistral_large.sharding import (
+    from mistral_large_conversion.sharding.memory import QUANTIZED
+    from mistral_large_conversion.sharding.plan import (
         LARGEST,
-        QUANTIZED,
         fewest_devices,
         largest_batch,
         largest_context,
@@ -180,22 +176,22 @@ def smallest_changes(
         for value in values:
             # Quantized weights are not offloaded.
             changed = {**options, name: value, "host_memory": 0 if name == "weights" else options["host_memory"]}
-            if plan_sharding(config, devices, context=context, **changed)[0].fits:
+            if plan_sharding(geometry, devices, context=context, **changed)[0].fits:
                 changes[name] = f"--{name.replace('_', '-')} {value}"
                 return
 
     add_first_that_fits("kv", ["fp8"])
     add_first_that_fits("weights", QUANTIZED if options["weights"] not in QUANTIZED else [])
-    if length := largest_context(config, devices, **options):
+    if length := largest_context(geometry, devices, **options):
         changes["context"] = f"--context {length}"
-    if batch := largest_batch(config, devices, context=context, **options):
+    if batch := largest_batch(geometry, devices, context=context, **options):
         changes["batch"] = f"--batch {batch}"
     add_first_that_fits("prefill_chunk", [chunk for chunk in (1024, 512, 256) if chunk < options["prefill_chunk"]])
-    if count := fewest_devices(config, devices[0], context=context, **options):
+    if count := fewest_devices(geometry, devices[0], context=context, **options):
         changes["gpus"] = f"--gpus {count}x{devices[0].name}"
     unlimited = []
     if options["weights"] not in QUANTIZED:
-        unlimited = plan_sharding(config, devices, context=context, **{**options, "host_memory": LARGEST})
+        unlimited = plan_sharding(geometry, devices, context=context, **{**options, "host_memory": LARGEST})
     offloaded = next((plan for plan in unlimited if plan.fits), None)
     if offloaded is not None:
         rate = offloaded.tokens_per_second
@@ -206,8 +202,7 @@ def smallest_changes(
 
 def how_to_run(plan: "ShardingPlan", model: str, context: int, options: dict[str, Any], *, is_converted: bool) -> str:
     """Return the commands or the code that run a plan; `is_converted` if the model has its quantized weights."""
-    from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
-    from modeling_mistral_large.sharding import QUANTIZED
+    from mistral_large_conversion.sharding.memory import PREFILL_CHUNK, QUANTIZED
 
     steps = []
     if plan.weights in QUANTIZED and not is_converted:

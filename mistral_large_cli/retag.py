@@ -7,7 +7,7 @@ from .marks import one_line
 from .terminal import print_line
 
 if TYPE_CHECKING:
-    from modeling_mistral_large.conversion.model_card import ModelType
+    from mistral_large_conversion.model_card import ModelType
 
 
 def retag(folder: Path, model_type: "ModelType") -> None:
@@ -16,7 +16,7 @@ def retag(folder: Path, model_type: "ModelType") -> None:
     Raises:
         MistralLargeError: the reasons of `retag_checkpoint`.
     """
-    from modeling_mistral_large.conversion.retag import retag_checkpoint
+    from mistral_large_conversion.retag import retag_checkpoint
 
     changed = retag_checkpoint(folder, model_type)
     done = f"changed {', '.join(changed)}" if changed else "as it was"

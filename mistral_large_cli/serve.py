@@ -34,9 +34,9 @@ def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence
         CheckpointError: a layout that the engine does not read, or no checkpoint.
         SettingError: an option that the engine does not know, or that would have no effect.
     """
-    from modeling_mistral_large.consolidated_loading import is_consolidated
-    from modeling_mistral_large.conversion.hub import reachable_options, refuse_adapter
-    from modeling_mistral_large.errors import CheckpointError
+    from mistral_large_conversion.checkpoint.hub import reachable_options, refuse_adapter
+    from mistral_large_conversion.checkpoint.layout import is_consolidated
+    from mistral_large_conversion.errors import CheckpointError
 
     reachable_options(model, {})
     refuse_adapter(Path(model))
@@ -61,7 +61,7 @@ def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence
 
 def choose_engine(engine: Engine) -> Literal["vllm", "transformers"]:
     """Return the engine that is asked for or, if any will do, the faster one that is installed."""
-    from modeling_mistral_large.errors import MissingLibraryError
+    from mistral_large_conversion.errors import MissingLibraryError
 
     if engine != "transformers" and find_spec("vllm") is not None:
         return "vllm"
@@ -109,7 +109,7 @@ def serve_with_transformers(checkpoint: str, *, host: str, port: int, options: S
     from transformers.cli.transformers import app
 
     import modeling_mistral_large
-    from modeling_mistral_large.errors import CheckpointError, MistralLargeError
+    from mistral_large_conversion.errors import CheckpointError, MistralLargeError
 
     from . import serve_guard
 

@@ -12,9 +12,10 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from mistral_large_conversion.errors import MistralLargeError
+from mistral_large_conversion.vocabulary import CONTROL_TOKENS
 from modeling_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.errors import ConversationError, MistralLargeError
-from modeling_mistral_large.sentencepiece_bpe import CONTROL_TOKENS
+from modeling_mistral_large.errors import ConversationError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -399,7 +400,7 @@ def check_options(options: Sequence[str]) -> None:
     Raises:
         SettingError: with the options that there are.
     """
-    from modeling_mistral_large.errors import SettingError
+    from mistral_large_conversion.errors import SettingError
 
     for option in options:
         name = option.partition("=")[0]

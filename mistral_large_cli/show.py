@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from modeling_mistral_large.instruct import Segment
+    from modeling_mistral_large.instruct.prompt import Segment
 
 PICTURE_WIDTH = 100
 MASK_STYLE = "underline"
@@ -45,7 +45,7 @@ def show(
             or a file that cannot be written.
     """
     from modeling_mistral_large.errors import ConversationError
-    from modeling_mistral_large.instruct import build_prompt
+    from modeling_mistral_large.instruct.prompt import build_prompt
 
     if ids and model is None:
         raise ConversationError("--ids: no tokenizer; ids are those of a model's; name its folder with --model")
@@ -101,8 +101,8 @@ def encode(model: str, prompt: "Sequence[Segment]") -> list[list[int]]:
     Raises:
         TokenizerFileError: no tokenizer of ours in the folder or repository.
     """
+    from mistral_large_conversion.vocabulary import CONTROL_TOKENS
     from modeling_mistral_large import MistralLargeTokenizer
-    from modeling_mistral_large.sentencepiece_bpe import CONTROL_TOKENS
 
     tokenizer = MistralLargeTokenizer.from_pretrained(model)
     texts = iter(tokenizer.encode_texts([segment.text for segment in prompt if not segment.is_control]))

@@ -60,8 +60,8 @@ def write_picture(path: Path, text: str) -> None:
     Raises:
         DestinationError: it cannot be written.
     """
-    from modeling_mistral_large.conversion.destination import whole_file
-    from modeling_mistral_large.errors import DestinationError
+    from mistral_large_conversion.checkpoint.atomic_write import whole_file
+    from mistral_large_conversion.errors import DestinationError
 
     data = text.encode("utf-8", "backslashreplace")
     try:
@@ -106,7 +106,7 @@ def _exit_code(app: "typer.Typer") -> int:
         return 1
     except Exception as error:
         # Only a module that is already imported can have raised ours.
-        errors = sys.modules.get("modeling_mistral_large.errors")
+        errors = sys.modules.get("mistral_large_conversion.errors")
         if errors is not None and isinstance(error, errors.MistralLargeError):
             print_error(str(error))
             return 2

@@ -50,7 +50,7 @@ def load_tools(path: Path) -> list[Tool]:
 
 def tool_names(tools: Sequence[Tool]) -> list[str]:
     """Return the names by which the model calls tools."""
-    from modeling_mistral_large.tool_schemas import describe_function
+    from modeling_mistral_large.instruct.tool_schemas import describe_function
 
     return [describe_function(tool, f"tool {index}")["function"]["name"] for index, tool in enumerate(tools)]
 
@@ -176,7 +176,7 @@ def _may_be_tool(value: Any) -> bool:
 
 def _check_descriptions(path: Path, tools: dict[str, Tool]) -> None:
     from modeling_mistral_large.errors import ConversationError
-    from modeling_mistral_large.tool_schemas import describe_function
+    from modeling_mistral_large.instruct.tool_schemas import describe_function
 
     described: dict[str, str] = {}
     for name, tool in tools.items():

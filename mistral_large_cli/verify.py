@@ -18,8 +18,8 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from modeling_mistral_large.conversion import verify_checkpoint
-    from modeling_mistral_large.conversion.hub import resolve_source
+    from mistral_large_conversion import verify_checkpoint
+    from mistral_large_conversion.checkpoint.hub import resolve_source
 
     origin = None if source is None else resolve_source(source)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from .configuration_mistral_large import MistralLargeConfig, read_consolidated
-from .modeling_mistral_large import (
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig, read_consolidated
+from modeling_mistral_large.modeling_mistral_large import (
     MistralLargeForCausalLM,
     MistralLargeForQuestionAnswering,
     MistralLargeForSequenceClassification,
@@ -33,9 +33,14 @@ from .modeling_mistral_large import (
     MistralLargeModel,
     MistralLargePreTrainedModel,
 )
-from .peft_defaults import add_peft_defaults
-from .tokenization_mistral_large import MistralLargeTokenizer
-from .transformers_api import export_names, read_config_dict_with, register_pipeline, warn_outside_range
+from modeling_mistral_large.peft_defaults import add_peft_defaults
+from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.transformers_api import (
+    export_names,
+    read_config_dict_with,
+    register_pipeline,
+    warn_outside_range,
+)
 
 __version__ = "0.1.0"
 
@@ -78,7 +83,9 @@ def _register() -> None:
     export_names([MistralLargeConfig, MistralLargePreTrainedModel, MistralLargeTokenizer, *MODELS.values()])
     read_config_dict_with(read_consolidated)
     add_peft_defaults()
-    register_pipeline("text-generation", f"{__name__}.text_generation_pipeline", "MistralLargeTextGenerationPipeline")
+    register_pipeline(
+        "text-generation", f"{__name__}.generation.text_generation_pipeline", "MistralLargeTextGenerationPipeline"
+    )
 
 
 warn_outside_range()

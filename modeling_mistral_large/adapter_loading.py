@@ -8,9 +8,9 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .conversion.hub import HUB_OPTIONS, is_repository_id, read_adapter_base
-from .conversion.source_files import ADAPTER_CONFIG_NAME
-from .errors import CheckpointError, MissingLibraryError
+from mistral_large_conversion.checkpoint.hub import HUB_OPTIONS, is_repository_id, read_adapter_base
+from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
+from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 
 
 def adapter_base(source: Any, options: Mapping[str, Any]) -> str | None:

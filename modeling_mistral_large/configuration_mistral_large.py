@@ -3,30 +3,22 @@
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from .errors import CheckpointError, ConfigurationError
-from .peft_defaults import add_peft_defaults
-from .remote_code import ConfigWithRemoteCode
+from mistral_large_conversion.checkpoint.geometry import Geometry
+from mistral_large_conversion.checkpoint.hub import find_consolidated, reachable_options, refuse_adapter
+from mistral_large_conversion.checkpoint.params import ABSENT, read_params_file
+from mistral_large_conversion.errors import CheckpointError
+from modeling_mistral_large.errors import ConfigurationError
+from modeling_mistral_large.peft_defaults import add_peft_defaults
+from modeling_mistral_large.remote_code import ConfigWithRemoteCode
 
 ROPE_THETA = 1e6
-# Positions of a prompt that `generate` reads at once.
-PREFILL_CHUNK = 2048
 
-# What 2407 does not have, and the one value that says so: another value would need a different model.
-ABSENT = {
-    "attention_bias": False,
-    "attention_chunk_size": None,
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "per_layer_config": None,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-}
 # Options of `from_pretrained` that say how to come by the file: they are none of the config's own.
 OPTIONS_OF_FILES = (
     "_from_auto",
@@ -217,6 +209,13 @@ class MistralLargeConfig(ConfigWithRemoteCode):
             )
 
     @classmethod
+    def from_geometry(cls, geometry: Geometry) -> "MistralLargeConfig":
+        """The config of a model with these sizes and constants; everything else is as in 2407."""
+        sizes = asdict(geometry)
+        rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+        return cls(**sizes, rope_parameters=rope)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of the content of a file; what `kwargs` say of it has precedence.
 
@@ -260,9 +259,6 @@ class MistralLargeConfig(ConfigWithRemoteCode):
         Raises:
             CheckpointError: no config.json, or a params.json that is not a Mistral Large geometry.
         """
-        # Imported here, because importing the package loads no more than stock Mistral does.
-        from .conversion.hub import reachable_options, refuse_adapter
-
         kwargs = reachable_options(pretrained_model_name_or_path, kwargs)
         found = read_consolidated(pretrained_model_name_or_path, kwargs)
         if found is not None:
@@ -291,14 +287,12 @@ def read_consolidated(source: Any, options: dict[str, Any]) -> dict[str, Any] | 
     Raises:
         CheckpointError: a params.json that is not a Mistral Large geometry.
     """
-    # Imported here, because importing the package loads no more than stock Mistral does.
-    from .consolidated_loading import find_consolidated, read_config
-
     folder = find_consolidated(source, options)
     if folder is None:
         return None
     # As every config.json says it: pipelines and TRL look for the class of this name.
-    return {**read_config(folder).to_dict(), "architectures": ["MistralLargeForCausalLM"]}
+    config = MistralLargeConfig.from_geometry(read_params_file(folder))
+    return {**config.to_dict(), "architectures": ["MistralLargeForCausalLM"]}
 
 
 def check_config(config: Any) -> None:

@@ -1,12 +1,34 @@
-"""The errors users can meet: each gives the thing, the finding, the rule and the way out.
+"""The errors users can meet: each gives the thing, the problem, the rule and the way out.
 
 Every class is also the built-in error that callers would expect, so `except ValueError` and `except OSError` work as
-usual; the command line prints the message alone and exits with 2.
+usual; the command line prints the message alone and exits with 2. Those of checkpoints come from the converter.
 """
 
+from mistral_large_conversion.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    DestinationError,
+    MissingLibraryError,
+    MistralLargeError,
+    PlanError,
+    SettingError,
+    TokenizerFileError,
+)
 
-class MistralLargeError(Exception):
-    """Base of every error this package raises for a reason the user can act on."""
+__all__ = [
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigurationError",
+    "ConversationError",
+    "DestinationError",
+    "KeywordError",
+    "MissingLibraryError",
+    "MistralLargeError",
+    "PlanError",
+    "SchemaError",
+    "SettingError",
+    "TokenizerFileError",
+]
 
 
 class ConversationError(MistralLargeError, ValueError):
@@ -17,37 +39,9 @@ class SchemaError(MistralLargeError, ValueError):
     """A JSON schema that no output can be held to."""
 
 
-class CheckpointError(MistralLargeError, ValueError):
-    """A checkpoint whose files, tensors or geometry do not fit together."""
-
-
-class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """No folder of a checkpoint, and no repository that can be had."""
-
-
 class ConfigurationError(MistralLargeError, ValueError):
     """A configuration with something that Mistral Large does not have."""
 
 
-class PlanError(MistralLargeError, ValueError):
-    """Devices or a demand that no plan can be made for."""
-
-
-class SettingError(MistralLargeError, ValueError):
-    """A setting of this package whose value means nothing."""
-
-
 class KeywordError(MistralLargeError, TypeError):
     """A keyword argument that nothing takes, or two that are one: it would be swallowed."""
-
-
-class TokenizerFileError(MistralLargeError, OSError):
-    """A tokenizer file that is missing, unreadable or not the v3 SentencePiece model."""
-
-
-class DestinationError(MistralLargeError, OSError):
-    """A folder that cannot be written as asked: not empty, no space, or in use."""
-
-
-class MissingLibraryError(MistralLargeError, ImportError):
-    """A library that only some uses need, and that is not installed."""

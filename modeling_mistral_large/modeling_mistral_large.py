@@ -25,11 +25,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_mistral_large import MistralLargeConfig, check_config
-from .cpu_decode import grouped_attention_forward, takes_grouped_attention
-from .long_prompts import LongPromptGenerationMixin
-from .masked_attention import masked_attention_forward, takes_masked_attention
-from .transformers_api import (
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig, check_config
+from modeling_mistral_large.inference.attention import masked_attention_forward, takes_masked_attention
+from modeling_mistral_large.inference.chunked_prefill import LongPromptGenerationMixin
+from modeling_mistral_large.inference.cpu_decode import grouped_attention_forward, takes_grouped_attention
+from modeling_mistral_large.transformers_api import (
     HeadedModel,
     HostedModel,
     attention_implementation,
@@ -242,16 +242,15 @@ class MistralLargePreTrainedModel(HostedModel):
             MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
         """
         # Imported here, because importing the package loads no more than stock Mistral does.
-        from .adapter_loading import adapter_base, load_own_adapter, load_with_adapter
-        from .consolidated_loading import (
+        from mistral_large_conversion.checkpoint.hub import CONSOLIDATED_FILES, find_consolidated, reachable_options
+        from mistral_large_conversion.checkpoint.read import read_checkpoint
+        from modeling_mistral_large.adapter_loading import adapter_base, load_own_adapter, load_with_adapter
+        from modeling_mistral_large.consolidated_loading import (
             default_generation_config,
-            find_consolidated,
             index_of,
             register_weight_conversions,
         )
-        from .conversion.hub import CONSOLIDATED_FILES, reachable_options
-        from .conversion.plan import read_checkpoint
-        from .quantized import config_for_loading, refuse_unquantized
+        from modeling_mistral_large.quantization.loading import config_for_loading, refuse_unquantized
 
         source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
@@ -270,12 +269,12 @@ class MistralLargePreTrainedModel(HostedModel):
             )
         else:
             register_weight_conversions()
-            weights_config, tensors = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
+            checkpoint = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
             kwargs.pop("subfolder", None)
             if kwargs.get("generation_config") is None:
                 # Otherwise transformers looks for the config.json that is not there.
-                kwargs["generation_config"] = default_generation_config(weights_config)
-            with index_of(tensors) as index_folder:
+                kwargs["generation_config"] = default_generation_config()
+            with index_of(list(checkpoint.tensors.values())) as index_folder:
                 loaded = super().from_pretrained(
                     index_folder, *model_args, config=config or folder, output_loading_info=True, **kwargs
                 )
@@ -296,7 +295,7 @@ class MistralLargePreTrainedModel(HostedModel):
         if kwargs.setdefault("save_original_format", False):
             raise ValueError(
                 "save_original_format=True: the consolidated layout has files of its own, which transformers does not "
-                "write; call modeling_mistral_large.conversion.export_checkpoint(model, folder)"
+                "write; call mistral_large_conversion.export_checkpoint(model, folder)"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 

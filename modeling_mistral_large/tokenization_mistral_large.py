@@ -16,38 +16,47 @@ from transformers import BatchEncoding
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.generic import PaddingStrategy, to_py_obj
 
-from .chat_templates import CHAT_TEMPLATE, PROMPT_FORMAT, RESPONSE_TEMPLATE, prompt_format_of, response_format_of
-from .custom_templates import CustomPrompts, template_variables
-from .errors import ConversationError, KeywordError, TokenizerFileError
-from .instruct import Segment, build_prompt
-from .json_text import show
-from .remote_code import TOKENIZER_AUTO_MAP, write_remote_code
-from .sentencepiece_bpe import (
-    BOS,
-    BYTE_IDS,
-    CONTROL_IDS,
-    CONTROL_TOKENS,
-    EOS,
+from mistral_large_conversion.chat_templates import (
+    CHAT_TEMPLATE,
+    PROMPT_FORMAT,
+    RESPONSE_TEMPLATE,
+    prompt_format_of,
+    response_format_of,
+)
+from mistral_large_conversion.checkpoint.remote_code import TOKENIZER_AUTO_MAP
+from mistral_large_conversion.errors import TokenizerFileError
+from mistral_large_conversion.sentencepiece_bpe import (
     RULE,
-    UNKNOWN,
     WAY_OUT,
     TextEncoder,
     added_tokens,
     check_backend,
     clone_backend,
-    join_pieces,
-    known_vocabulary,
     load_sentencepiece_bpe,
     read_tokenizer_json,
 )
-from .tool_calls import parse_answer
-from .transformers_api import HOST_CHAT_OPTIONS, TokenizerHook, refuse_unknown_options
+from mistral_large_conversion.vocabulary import (
+    BOS,
+    BYTE_IDS,
+    CONTROL_IDS,
+    CONTROL_TOKENS,
+    EOS,
+    MAX_LENGTH,
+    PAD,
+    UNKNOWN,
+    join_pieces,
+    known_vocabulary,
+)
+from modeling_mistral_large.custom_templates import CustomPrompts, template_variables
+from modeling_mistral_large.errors import ConversationError, KeywordError
+from modeling_mistral_large.instruct.answer import parse_answer
+from modeling_mistral_large.instruct.json_text import show
+from modeling_mistral_large.instruct.prompt import Segment, build_prompt
+from modeling_mistral_large.remote_code import write_remote_code
+from modeling_mistral_large.transformers_api import HOST_CHAT_OPTIONS, TokenizerHook, refuse_unknown_options
 
 # A control piece without a meaning: it has its row in the embeddings, so nothing is resized, and it is not `</s>`,
 # which collators would take out of the labels along with the padding. The vendor's later vocabularies give a meaning to
-# such pieces from both ends (ids 14 to 18, 749 and 750); this one, id 384, is halfway.
-PAD = "[control_382]"
-MAX_LENGTH = 131072
 
 # What `tokenizer_kwargs` can still say about a prompt that is put together from segments.
 TOKENIZER_KWARGS = ("padding_side", "pad_to_multiple_of", "return_attention_mask", "verbose")
@@ -198,8 +207,7 @@ class MistralLargeTokenizer(TokenizerHook):
         _refuse_settings(kwargs)
         path = Path(pretrained_model_name_or_path)
         # Imported here, because importing the package loads no more than stock Mistral does.
-        from .consolidated_loading import find_tokenizer_file
-        from .conversion.hub import is_repository_id, reachable_options
+        from mistral_large_conversion.checkpoint.hub import find_tokenizer_file, is_repository_id, reachable_options
 
         # The base class would take it for the name of a repository, and speak of that.
         if not path.exists() and not is_repository_id(os.fspath(pretrained_model_name_or_path)):

@@ -50,8 +50,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.generic import PaddingStrategy, TransformersKwargs
 from transformers.utils.import_utils import _LazyModule
 
-from .errors import KeywordError, MistralLargeError
-from .supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
+from mistral_large_conversion.errors import MistralLargeError
+from modeling_mistral_large.errors import KeywordError
+from modeling_mistral_large.supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 
 # The cache
 

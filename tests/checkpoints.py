@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mistral_large_conversion.checkpoint.geometry import Geometry
 from modeling_mistral_large import MistralLargeConfig
 
 
@@ -22,11 +24,9 @@ def tokenizer_model_file() -> Path:
     return Path(spec.submodule_search_locations[0], "data", "mistral_instruct_tokenizer_240323.model.v3")
 
 
-def random_consolidated(
-    config: MistralLargeConfig, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`params.json` as a dict and every tensor under its consolidated name."""
-    params = {
+def params_of(config: MistralLargeConfig) -> dict[str, Any]:
+    """The params.json of a config whose rope is that of 2407."""
+    return {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "head_dim": config.head_dim,
@@ -37,6 +37,19 @@ def random_consolidated(
         "vocab_size": config.vocab_size,
         "rope_theta": 1e6,
     }
+
+
+def geometry_of(config: MistralLargeConfig) -> Geometry:
+    """The geometry of a config whose rope is that of 2407."""
+    sizes = {field.name: getattr(config, field.name) for field in fields(Geometry) if field.name != "rope_theta"}
+    return Geometry(**sizes, rope_theta=1e6)
+
+
+def random_consolidated(
+    config: MistralLargeConfig, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`params.json` as a dict and every tensor under its consolidated name."""
+    params = params_of(config)
     hidden, query, key = (
         config.hidden_size,
         config.num_attention_heads * config.head_dim,

@@ -9,9 +9,9 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
 
 from mistral_large_cli.demo import convert_demo_checkpoint
+from mistral_large_conversion import hf_files
+from mistral_large_conversion.tokenizer import tokenizer_files
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
-from modeling_mistral_large.conversion import hf_files
-from modeling_mistral_large.conversion.tokenizer import tokenizer_files
 
 from . import checkpoints
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_mistral_large.conversion.params import TO_CONFIG
+from mistral_large_conversion.checkpoint.params import TO_GEOMETRY
 
 PARAMS, TOKENIZER = "params.json", "tokenizer.model.v3"
 
@@ -152,7 +152,7 @@ def setting(key: str, value: object) -> Act:
 
     def act(folder: Path, layout: Layout) -> None:
         path = folder / layout.settings
-        name = key if layout.is_consolidated else TO_CONFIG.get(key, key)
+        name = key if layout.is_consolidated else TO_GEOMETRY.get(key, key)
         path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
 
     return act

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling_mistral_large.quantized import pack_words
+from modeling_mistral_large.quantization.linear import pack_words
 
 KINDS = ("bf16", "fp8", "fp8_bits", "int4")
 

@@ -13,8 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from modeling_mistral_large.conversion.destination import UNFINISHED_NAME
-from modeling_mistral_large.conversion.safetensors_header import FileTensor
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
+from mistral_large_conversion.destination import UNFINISHED_NAME
 
 from .checkpoints import contents
 

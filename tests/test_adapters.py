@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint, verify_checkpoint
+from mistral_large_conversion.checkpoint.hub import resolve_source
+from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
+from mistral_large_conversion.retag import retag_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.adapter_loading import adapter_base
-from modeling_mistral_large.conversion import convert_checkpoint, verify_checkpoint
-from modeling_mistral_large.conversion.hub import resolve_source
-from modeling_mistral_large.conversion.retag import retag_checkpoint
-from modeling_mistral_large.errors import CheckpointError, MissingLibraryError
 
 from .models import stock_and_ours
 

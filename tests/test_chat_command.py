@@ -24,9 +24,9 @@ from mistral_large_cli.chat import Sampling, Speaker
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from mistral_large_cli.marks import printable, with_marks
 from mistral_large_cli.tools_file import load_tools
+from mistral_large_conversion.errors import MistralLargeError, SettingError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.errors import MistralLargeError, SettingError
-from modeling_mistral_large.kv_cache import Fp8Layer
+from modeling_mistral_large.inference.kv_cache import Fp8Layer
 
 GOLDEN = golden_conversations()
 TOOLS = '''

@@ -29,7 +29,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.instruct import Segment, build_prompt
+from modeling_mistral_large.instruct.prompt import Segment, build_prompt
 
 from .conversations import (
     KINDS,

@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.instruct import build_prompt
+from modeling_mistral_large.instruct.prompt import build_prompt
 
 from .conversations import Conversation, reference_ids
 

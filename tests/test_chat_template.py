@@ -11,10 +11,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mistral_large_conversion.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
 from modeling_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.instruct import build_prompt
+from modeling_mistral_large.instruct.prompt import build_prompt
 
 from .conversations import JSON_TEXTS, KINDS, Conversation, Kind, conversations, invalid_conversations, reference_ids
 from .test_chat_prompts import FOREIGN_IDS, LENIENT, REFUSED, assistant, call, calls, result, user

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.compiled_layers import compile_layers_
+from modeling_mistral_large.generation.compiled_layers import compile_layers_
 
 from .models import GREEDY, ours_only, random_ids
 

@@ -11,13 +11,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
+from mistral_large_conversion.errors import CheckpointError, MistralLargeError
 from modeling_mistral_large import (
     MODELS,
     MistralLargeConfig,
     MistralLargeForCausalLM,
     MistralLargeForSequenceClassification,
 )
-from modeling_mistral_large.errors import CheckpointError, ConfigurationError, MistralLargeError
+from modeling_mistral_large.errors import ConfigurationError
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 # Each is wrong whatever the other fields are, with what the error says of it.

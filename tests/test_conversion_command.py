@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from mistral_large_cli import main
+from mistral_large_conversion import convert_checkpoint, export_checkpoint, prepare_conversion
+from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion import convert_checkpoint, export_checkpoint, prepare_conversion
-from modeling_mistral_large.errors import SettingError
 
 from .checkpoints import write_consolidated
 

@@ -18,22 +18,23 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, MistralForCausalLM
 from xxhash import xxh3_128_hexdigest
 
-import modeling_mistral_large.conversion.stream as stream_module
-from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import (
+import mistral_large_conversion.stream as stream_module
+from mistral_large_conversion import (
     ConversionPlan,
     ManifestTensor,
     convert_checkpoint,
     export_checkpoint,
     read_manifest,
 )
-from modeling_mistral_large.conversion.destination import OUTPUT_PATTERNS, UNFINISHED_NAME, unfinished
-from modeling_mistral_large.conversion.names import TO_HF
-from modeling_mistral_large.conversion.plan import OutputDtype, PlannedFile, PlannedTensor
-from modeling_mistral_large.conversion.safetensors_header import MemoryTensor, TensorEntry
-from modeling_mistral_large.conversion.stream import write_weights
-from modeling_mistral_large.conversion.transforms import Rows
-from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
+from mistral_large_conversion.checkpoint.geometry import PUBLISHED
+from mistral_large_conversion.checkpoint.names import TO_HF
+from mistral_large_conversion.checkpoint.safetensors_header import MemoryTensor, TensorEntry
+from mistral_large_conversion.destination import OUTPUT_PATTERNS, UNFINISHED_NAME, unfinished
+from mistral_large_conversion.errors import CheckpointError, DestinationError, TokenizerFileError
+from mistral_large_conversion.plan import OutputDtype, PlannedFile, PlannedTensor
+from mistral_large_conversion.stream import write_weights
+from mistral_large_conversion.transforms import Rows
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 
 from .checkpoints import contents, tokenizer_model_file, write_consolidated
 from .models import stock_config
@@ -267,7 +268,7 @@ def test_one_tensor_can_become_several(tmp_path: Path, monkeypatch: pytest.Monke
     weight = torch.rand(40, 6)
     outputs = tuple(TensorEntry(name, "F32", (40, 3), 480) for name in ("left", "right"))
     file = PlannedFile("halves.safetensors", (Halves(MemoryTensor.of("whole", weight), (), outputs),))
-    plan = ConversionPlan("hf", MistralLargeConfig(), "F32", ("F32",), (file,))
+    plan = ConversionPlan("hf", PUBLISHED, "F32", ("F32",), (file,))
     with unfinished(tmp_path / "hf") as journal:
         checksums = write_weights(plan, tmp_path / "hf", journal, jobs=2, progress=lambda _: None)
     written = load_file(tmp_path / "hf" / "halves.safetensors")

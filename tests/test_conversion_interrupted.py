@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-import modeling_mistral_large.conversion.convert as convert_module
-import modeling_mistral_large.conversion.stream as stream_module
+import mistral_large_conversion.convert as convert_module
+import mistral_large_conversion.stream as stream_module
+from mistral_large_conversion import convert_checkpoint, prepare_conversion, read_manifest
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
+from mistral_large_conversion.destination import UNFINISHED_NAME, check_destination, unfinished
+from mistral_large_conversion.errors import CheckpointError, DestinationError
+from mistral_large_conversion.manifest import MANIFEST_NAME
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion import convert_checkpoint, prepare_conversion, read_manifest
-from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, check_destination, unfinished
-from modeling_mistral_large.conversion.manifest import MANIFEST_NAME
-from modeling_mistral_large.conversion.safetensors_header import FileTensor
-from modeling_mistral_large.errors import CheckpointError, DestinationError
 
 from .checkpoints import contents, write_consolidated
 from .interruptions import FailingFile, can_mount, is_whole_or_unnamed, kill_at_random_moments, open_failing, small_disk

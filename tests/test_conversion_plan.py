@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mistral_large_conversion import convert_checkpoint, inspect_checkpoint, plan_conversion, verify_checkpoint
+from mistral_large_conversion.checkpoint.names import expected_tensors
+from mistral_large_conversion.checkpoint.read import FIRST_QUERY
+from mistral_large_conversion.checkpoint.safetensors_header import read_header
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.options import parse_size
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion import convert_checkpoint, inspect_checkpoint, plan_conversion, verify_checkpoint
-from modeling_mistral_large.conversion.names import expected_tensors
-from modeling_mistral_large.conversion.params import params_from_config
-from modeling_mistral_large.conversion.plan import FIRST_QUERY, parse_size
-from modeling_mistral_large.conversion.safetensors_header import read_header
-from modeling_mistral_large.errors import CheckpointError
 
-from .checkpoints import contents, write_consolidated
+from .checkpoints import contents, params_of, write_consolidated
 
 FIRST, SECOND = (f"consolidated-{number:05}-of-00002.safetensors" for number in (1, 2))
 INDEX = "consolidated.safetensors.index.json"
@@ -67,7 +67,7 @@ def write_index(folder: Path) -> Path:
 
 def test_the_plan_of_the_123b_is_made_from_headers_alone(tmp_path: Path) -> None:
     config = MistralLargeConfig()
-    (tmp_path / "params.json").write_text(json.dumps(params_from_config(config)))
+    (tmp_path / "params.json").write_text(json.dumps(params_of(config)))
     (tmp_path / "tokenizer.model.v3").write_bytes(b"")
     tensors = expected_tensors(config)
     for number in range(3):

@@ -1,6 +1,7 @@
 """The pure parts of the converter: names, shapes, rotary pairs, params.json."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import MistralForCausalLM
 
+from mistral_large_conversion.checkpoint.geometry import PUBLISHED
+from mistral_large_conversion.checkpoint.names import SHAPES, TO_CONSOLIDATED, TO_HF, expected_tensors
+from mistral_large_conversion.checkpoint.params import geometry_from_params, params_findings, params_from_geometry
+from mistral_large_conversion.checkpoint.rope import join_rope_pairs, split_rope_pairs
+from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.names import SHAPES, TO_CONSOLIDATED, TO_HF, expected_tensors
-from modeling_mistral_large.conversion.params import config_from_params, params_findings, params_from_config
-from modeling_mistral_large.conversion.rope import join_rope_pairs, split_rope_pairs
-from modeling_mistral_large.errors import CheckpointError
 
-from .checkpoints import random_consolidated
+from .checkpoints import geometry_of, random_consolidated
 from .models import stock_config
 
 PARAMS_2407 = {
@@ -90,24 +92,25 @@ def test_rows_that_are_not_whole_heads_of_pairs_are_refused(rows: int, head_dim:
 
 
 def test_params_of_2407_are_the_default_config_and_back() -> None:
-    config = config_from_params(PARAMS_2407)
-    assert config.to_dict() == MistralLargeConfig().to_dict()
-    assert params_from_config(config) == {**PARAMS_2407, "max_position_embeddings": 131072}
-    assert config_from_params(params_from_config(config)).to_dict() == config.to_dict()
+    geometry = geometry_from_params(PARAMS_2407)
+    assert geometry == PUBLISHED
+    assert MistralLargeConfig.from_geometry(geometry).to_dict() == MistralLargeConfig().to_dict()
+    assert params_from_geometry(geometry) == {**PARAMS_2407, "max_position_embeddings": 131072}
+    assert geometry_from_params(params_from_geometry(geometry)) == geometry
 
 
 def test_every_param_reaches_its_place_in_the_config(tiny_config: MistralLargeConfig) -> None:
     tiny_config.rope_parameters = {"rope_type": "default", "rope_theta": 12345.0}
     tiny_config.rms_norm_eps = 3e-6
-    params = json.loads(json.dumps(params_from_config(tiny_config)))
-    assert config_from_params(params).to_dict() == tiny_config.to_dict()
+    geometry = replace(geometry_of(tiny_config), rope_theta=12345.0)
+    params = json.loads(json.dumps(params_from_geometry(geometry)))
+    assert geometry_from_params(params) == geometry
+    assert MistralLargeConfig.from_geometry(geometry).to_dict() == tiny_config.to_dict()
 
 
 def test_keys_that_change_nothing_are_accepted() -> None:
     harmless = {"model_type": "transformer", "moe": None, "sliding_window": None, "tied_embeddings": False}
-    assert config_from_params({**PARAMS_2407, **harmless, "max_batch_size": 4, "max_seq_len": 32768}).to_dict() == (
-        MistralLargeConfig().to_dict()
-    )
+    assert geometry_from_params({**PARAMS_2407, **harmless, "max_batch_size": 4, "max_seq_len": 32768}) == PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_keys_that_change_nothing_are_accepted() -> None:
 )
 def test_params_that_are_not_this_architecture_are_refused(change: dict[str, Any], finding: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        config_from_params({**PARAMS_2407, **change})
+        geometry_from_params({**PARAMS_2407, **change})
     assert finding in str(error.value)
 
 
@@ -152,6 +155,6 @@ def test_every_param_must_be_there(key: str) -> None:
 
 def test_all_findings_come_in_one_error() -> None:
     with pytest.raises(CheckpointError) as error:
-        config_from_params({**PARAMS_2407, "dim": 0, "head_dim": "x", "moe": {}})
+        geometry_from_params({**PARAMS_2407, "dim": 0, "head_dim": "x", "moe": {}})
     for finding in ("dim is 0", "head_dim is 'x'", "moe is {}"):
         assert finding in str(error.value)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from mistral_large_cli.demo import golden_conversations
+from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import (
     MistralLargeConfig,
     MistralLargeForCausalLM,
     MistralLargeTokenizer,
-    cpu_decode,
     modeling_mistral_large,
 )
-from modeling_mistral_large.cpu_decode import grouped_attention_forward, use_vector_products_
-from modeling_mistral_large.errors import SettingError
+from modeling_mistral_large.inference import cpu_decode
+from modeling_mistral_large.inference.cpu_decode import grouped_attention_forward, use_vector_products_
 from modeling_mistral_large.transformers_api import cache_argument, cache_in
 
 from .models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours

@@ -16,8 +16,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, TokenizersBackend
 
-from modeling_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.chat_templates import (
+from mistral_large_conversion.chat_templates import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATES_SHA256,
     PLAIN_CHAT_TEMPLATE,
@@ -28,8 +27,10 @@ from modeling_mistral_large.chat_templates import (
     response_template_sha256,
     template_sha256,
 )
-from modeling_mistral_large.conversion.inspect import chat_template_findings
-from modeling_mistral_large.errors import ConversationError, KeywordError, TokenizerFileError
+from mistral_large_conversion.errors import TokenizerFileError
+from mistral_large_conversion.folder_checks import chat_template_findings
+from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.errors import ConversationError, KeywordError
 from modeling_mistral_large.tokenization_mistral_large import CustomTemplateWarning
 
 from .texts import mixed_texts
@@ -121,9 +122,9 @@ def test_every_released_template_is_known() -> None:
 def test_an_older_template_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     """The released ones are the bundled ones today: look at the table alone."""
     older = "{# a template of before #}" + CHAT_TEMPLATE
-    monkeypatch.setattr("modeling_mistral_large.chat_templates.CHAT_TEMPLATE", "")
+    monkeypatch.setattr("mistral_large_conversion.chat_templates.CHAT_TEMPLATE", "")
     assert prompt_format_of(older) == "v3"
-    monkeypatch.setattr("modeling_mistral_large.chat_templates.RESPONSE_TEMPLATE", {})
+    monkeypatch.setattr("mistral_large_conversion.chat_templates.RESPONSE_TEMPLATE", {})
     assert response_format_of(dict(reversed(RESPONSE_TEMPLATE.items()))) == "v3"
 
 

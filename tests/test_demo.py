@@ -26,8 +26,8 @@ from mistral_large_cli.demo import (
     golden_conversations,
     run_demo,
 )
+from mistral_large_conversion.errors import DestinationError, TokenizerFileError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.errors import DestinationError, TokenizerFileError
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = golden_conversations()

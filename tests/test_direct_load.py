@@ -25,6 +25,10 @@ from transformers import (
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.checkpoint.hub import find_consolidated
+from mistral_large_conversion.checkpoint.read import read_checkpoint
+from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large import (
     MistralLargeConfig,
     MistralLargeForCausalLM,
@@ -32,10 +36,7 @@ from modeling_mistral_large import (
     MistralLargeModel,
     MistralLargeTokenizer,
 )
-from modeling_mistral_large.consolidated_loading import SplitRopePairs, find_consolidated, index_of
-from modeling_mistral_large.conversion import convert_checkpoint
-from modeling_mistral_large.conversion.plan import read_checkpoint
-from modeling_mistral_large.errors import CheckpointError
+from modeling_mistral_large.consolidated_loading import SplitRopePairs, index_of
 
 from .checkpoints import write_consolidated
 from .loopback_hub import REPOSITORY, LoopbackHub
@@ -209,8 +210,8 @@ def test_of_layers_on_the_disk_only_queries_and_keys_are_written_anew(
 
 
 def test_the_folder_given_to_transformers_holds_an_index_and_nothing_else(checkpoint: Checkpoint) -> None:
-    _, tensors = read_checkpoint(checkpoint.consolidated, "consolidated")
-    with index_of(tensors) as folder:
+    tensors = read_checkpoint(checkpoint.consolidated, "consolidated").tensors
+    with index_of(list(tensors.values())) as folder:
         (index,) = folder.iterdir()
         weight_map = json.loads(index.read_text())["weight_map"]
         assert {Path(file).parent for file in weight_map.values()} == {checkpoint.consolidated}

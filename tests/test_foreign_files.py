@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from modeling_mistral_large.conversion import convert_checkpoint, retag_checkpoint
-from modeling_mistral_large.conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT, whole_file
-from modeling_mistral_large.conversion.manifest import MANIFEST_NAME
-from modeling_mistral_large.errors import DestinationError
-from modeling_mistral_large.remote_code import REMOTE_CODE_NAME
+from mistral_large_conversion import convert_checkpoint, retag_checkpoint
+from mistral_large_conversion.checkpoint.atomic_write import whole_file
+from mistral_large_conversion.checkpoint.remote_code import REMOTE_CODE_NAME
+from mistral_large_conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT
+from mistral_large_conversion.errors import DestinationError
+from mistral_large_conversion.manifest import MANIFEST_NAME
 
 from .checkpoints import contents
 
@@ -120,8 +121,8 @@ def test_a_marker_of_any_size_is_begun_anew(
     def parse_short(line: bytes) -> None:
         assert len(line) < 10_000
 
-    monkeypatch.setattr("modeling_mistral_large.conversion.destination.LARGEST_JSON", 100_000)
-    monkeypatch.setattr("modeling_mistral_large.conversion.destination._json_object", parse_short)
+    monkeypatch.setattr("mistral_large_conversion.destination.LARGEST_JSON", 100_000)
+    monkeypatch.setattr("mistral_large_conversion.destination._json_object", parse_short)
     destination = begin(tmp_path / "out", small_source)
     os.truncate(destination / UNFINISHED_NAME, 1_000_000)
     convert_checkpoint(small_source, destination, max_shard_size=SHARDS)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mistral_large_conversion.checkpoint.quantization import Scheme
+from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.conversion.quantize import Quantization
-from modeling_mistral_large.errors import SettingError
 from modeling_mistral_large.modeling_mistral_large import rotate
-from modeling_mistral_large.quantized import Fp8Linear, Int4Linear, QuantizedLinear, quantize_modules_, use_kernels_
+from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear, QuantizedLinear
+from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
 
 from .gpu_products import KINDS, placed, random_weights, relative_error
 from .models import left_padded, random_ids
@@ -26,8 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU", allow_module_level=True)
 
+from modeling_mistral_large.generation.recorded_steps import RecordedDecoding, record_decoding
 from modeling_mistral_large.inference import gpu_kernels
-from modeling_mistral_large.inference.recorded_steps import RecordedDecoding, record_decoding
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Sums of FP32; tensor cores add up with a few bits less.
@@ -186,7 +187,7 @@ def random_model(weights: str, config: MistralLargeConfig = CONFIG) -> Any:
         for parameter in model.parameters():
             parameter.normal_(std=0.15)
     if weights != "bf16":
-        quantization: Quantization = "fp8" if weights == "fp8" else "int4"
+        quantization: Scheme = "fp8" if weights == "fp8" else "int4"
         quantize_modules_(model, quantization, 64)
         for module in model.modules():
             if isinstance(module, Fp8Linear):

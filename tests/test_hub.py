@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion.checkpoint.hub import ANSWER_SECONDS, CONSOLIDATED_FILES, HF_FILES, resolve_source
+from mistral_large_conversion.errors import CheckpointError, MistralLargeError
+from mistral_large_conversion.inspect import inspect_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion.hub import ANSWER_SECONDS, CONSOLIDATED_FILES, HF_FILES, resolve_source
-from modeling_mistral_large.conversion.inspect import inspect_checkpoint
-from modeling_mistral_large.errors import CheckpointError, MistralLargeError
 
 from .loopback_hub import COMMIT, REPOSITORY, LoopbackHub, serve
 

@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion.checkpoint.names import expected_tensors
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.inspect import Inspection, inspect_checkpoint
+from mistral_large_conversion.retag import retag_checkpoint
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.inspect import Inspection, inspect_checkpoint
-from modeling_mistral_large.conversion.names import expected_tensors
-from modeling_mistral_large.conversion.params import params_from_config
-from modeling_mistral_large.conversion.retag import retag_checkpoint
-from modeling_mistral_large.errors import CheckpointError
 
-from .checkpoints import tokenizer_model_file
+from .checkpoints import params_of, tokenizer_model_file
 
 NATIVE = "--load-format mistral --config-format mistral --tokenizer-mode mistral"
 
@@ -77,7 +76,7 @@ def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> Non
 
 def test_the_123b_is_inspected_from_its_headers(tmp_path: Path) -> None:
     config = MistralLargeConfig()
-    (tmp_path / "params.json").write_text(json.dumps(params_from_config(config)))
+    (tmp_path / "params.json").write_text(json.dumps(params_of(config)))
     (tmp_path / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
     tensors = expected_tensors(config)
     for number in range(51):

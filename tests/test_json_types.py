@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from mistral_large_cli.plan import read_config
-from modeling_mistral_large.configuration_mistral_large import ABSENT
-from modeling_mistral_large.conversion import inspect_checkpoint, prepare_conversion
-from modeling_mistral_large.conversion.manifest import read_manifest
-from modeling_mistral_large.conversion.params import FIXED, IGNORED, KEYS, params_from_hf_config
-from modeling_mistral_large.conversion.retag import retag_checkpoint
-from modeling_mistral_large.conversion.safetensors_header import read_header
-from modeling_mistral_large.conversion.source_files import LARGEST_JSON, file_finding, parse_json_object, shown
-from modeling_mistral_large.errors import CheckpointError, MistralLargeError
+from mistral_large_cli.plan import read_model_geometry
+from mistral_large_conversion import inspect_checkpoint, prepare_conversion
+from mistral_large_conversion.checkpoint.params import ABSENT, FIXED, IGNORED, KEYS, params_from_hf_config
+from mistral_large_conversion.checkpoint.safetensors_header import read_header
+from mistral_large_conversion.checkpoint.source_files import LARGEST_JSON, file_finding, parse_json_object, shown
+from mistral_large_conversion.errors import CheckpointError, MistralLargeError
+from mistral_large_conversion.manifest import read_manifest
+from mistral_large_conversion.retag import retag_checkpoint
 
 # As text: not all of it is what json.dumps would write.
 VALUES = [
@@ -55,7 +54,7 @@ def read_in_every_way(folder: Path, to: Any) -> list[str]:
     """What the readers of a folder say; any other exception than ours comes through."""
     calls: list[Callable[[], object]] = [
         lambda: prepare_conversion(folder, folder.parent / "out", to=to),
-        lambda: read_config(str(folder)),
+        lambda: read_model_geometry(str(folder)),
     ]
     said = list(inspect_checkpoint(folder).findings)
     json.dumps(said)
@@ -84,13 +83,13 @@ def test_integers_are_real_numbers_and_booleans_are_none(folders: dict[str, tupl
     folder, _ = folders["params.json"]
     params = json.loads((folder / "params.json").read_text())
     (folder / "params.json").write_text(json.dumps({**params, "norm_eps": 1, "rope_theta": 1000000}))
-    config = read_config(str(folder))
-    assert (config.rms_norm_eps, config.rope_parameters) == (1.0, {"rope_type": "default", "rope_theta": 1e6})
-    assert type(config.rms_norm_eps) is float
+    geometry, _ = read_model_geometry(str(folder))
+    assert (geometry.rms_norm_eps, geometry.rope_theta) == (1.0, 1e6)
+    assert (type(geometry.rms_norm_eps), type(geometry.rope_theta)) == (float, float)
     for key in ("norm_eps", "n_layers", "rope_theta"):
         (folder / "params.json").write_text(json.dumps({**params, key: True}))
         with pytest.raises(CheckpointError, match=f"{key} is True: must be"):
-            read_config(str(folder))
+            read_model_geometry(str(folder))
 
 
 GEOMETRY = {

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mistral_large_conversion.sharding.memory import Demand, activation_bytes, cache_bytes_of_layer
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.kv_cache import Fp8Cache, pack, unpack
-from modeling_mistral_large.masked_attention import masked_attention_forward
-from modeling_mistral_large.sharding import Demand, activation_bytes, cache_bytes_of_layer
+from modeling_mistral_large.inference.attention import masked_attention_forward
+from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
 from modeling_mistral_large.transformers_api import cache_argument
 
 from .models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours

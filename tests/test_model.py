@@ -19,6 +19,7 @@ from transformers import (
     MistralForSequenceClassification,
 )
 
+from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import (
     MistralLargeConfig,
     MistralLargeForCausalLM,
@@ -27,7 +28,6 @@ from modeling_mistral_large import (
     MistralLargeForTokenClassification,
     MistralLargeModel,
 )
-from modeling_mistral_large.conversion import convert_checkpoint
 
 from .checkpoints import write_consolidated
 from .models import ATTENTION, GREEDY, left_padded, ours_only, random_ids, randomize, stock_and_ours, stock_config

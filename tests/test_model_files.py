@@ -13,10 +13,7 @@ from transformers import (
     StaticCache,
 )
 
-from modeling_mistral_large import (
-    MistralLargeConfig,
-    MistralLargeForCausalLM,
-)
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 
 from .models import ATTENTION, GREEDY, ours_only, random_ids, stock_and_ours, stock_config
 

@@ -10,13 +10,8 @@ from transformers import (
     StaticCache,
 )
 
-from modeling_mistral_large import (
-    MistralLargeConfig,
-    MistralLargeForCausalLM,
-    MistralLargeModel,
-    MistralLargeTokenizer,
-)
-from modeling_mistral_large.kv_cache import Fp8Cache
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeModel, MistralLargeTokenizer
+from modeling_mistral_large.inference.kv_cache import Fp8Cache
 from modeling_mistral_large.transformers_api import cache_argument
 
 from .models import ATTENTION, GREEDY, left_padded, ours_only, random_ids, stock_and_ours

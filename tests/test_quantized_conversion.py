@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.conversion import (
+from mistral_large_conversion import (
     Check,
     convert_checkpoint,
     export_checkpoint,
@@ -28,22 +27,23 @@ from modeling_mistral_large.conversion import (
     retag_checkpoint,
     verify_checkpoint,
 )
-from modeling_mistral_large.conversion.manifest import MANIFEST_NAME
-from modeling_mistral_large.conversion.names import SHAPES, TO_HF
-from modeling_mistral_large.conversion.quantize import (
+from mistral_large_conversion.checkpoint.names import SHAPES, TO_HF
+from mistral_large_conversion.checkpoint.quantization import (
     FORMATS,
-    Quantization,
+    Scheme,
     choose_group_size,
     is_quantized,
     quantization_config,
     quantization_of,
     quantized_entries,
 )
-from modeling_mistral_large.errors import CheckpointError
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.manifest import MANIFEST_NAME
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 
 from .checkpoints import contents, write_consolidated
 
-QUANTIZATIONS: list[Quantization] = ["fp8", "int4"]
+QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
 GROUPS = 32
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
@@ -71,7 +71,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def by_compressed_tensors(weight: Tensor, quantization: Quantization, group_size: int) -> dict[str, Tensor]:
+def by_compressed_tensors(weight: Tensor, quantization: Scheme, group_size: int) -> dict[str, Tensor]:
     """What its own compressor makes of a weight, in FP32 with a BF16 scale."""
     settings = quantization_config(quantization, group_size)["config_groups"]["group_0"]
     scheme = QuantizationScheme(**settings)
@@ -94,7 +94,7 @@ def same_bits(found: Tensor, wanted: Tensor) -> bool:
 @every_quantization
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_codes_and_scales_are_those_of_compressed_tensors(
-    config: MistralLargeConfig, quantization: Quantization, dtype: torch.dtype, tmp_path: Path, known_tokenizer: None
+    config: MistralLargeConfig, quantization: Scheme, dtype: torch.dtype, tmp_path: Path, known_tokenizer: None
 ) -> None:
     write_consolidated(tmp_path / "source", config, dtype)
     bits = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -112,7 +112,7 @@ def test_codes_and_scales_are_those_of_compressed_tensors(
 
 
 @every_quantization
-def test_zeros_stay_zeros(source: Path, quantization: Quantization) -> None:
+def test_zeros_stay_zeros(source: Path, quantization: Scheme) -> None:
     change(source, "layers.1.feed_forward.w2.weight", lambda weight: weight[3, :64].zero_() + weight[5].zero_().sum())
     name = "model.layers.1.mlp.down_proj."
     found = {
@@ -128,7 +128,7 @@ def test_zeros_stay_zeros(source: Path, quantization: Quantization) -> None:
     assert (found["weight_scale"][5] == 2**-7).all()
 
 
-def expand(parts: dict[str, Tensor], quantization: Quantization) -> Tensor:
+def expand(parts: dict[str, Tensor], quantization: Scheme) -> Tensor:
     scheme = QuantizationScheme(**quantization_config(quantization, GROUPS)["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(FORMATS[quantization])
     weight: Tensor = compressor.decompress(parts, scheme)["weight"]
@@ -145,7 +145,7 @@ def change(source: Path, name: str, act: Callable[[Tensor], object]) -> None:
 
 @every_quantization
 @pytest.mark.parametrize("wrong", ["nan", "inf", "-inf"])
-def test_numbers_that_are_none_are_refused(source: Path, quantization: Quantization, wrong: str) -> None:
+def test_numbers_that_are_none_are_refused(source: Path, quantization: Scheme, wrong: str) -> None:
     change(source, "layers.2.attention.wo.weight", lambda weight: weight[7, 3].fill_(float(wrong)))
     with pytest.raises(CheckpointError, match=rf"'layers\.2\.attention\.wo\.weight' holds {wrong}: only finite"):
         converted(source, "quantized", quantize=quantization)
@@ -162,7 +162,7 @@ def test_numbers_that_are_none_are_refused(source: Path, quantization: Quantizat
 )
 @every_quantization
 def test_options_that_do_not_fit_are_refused(
-    source: Path, quantization: Quantization, options: dict[str, Any], reason: str
+    source: Path, quantization: Scheme, options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(CheckpointError, match=f"quantizing to {quantization}: {reason}"):
         prepare_conversion(source, source.with_name("quantized"), quantize=quantization, **options)
@@ -188,7 +188,7 @@ def test_the_full_geometry_has_the_known_sizes() -> None:
         "key_rows": config.num_key_value_heads * config.head_dim,
         **config.to_dict(),
     }
-    totals: dict[Quantization, int] = {"fp8": 123_434_491_904, "int4": 64_419_432_064}
+    totals: dict[Scheme, int] = {"fp8": 123_434_491_904, "int4": 64_419_432_064}
     for quantization, total in totals.items():
         found = 0
         for name, shape_names in SHAPES.items():
@@ -202,7 +202,7 @@ def test_the_full_geometry_has_the_known_sizes() -> None:
 
 
 @every_quantization
-def test_the_config_says_what_compressed_tensors_understands(source: Path, quantization: Quantization) -> None:
+def test_the_config_says_what_compressed_tensors_understands(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     config = json.loads((folder / "config.json").read_text())
     settings = config["quantization_config"]
@@ -223,7 +223,7 @@ def test_the_config_says_what_compressed_tensors_understands(source: Path, quant
 
 
 @every_quantization
-def test_what_other_programs_make_of_the_config_is_still_known(quantization: Quantization) -> None:
+def test_what_other_programs_make_of_the_config_is_still_known(quantization: Scheme) -> None:
     settings = quantization_config(quantization, 64)
     saved = QuantizationConfig.model_validate(settings).model_dump(mode="json")
     assert quantization_of(saved) == quantization_of(settings) == (quantization, 64 if quantization == "int4" else 128)
@@ -246,13 +246,13 @@ def test_what_other_programs_make_of_the_config_is_still_known(quantization: Qua
 
 @every_quantization
 def test_any_number_of_threads_and_an_interruption_give_the_same_bytes(
-    source: Path, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+    source: Path, quantization: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"quantize": quantization, "max_shard_size": "60KB"}
     whole = contents(converted(source, "one", jobs=1, **options))
     assert len([name for name in whole if name.endswith(".safetensors")]) > 3
     assert contents(converted(source, "four", jobs=4, **options)) == whole
-    monkeypatch.setattr("modeling_mistral_large.conversion.stream.BLOCK_BYTES", 999)
+    monkeypatch.setattr("mistral_large_conversion.stream.BLOCK_BYTES", 999)
     assert contents(converted(source, "small blocks", **options)) == whole
     written = 0
 
@@ -270,7 +270,7 @@ def test_any_number_of_threads_and_an_interruption_give_the_same_bytes(
 
 
 @every_quantization
-def test_a_folder_of_ours_in_the_hf_layout_gives_the_same_weights(source: Path, quantization: Quantization) -> None:
+def test_a_folder_of_ours_in_the_hf_layout_gives_the_same_weights(source: Path, quantization: Scheme) -> None:
     by_detour = converted(converted(source, "hf"), "by detour", quantize=quantization, model_type="mistral")
     direct = contents(converted(source, "direct", quantize=quantization, model_type="mistral"))
     assert contents(by_detour) == direct
@@ -282,7 +282,7 @@ def tensor_check(folder: Path, origin: Path | None) -> Check:
 
 
 @every_quantization
-def test_verify_names_one_changed_bit(source: Path, quantization: Quantization) -> None:
+def test_verify_names_one_changed_bit(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     for origin in (source, converted(source, "hf"), folder, None):
         assert tensor_check(folder, origin).is_ok
@@ -296,16 +296,16 @@ def test_verify_names_one_changed_bit(source: Path, quantization: Quantization) 
 
 
 @every_quantization
-def test_verify_says_what_cannot_be_compared(source: Path, quantization: Quantization) -> None:
+def test_verify_says_what_cannot_be_compared(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
-    other: Quantization = "int4" if quantization == "fp8" else "fp8"
+    other: Scheme = "int4" if quantization == "fp8" else "fp8"
     for checked, origin in ((converted(source, "hf"), folder), (converted(source, "other", quantize=other), folder)):
         found = tensor_check(checked, origin)
         assert (found.is_ok, "the source is quantized" in found.detail) == (False, True)
 
 
 @every_quantization
-def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Quantization) -> None:
+def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     (path,) = folder.glob("*.safetensors")
     weights = load_file(path)
@@ -321,7 +321,7 @@ def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Qua
 
 
 @pytest.mark.parametrize(("quantization", "bits"), [("fp8", 8 + 16 / 116.57), ("int4", 4 + 16 / 32)])
-def test_inspect_tells_format_and_bits(source: Path, quantization: Quantization, bits: float) -> None:
+def test_inspect_tells_format_and_bits(source: Path, quantization: Scheme, bits: float) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     inspection = inspect_checkpoint(folder)
     assert inspection.findings == ()
@@ -336,7 +336,7 @@ def test_inspect_tells_format_and_bits(source: Path, quantization: Quantization,
 
 @every_quantization
 def test_the_demo_passes_all_checks_and_retag_changes_its_model_type_alone(
-    quantization: Quantization, tmp_path: Path
+    quantization: Scheme, tmp_path: Path
 ) -> None:
     source = assemble_demo_checkpoint(tmp_path / "source")
     stock = contents(converted(source, "mistral", quantize=quantization, model_type="mistral"))
@@ -352,7 +352,7 @@ def test_the_demo_passes_all_checks_and_retag_changes_its_model_type_alone(
 
 
 @every_quantization
-def test_there_is_no_way_back(source: Path, quantization: Quantization) -> None:
+def test_there_is_no_way_back(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     model = MistralLargeForCausalLM.from_pretrained(folder)
     for act in (
@@ -375,7 +375,7 @@ def test_there_is_no_way_back(source: Path, quantization: Quantization) -> None:
 )
 def test_the_model_card_states_the_modification(
     config: MistralLargeConfig,
-    quantization: Quantization,
+    quantization: Scheme,
     dtype: torch.dtype,
     sentences: list[str],
     tmp_path: Path,

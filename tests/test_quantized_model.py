@@ -19,18 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, MistralForCausalLM
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.checkpoint.quantization import FORMATS, Scheme, is_quantized, quantization_config
+from mistral_large_conversion.errors import MissingLibraryError
+from mistral_large_conversion.sharding.memory import EXPANDED_AT_ONCE, run_time_bytes
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import convert_checkpoint
-from modeling_mistral_large.conversion.quantize import (
-    EXPANDED_AT_ONCE,
-    FORMATS,
-    Quantization,
-    is_quantized,
-    quantization_config,
-    run_time_bytes,
-)
-from modeling_mistral_large.errors import MissingLibraryError
-from modeling_mistral_large.quantized import (
+from modeling_mistral_large.quantization.linear import (
     MOST_POSITIONS_OF_KERNEL,
     Fp8Linear,
     Int4Linear,
@@ -38,15 +32,14 @@ from modeling_mistral_large.quantized import (
     QuantizedLinear,
     expand_fp8,
     kernel_form,
-    quantize_modules_,
-    use_kernels_,
 )
+from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
 
 from .checkpoints import write_consolidated
 from .models import GREEDY, stock_config
 from .tensor_parallel import PROMPT as RANKS_PROMPT
 
-QUANTIZATIONS: list[Quantization] = ["fp8", "int4"]
+QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 ROOT = Path(__file__).parent.parent
 # A share of each row is a whole number of groups, for two ranks.
@@ -64,7 +57,7 @@ PROMPT = torch.tensor([[1, 3, 6312, 28709, 1526, 4, 1200, 5, 17]])
 
 
 @pytest.fixture(scope="session")
-def quantized_demos(tmp_path_factory: pytest.TempPathFactory) -> dict[Quantization, Path]:
+def quantized_demos(tmp_path_factory: pytest.TempPathFactory) -> dict[Scheme, Path]:
     source = assemble_demo_checkpoint(tmp_path_factory.mktemp("source"))
     folders = {quantization: tmp_path_factory.mktemp(quantization) for quantization in QUANTIZATIONS}
     for quantization, folder in folders.items():
@@ -73,7 +66,7 @@ def quantized_demos(tmp_path_factory: pytest.TempPathFactory) -> dict[Quantizati
 
 
 @pytest.fixture
-def folder(quantized_demos: dict[Quantization, Path], quantization: Quantization) -> Path:
+def folder(quantized_demos: dict[Scheme, Path], quantization: Scheme) -> Path:
     return quantized_demos[quantization]
 
 
@@ -95,7 +88,7 @@ def bytes_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def expanded_weights(folder: Path, quantization: Quantization, group_size: int = 64) -> dict[str, Tensor]:
+def expanded_weights(folder: Path, quantization: Scheme, group_size: int = 64) -> dict[str, Tensor]:
     """All weights of a folder, expanded to FP32 by compressed-tensors."""
     scheme = QuantizationScheme(**quantization_config(quantization, group_size)["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(FORMATS[quantization])
@@ -132,7 +125,7 @@ def test_pipeline_needs_no_flag_either(folder: Path) -> None:
 @every_quantization
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_stays_quantized_after_the_first_forward(
-    folder: Path, demo_folder: Path, quantization: Quantization, dtype: torch.dtype
+    folder: Path, demo_folder: Path, quantization: Scheme, dtype: torch.dtype
 ) -> None:
     model = load(folder, dtype=dtype)
     assert logits(model).dtype == dtype
@@ -150,7 +143,7 @@ def test_it_stays_quantized_after_the_first_forward(
     assert bytes_of(model.model.layers) < bytes_of(whole.model.layers) / (1.8 if dtype == torch.bfloat16 else 3.5)
 
 
-def test_int4_logits_are_those_of_the_expanded_weights(quantized_demos: dict[Quantization, Path]) -> None:
+def test_int4_logits_are_those_of_the_expanded_weights(quantized_demos: dict[Scheme, Path]) -> None:
     folder = quantized_demos["int4"]
     model = load(folder, dtype=torch.float32)
     stock: Any = MistralForCausalLM._from_config(stock_config(model.config), dtype=torch.float32).eval()
@@ -163,7 +156,7 @@ def test_int4_logits_are_those_of_the_expanded_weights(quantized_demos: dict[Qua
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("positions", [1, 5, 64])
 def test_fp8_products_are_those_of_compressed_tensors(
-    quantized_demos: dict[Quantization, Path], dtype: torch.dtype, tolerance: float, positions: int
+    quantized_demos: dict[Scheme, Path], dtype: torch.dtype, tolerance: float, positions: int
 ) -> None:
     """Activations are rounded as its own module does it."""
     weights = expanded_weights(quantized_demos["fp8"], "fp8")
@@ -225,7 +218,7 @@ def test_this_processor_has_a_kernel() -> None:
 
 
 @every_quantization
-def test_saving_gives_the_same_checkpoint(folder: Path, quantization: Quantization, tmp_path: Path) -> None:
+def test_saving_gives_the_same_checkpoint(folder: Path, quantization: Scheme, tmp_path: Path) -> None:
     model = load(folder)
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved/config.json").read_text())
@@ -277,7 +270,7 @@ def test_the_whole_graph_compiles(folder: Path, dtype: torch.dtype, tolerance: f
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
 @pytest.mark.parametrize(("quantization", "tolerance"), [("fp8", 0.1), ("int4", 1e-5)])
 def test_two_ranks_say_the_same_as_one(
-    quantization: Quantization, tolerance: float, tmp_path: Path, known_tokenizer: None
+    quantization: Scheme, tolerance: float, tmp_path: Path, known_tokenizer: None
 ) -> None:
     """But for FP8 activations: each rank rounds its share of them by a scale of its own."""
     write_consolidated(tmp_path / "source", NARROW, torch.bfloat16)
@@ -299,7 +292,7 @@ def test_shares_are_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.
         model.save_pretrained(tmp_path / "saved")
 
 
-def test_groups_are_not_cut_by_ranks(quantized_demos: dict[Quantization, Path], tmp_path: Path) -> None:
+def test_groups_are_not_cut_by_ranks(quantized_demos: dict[Scheme, Path], tmp_path: Path) -> None:
     result = run_ranks(quantized_demos["int4"], tmp_path / "result")
     assert "96 columns for a rank are no whole number of groups of 64; use fewer ranks" in result["error"]
 
@@ -336,7 +329,7 @@ def test_options_of_the_config_are_heard(folder: Path) -> None:
 
 
 @every_quantization
-def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Quantization) -> None:
+def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Scheme) -> None:
     model = load(folder, quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32)
     assert not linears(model)
     for name, weight in expanded_weights(folder, quantization).items():
@@ -348,7 +341,7 @@ def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Quanti
 def test_compressed_tensors_is_needed_for_other_formats_only(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling_mistral_large.quantized.find_spec", lambda name: None)
+    monkeypatch.setattr("modeling_mistral_large.quantization.loading.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     assert linears(load(folder))
     message = r"needs compressed-tensors; pip install 'modeling-mistral-large\[quantized\]'"
@@ -362,7 +355,7 @@ def test_compressed_tensors_is_needed_for_other_formats_only(
 
 
 @every_quantization
-def test_a_model_can_be_built_empty_and_filled(quantization: Quantization) -> None:
+def test_a_model_can_be_built_empty_and_filled(quantization: Scheme) -> None:
     config = MistralLargeConfig(
         vocab_size=64,
         hidden_size=256,

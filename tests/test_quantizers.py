@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MistralForCausalLM
 
+from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeModel
-from modeling_mistral_large.errors import CheckpointError
 
 from .checkpoints import write_consolidated
 from .models import stock_config

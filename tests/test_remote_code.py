@@ -14,9 +14,9 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_mistral_large
+from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.checkpoint.remote_code import IN_CONFIG, MODEL_CLASSES, REMOTE_CODE, REMOTE_CODE_NAME
 from modeling_mistral_large import MODELS, MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import convert_checkpoint
-from modeling_mistral_large.remote_code import IN_CONFIG, MODEL_CLASSES, REMOTE_CODE, REMOTE_CODE_NAME
 
 from .models import GREEDY
 

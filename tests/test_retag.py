@@ -15,18 +15,19 @@ import torch
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from transformers import AutoConfig, AutoTokenizer
 
-import modeling_mistral_large.conversion.retag as retag_module
+import mistral_large_conversion.retag as retag_module
 from mistral_large_cli import main
-from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.chat_templates import PLAIN_CHAT_TEMPLATE
-from modeling_mistral_large.conversion.destination import whole_file
-from modeling_mistral_large.conversion.hf_files import hf_files
-from modeling_mistral_large.conversion.inspect import manifest_findings
-from modeling_mistral_large.conversion.manifest import read_manifest
-from modeling_mistral_large.conversion.model_card import ModelType, licence_files
-from modeling_mistral_large.conversion.retag import retag_checkpoint
-from modeling_mistral_large.conversion.verify import verify_checkpoint
-from modeling_mistral_large.errors import CheckpointError, DestinationError
+from mistral_large_conversion.chat_templates import PLAIN_CHAT_TEMPLATE
+from mistral_large_conversion.checkpoint.atomic_write import whole_file
+from mistral_large_conversion.checkpoint.read import load_headers
+from mistral_large_conversion.errors import CheckpointError, DestinationError
+from mistral_large_conversion.folder_checks import manifest_findings
+from mistral_large_conversion.hf_files import hf_files
+from mistral_large_conversion.manifest import read_manifest
+from mistral_large_conversion.model_card import ModelType, licence_files
+from mistral_large_conversion.retag import retag_checkpoint
+from mistral_large_conversion.verify import verify_checkpoint
+from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 
 from .texts import SNIPPETS, every_code_point, mixed_texts
 
@@ -149,21 +150,19 @@ def test_retagging_touches_no_weights_and_goes_back_to_the_same_bytes(folder: Pa
 
 
 def test_the_converter_writes_what_retagging_writes(folder: Path, demo_folder: Path) -> None:
-    config = MistralLargeConfig.from_pretrained(demo_folder)
-    for model_type in ("mistral", "mistral_large"):
-        files = hf_files(
-            config, dtype="BF16", model_type=model_type, source=demo_folder, licences=licence_files(demo_folder)
-        )
+    def written(model_type: ModelType, licences: dict[str, bytes]) -> dict[str, bytes]:
+        geometry = load_headers(demo_folder).geometry
+        options: dict[str, Any] = {"quantization": None, "dtype": "BF16", "source": demo_folder}
+        return hf_files(geometry, model_type=model_type, licences=licences, **options)
+
+    model_types: tuple[ModelType, ...] = ("mistral", "mistral_large")
+    for model_type in model_types:
+        files = written(model_type, licence_files(demo_folder))
         retag_checkpoint(folder, model_type)
         after = contents(folder)
         assert {name: after[name] for name in files} == files
         assert set(after) - set(files) <= {WEIGHTS, "conversion.manifest.json"}
-    assert (
-        b"generation -%}"
-        not in hf_files(config, dtype="BF16", model_type="mistral", source=demo_folder, licences={})[
-            "chat_template.jinja"
-        ]
-    )
+    assert b"generation -%}" not in written("mistral", {})["chat_template.jinja"]
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "mistral_large"])

@@ -22,7 +22,7 @@ from mistral_large_cli.serve_guard import (
     is_own_origin,
     read_chat_request,
 )
-from modeling_mistral_large.errors import CheckpointError, MissingLibraryError, SettingError
+from mistral_large_conversion.errors import CheckpointError, MissingLibraryError, SettingError
 
 SERVE = sys.modules[choose_engine.__module__]
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "mistral", "--exclude-tools-when-tool-choice-none"]
@@ -55,7 +55,7 @@ def test_vllm_takes_each_layout_with_its_options(
 ) -> None:
     install(monkeypatch, "vllm", *SERVER)
     # The engine asks the hub for the last one.
-    monkeypatch.setattr("modeling_mistral_large.conversion.hub.reachable_options", lambda *_: {})
+    monkeypatch.setattr("mistral_large_conversion.checkpoint.hub.reachable_options", lambda *_: {})
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
     run(str(demo_folder), "--port", "8123", "--tensor-parallel-size", "8")
     run(str(folder))

@@ -18,31 +18,32 @@ from typer.testing import CliRunner
 from mistral_large_cli import app, main
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_cli.plan import smallest_changes
-from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.configuration_mistral_large import PREFILL_CHUNK
-from modeling_mistral_large.conversion.quantize import EXPANDED_AT_ONCE, Quantization
-from modeling_mistral_large.errors import PlanError
-from modeling_mistral_large.quantized import quantize_modules_, use_kernels_
-from modeling_mistral_large.sharding import (
+from mistral_large_conversion.checkpoint.quantization import Scheme
+from mistral_large_conversion.errors import PlanError
+from mistral_large_conversion.sharding.devices import Device, detect_devices, parse_devices
+from mistral_large_conversion.sharding.memory import (
+    EXPANDED_AT_ONCE,
     GIB,
-    LARGEST,
-    RESERVE,
+    PREFILL_CHUNK,
     Demand,
-    Device,
-    ShardingPlan,
     Sizes,
-    _plan_device_map,
-    _plan_offload,
     activation_bytes,
     cache_bytes_of_layer,
-    detect_devices,
+)
+from mistral_large_conversion.sharding.plan import (
+    LARGEST,
+    RESERVE,
+    ShardingPlan,
+    _plan_device_map,
+    _plan_offload,
     device_map_for,
     fewest_devices,
     largest_batch,
     largest_context,
-    parse_devices,
     plan_sharding,
 )
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
+from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
 
 from .peak_memory import PeakMemory
 
@@ -301,7 +302,7 @@ def test_planned_weights_are_the_allocated_ones(tiny_config: MistralLargeConfig)
         assert held == load.weights
 
 
-def quantized_model(quantization: Quantization) -> Any:
+def quantized_model(quantization: Scheme) -> Any:
     """A model with weights of zero, in the form they have in memory."""
     config = MistralLargeConfig(
         vocab_size=1024,
@@ -322,7 +323,7 @@ def quantized_model(quantization: Quantization) -> Any:
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int4"])
-def test_planned_quantized_weights_are_the_allocated_ones(quantization: Quantization) -> None:
+def test_planned_quantized_weights_are_the_allocated_ones(quantization: Scheme) -> None:
     model = quantized_model(quantization)
     config = model.config
     assert sum(tensor.nbytes for tensor in model.parameters()) == Sizes.of(config, quantization).weights

@@ -15,9 +15,9 @@ from mistral_large_cli import main
 from mistral_large_cli.demo import golden_conversations
 from mistral_large_cli.marks import COLOURS, ROLES
 from mistral_large_cli.show import styled
+from mistral_large_conversion.vocabulary import CONTROL_TOKENS
 from modeling_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.instruct import build_prompt
-from modeling_mistral_large.sentencepiece_bpe import CONTROL_TOKENS
+from modeling_mistral_large.instruct.prompt import build_prompt
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 LEGEND = "\n\n" + "  ".join(COLOURS) + "  "

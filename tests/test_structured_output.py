@@ -17,9 +17,10 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import pipeline
 
+from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
-from modeling_mistral_large.errors import CheckpointError, ConversationError, MissingLibraryError, SchemaError
-from modeling_mistral_large.structured_output import answer_grammar, constrain
+from modeling_mistral_large.errors import ConversationError, SchemaError
+from modeling_mistral_large.generation.structured_output import answer_grammar, constrain
 
 from . import models
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from mistral_large_cli import main
 from mistral_large_cli.marks import one_line, printable
 from mistral_large_cli.terminal import console, print_json, write_picture
-from modeling_mistral_large.errors import DestinationError
+from mistral_large_conversion.errors import DestinationError
 
 # Titles, clearing of the screen, the clipboard, a line to be overwritten, 8-bit controls, letters turned around.
 ATTACK = "a\x1b]0;owned\x07\x1b[2J\x1b]52;c;ZXZpbA==\x07\r\x08\x7f\x9b2J\u202eb\u2066\x00c\udc9bd"

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, TextGenerationPipeline, pipeline
 
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
-from modeling_mistral_large.text_generation_pipeline import MistralLargeTextGenerationPipeline
+from modeling_mistral_large.generation.text_generation_pipeline import MistralLargeTextGenerationPipeline
 
 from .models import ours_only
 

@@ -26,12 +26,14 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, BatchEncoding, DataCollatorForLanguageModeling
 
-from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer, sentencepiece_bpe
-from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, RESPONSE_TEMPLATE
-from modeling_mistral_large.errors import ConversationError, KeywordError, TokenizerFileError
-from modeling_mistral_large.sentencepiece_bpe import TextEncoder, find_vocabulary, known_vocabulary, small_words
-from modeling_mistral_large.streaming import MistralLargeTextIteratorStreamer, MistralLargeTextStreamer
-from modeling_mistral_large.tokenization_mistral_large import PAD
+from mistral_large_conversion import sentencepiece_bpe
+from mistral_large_conversion.chat_templates import CHAT_TEMPLATE, RESPONSE_TEMPLATE
+from mistral_large_conversion.errors import TokenizerFileError
+from mistral_large_conversion.sentencepiece_bpe import TextEncoder, small_words
+from mistral_large_conversion.vocabulary import PAD, find_vocabulary, known_vocabulary
+from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
+from modeling_mistral_large.errors import ConversationError, KeywordError
+from modeling_mistral_large.generation.streaming import MistralLargeTextIteratorStreamer, MistralLargeTextStreamer
 
 from .texts import all_texts, mixed_texts
 

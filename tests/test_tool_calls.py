@@ -16,20 +16,13 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 
-from modeling_mistral_large import MistralLargeTokenizer, tool_calls
-from modeling_mistral_large.chat_templates import RESPONSE_TEMPLATE
-from modeling_mistral_large.instruct import _call_ids, _Message, _ToolCall, build_prompt
-from modeling_mistral_large.sentencepiece_bpe import join_pieces
-from modeling_mistral_large.tool_calls import (
-    AnswerStream,
-    ParsedAnswer,
-    TextEvent,
-    ToolCallEvent,
-    is_tool_call_id,
-    map_tool_call_ids,
-    new_tool_call_id,
-    parse_answer,
-)
+from mistral_large_conversion.chat_templates import RESPONSE_TEMPLATE
+from mistral_large_conversion.vocabulary import join_pieces
+from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.instruct import answer as tool_calls
+from modeling_mistral_large.instruct.answer import AnswerStream, ParsedAnswer, TextEvent, ToolCallEvent, parse_answer
+from modeling_mistral_large.instruct.prompt import _call_ids, _Message, _ToolCall, build_prompt
+from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id, map_tool_call_ids, new_tool_call_id
 
 from .conversations import NASTY_PIECES, conversations
 

@@ -22,9 +22,9 @@ import torch
 import transformers
 
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.instruct import build_prompt
-from modeling_mistral_large.tool_loop import generate_with, run_tool_loop
-from modeling_mistral_large.tool_schemas import describe_function
+from modeling_mistral_large.generation.tool_loop import generate_with, run_tool_loop
+from modeling_mistral_large.instruct.prompt import build_prompt
+from modeling_mistral_large.instruct.tool_schemas import describe_function
 
 Message = dict[str, Any]
 

@@ -13,7 +13,7 @@ import pytest
 from mistral_large_cli import tools_file
 from mistral_large_cli.tools_file import load_tools, tool_names
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.tool_loop import run_tool_loop
+from modeling_mistral_large.generation.tool_loop import run_tool_loop
 
 DOCUMENTED = "    '''\n    Do {name}\n\n    Args:\n        x: a number\n    '''\n"
 

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.base import HfQuantizer
 
 import modeling_mistral_large
+from mistral_large_conversion.errors import MistralLargeError
 from modeling_mistral_large import (
     MistralLargeConfig,
     MistralLargeForCausalLM,
@@ -24,14 +25,14 @@ from modeling_mistral_large import (
     MistralLargeForTokenClassification,
     MistralLargeModel,
 )
-from modeling_mistral_large.errors import KeywordError, MistralLargeError
+from modeling_mistral_large.errors import KeywordError
 from modeling_mistral_large.transformers_api import CACHE_NAME, CACHE_NAMES, cache_argument, cache_in
 
 from .models import GREEDY, ours_only, random_ids, stock_and_ours
 
 ROOT = Path(__file__).parent.parent
 OWNER = "modeling_mistral_large/transformers_api.py"
-ROOMS = ("modeling_mistral_large", "conversion", "mistral_large_cli")
+ROOMS = ("modeling_mistral_large", "mistral_large_conversion", "mistral_large_cli")
 CLASSES = [
     MistralLargeModel,
     MistralLargeForCausalLM,
@@ -259,8 +260,7 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
             name = str(path.relative_to(ROOT))
-            # The package holds the converter by a link.
-            if name != OWNER and not any(parent.is_symlink() for parent in path.parents if parent != ROOT):
+            if name != OWNER:
                 yield name, ast.parse(path.read_text())
 
 

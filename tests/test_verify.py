@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 import pytest
 from safetensors.torch import load_file, save_file
 
-import modeling_mistral_large.conversion.stream as stream_module
-import modeling_mistral_large.conversion.verify as verify_module
+import mistral_large_conversion.stream as stream_module
+import mistral_large_conversion.verify as verify_module
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from modeling_mistral_large.conversion import convert_checkpoint
-from modeling_mistral_large.conversion.safetensors_header import FileTensor
-from modeling_mistral_large.conversion.verify import Check, verify_checkpoint
-from modeling_mistral_large.errors import CheckpointError
+from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.verify import Check, verify_checkpoint
 
 
 @pytest.fixture(scope="module")

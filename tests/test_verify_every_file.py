@@ -15,11 +15,11 @@ from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint, inspect_checkpoint, read_manifest
+from mistral_large_conversion.folder_checks import READ_BY_LOADERS, manifest_findings
+from mistral_large_conversion.manifest import ManifestFile
+from mistral_large_conversion.verify import Check, verify_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import convert_checkpoint, inspect_checkpoint, read_manifest
-from modeling_mistral_large.conversion.inspect import READ_BY_LOADERS, manifest_findings
-from modeling_mistral_large.conversion.manifest import ManifestFile
-from modeling_mistral_large.conversion.verify import Check, verify_checkpoint
 
 from .checkpoints import tokenizer_model_file
 
@@ -106,7 +106,7 @@ def with_values_changed(value: Any) -> Iterator[Any]:
 @pytest.fixture
 def only_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the slow checks: what is asked here is whether the files' own check sees it."""
-    monkeypatch.setattr("modeling_mistral_large.conversion.verify._tokenizer_findings", lambda *_: [])
+    monkeypatch.setattr("mistral_large_conversion.verify._tokenizer_findings", lambda *_: [])
 
 
 def test_a_conversion_is_all_proven(converted: Path) -> None:

@@ -18,8 +18,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from mistral_large_conversion import export_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import export_checkpoint
 from modeling_mistral_large.errors import ConversationError
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -36,14 +36,15 @@ from typing import Any
 import torch
 import transformers
 
-import modeling_mistral_large.conversion.finished
-import modeling_mistral_large.conversion.inspect
-import modeling_mistral_large.conversion.verify  # noqa: F401  # so that forked commands need not import it
+import mistral_large_conversion.finished
+import mistral_large_conversion.inspect
+import mistral_large_conversion.verify  # noqa: F401  # so that forked commands need not import it
 from mistral_large_cli import main as command_line
 from mistral_large_cli.demo import assemble_demo_checkpoint, convert_demo_checkpoint
+from mistral_large_conversion.checkpoint.atomic_write import PARTIAL_SUFFIX
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
+from mistral_large_conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.conversion.destination import PARTIAL_SUFFIX, UNFINISHED_NAME, UNFINISHED_TEXT
-from modeling_mistral_large.conversion.safetensors_header import FileTensor
 from tests.checkpoints import contents, everything_in, write_consolidated
 from tests.damage import DAMAGES, LAYOUTS, TOKENIZER, Layout
 from tests.interruptions import (

@@ -15,8 +15,8 @@ import torch
 from llama_cpp import Llama
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import convert_checkpoint
 from tests.conversations import conversations
 
 ROOT = Path(__file__).parents[2]

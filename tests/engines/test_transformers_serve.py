@@ -18,8 +18,8 @@ import pytest
 from openai import OpenAI
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.conversion import convert_checkpoint
 
 from .clients import (
     GOLDEN,

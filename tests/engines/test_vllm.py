@@ -20,8 +20,8 @@ import torch
 from openai import OpenAI
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.conversion import convert_checkpoint
 from tests.checkpoints import write_consolidated
 
 from .clients import (
@@ -372,7 +372,7 @@ def test_random_weights_of_an_uneven_geometry_say_what_generate_says(tmp_path: P
 def test_the_plugin_may_run_any_number_of_times_and_leaves_a_chosen_tokenizer_mode() -> None:
     from vllm import ModelRegistry
 
-    from modeling_mistral_large import vllm_plugin
+    from modeling_mistral_large.integrations import vllm_plugin
 
     for _ in range(3):
         vllm_plugin.register()

@@ -1,0 +1,46 @@
+"""Files that appear whole: written next to their place, flushed to the disk, then renamed."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file next to its place, and rename it into its place once all of it is on the disk."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    # Whatever has the name, a link too, loses it: only a new file has certainly no other name.
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as stream:
+        yield stream
+    settle_file(path)
+
+
+def settle_file(path: Path) -> None:
+    """Put what was written beside the place of a file on the disk, and then into its place."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("r+b") as stream:
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def json_bytes(content: dict[str, Any], *, sort_keys: bool = False) -> bytes:
+    """The text of a JSON file, laid out as transformers does it."""
+    return (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode()
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk; systems that cannot open a folder need no such thing."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

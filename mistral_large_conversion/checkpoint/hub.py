@@ -1,0 +1,292 @@
+"""Checkpoints by the id of their repository on the Hugging Face hub: only what is needed of them is downloaded."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from mistral_large_conversion.checkpoint.layout import TOKENIZER_NAME, is_consolidated
+from mistral_large_conversion.checkpoint.params import PARAMS_NAME
+from mistral_large_conversion.checkpoint.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
+from mistral_large_conversion.checkpoint.source_files import (
+    ADAPTER_CONFIG_NAME,
+    adapter_finding,
+    file_finding,
+    read_json_object,
+)
+from mistral_large_conversion.errors import CheckpointError, CheckpointNotFoundError
+from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
+
+LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
+# The vendor's repository holds a second copy of the weights, model-*.safetensors: another 245 GB.
+CONSOLIDATED_FILES = (
+    "params.json",
+    "consolidated.safetensors",
+    "consolidated-*.safetensors",
+    "consolidated.safetensors.index.json",
+    "tokenizer.model.v3",
+    ADAPTER_CONFIG_NAME,
+    *LICENCE_PATTERNS,
+)
+# A hub that answers nothing for so long is taken for out of reach; HF_HUB_ETAG_TIMEOUT is for slow networks.
+ANSWER_SECONDS = 1.5
+# A repository of which the cache has one of these may be read without the hub.
+TELLING_FILES = ("config.json", "params.json", "tokenizer.json", "tokenizer.model.v3", ADAPTER_CONFIG_NAME)
+# Options of `from_pretrained` that say where in the hub and how to get it.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+# Most headers are shorter.
+FIRST_BYTES = 100_000
+HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model.v3",
+    "chat_template.jinja",
+    "README.md",
+    ADAPTER_CONFIG_NAME,
+    *LICENCE_PATTERNS,
+)
+
+
+def resolve_source(
+    source: Path | str,
+    *,
+    patterns: Sequence[str] = CONSOLIDATED_FILES,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint: `source` itself, or its snapshot in the hub's cache if it is a repository's id.
+
+    Of a repository, the files that match `patterns` are downloaded, unless the cache has them: an interrupted
+    download goes on with the first file that is not whole. Of a hub that does not answer, there is what the cache has.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be had, or an adapter, and what to do about it.
+    """
+    folder = Path(source)
+    # An id has one slash. A Path drops the dot of ./owner/name, which says that it is a folder.
+    is_folder = folder.exists() or not is_repository_id(os.fspath(source))
+    if is_folder:
+        if not folder.is_dir():
+            finding = "is a file" if folder.exists() else "no such folder"
+            raise CheckpointError(f"{source}: {finding}; give a folder, or a repository on the hub as owner/name")
+        refuse_adapter(folder)
+        return folder
+    repository = os.fspath(source)
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only or is_out_of_reach(repository),
+                allow_patterns=list(patterns),
+            )
+        )
+    # The client's HTTP library, whose errors also come through, is another one in each of its major versions.
+    except Exception as error:
+        raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+    refuse_adapter(folder, name=repository)
+    return folder
+
+
+def reachable_options(source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `from_pretrained` for `source`: with `local_files_only` where the hub does not answer.
+
+    Raises:
+        CheckpointNotFoundError: neither a folder nor the id of a repository, or one that is not in the cache, and out
+            of reach.
+    """
+    if source is None or Path(source).exists():
+        return dict(options)
+    repository = os.fspath(source)
+    if not is_repository_id(repository):
+        raise CheckpointNotFoundError(
+            f"{source}: no such folder; give a folder, or a repository on the hub as owner/name"
+        )
+    if not options.get("local_files_only") and not is_out_of_reach(repository):
+        return dict(options)
+    place = {name: options[name] for name in ("revision", "cache_dir") if options.get(name)}
+    if not any(
+        isinstance(huggingface_hub.try_to_load_from_cache(repository, file, **place), str) for file in TELLING_FILES
+    ):
+        raise CheckpointNotFoundError(f"{repository}: {_not_in_cache(repository)}")
+    return {**options, "local_files_only": True}
+
+
+def is_out_of_reach(repository: str) -> bool:
+    """Whether the hub is not to be asked, or does not answer in time; any answer will do.
+
+    The client itself would try again for each file, for minutes.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return True
+    is_set = "HF_HUB_ETAG_TIMEOUT" in os.environ
+    try:
+        huggingface_hub.get_session().get(
+            f"{huggingface_hub.constants.ENDPOINT}/api/models/{repository}",
+            timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT if is_set else ANSWER_SECONDS,
+        )
+    # The client's HTTP library, whose errors come through, is another one in each of its major versions.
+    except Exception:
+        return True
+    return False
+
+
+def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = None) -> None:
+    """Fill a folder with the small files of a repository, and with files of weights that have headers and no data.
+
+    These are as long as those of the repository and take no room.
+
+    Raises:
+        CheckpointError: a repository that cannot be had, and what to do about it.
+    """
+    try:
+        api, files = huggingface_hub.HfApi(token=token), huggingface_hub.HfFileSystem(token=token)
+        commit = api.repo_info(repository).sha
+        entries = api.list_repo_tree(repository, revision=commit)
+        sizes = {entry.path: entry.size for entry in entries if isinstance(entry, huggingface_hub.hf_api.RepoFile)}
+        # A listing is not to be trusted with places outside of the folder.
+        wanted = [name for name in sizes if "/" not in name]
+        names = {name for name in wanted if any(fnmatchcase(name, part) for part in (*CONSOLIDATED_FILES, *HF_FILES))}
+        weights = {name for name in names if name.endswith(".safetensors")}
+        snapshot = resolve_source(repository, patterns=sorted(names - weights), revision=commit, token=token)
+        for name in names - weights:
+            shutil.copyfile(snapshot / name, folder / name)
+        for name in weights:
+            path = f"{repository}@{commit}/{name}"
+            # Without a cache, which would read megabytes ahead.
+            with files.open(path, "rb", cache_type="none") as stream:
+                start = stream.read(FIRST_BYTES)
+                header_end = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+                if FIRST_BYTES < header_end <= min(LARGEST_HEADER, sizes[name]):
+                    start += stream.read(header_end - FIRST_BYTES)
+            (folder / name).write_bytes(start[:header_end])
+            os.truncate(folder / name, sizes[name])
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+
+
+def read_adapter_base(folder: Path) -> str | None:
+    """The name of the checkpoint that the adapter of PEFT in a folder is for, or None if it holds no adapter.
+
+    Raises:
+        CheckpointError: its file cannot be read or names none.
+    """
+    if not (folder / ADAPTER_CONFIG_NAME).exists():
+        return None
+    if problem := file_finding(folder, ADAPTER_CONFIG_NAME):
+        raise CheckpointError(f"{folder}: {problem}; it says what the adapter is for, save or download it again")
+    try:
+        base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    except ValueError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG_NAME}: {error}; save or download it again") from error
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{folder}: an adapter whose {ADAPTER_CONFIG_NAME} names no base_model_name_or_path; load the base model, "
+            "then peft.PeftModel.from_pretrained(model, folder)"
+        )
+    return base
+
+
+def refuse_adapter(folder: Path, name: str | None = None) -> None:
+    """Raise a CheckpointError if a folder holds an adapter of PEFT and no checkpoint; `name` is how it was named."""
+    if problem := adapter_finding(folder):
+        raise CheckpointError(f"{name or folder}: {problem}")
+
+
+def is_repository_id(source: str) -> bool:
+    """Whether a source can be the id of a repository: owner/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source, re.ASCII) is not None
+
+
+def _not_in_cache(repository: str) -> str:
+    return (
+        "no folder of this name here, the hub cannot be reached or is not to be asked, and the cache has not all that "
+        f"is needed of {huggingface_hub.constants.ENDPOINT}/{repository}"
+    )
+
+
+def hub_finding(repository: str, error: Exception) -> str:
+    """What an error of the hub's client means, and the way out, in one line."""
+    errors = huggingface_hub.errors
+    page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        # The client looks into its cache when the hub refuses, and then says what it has not found there.
+        if not isinstance(error.__cause__, errors.HfHubHTTPError):
+            return _not_in_cache(repository)
+        error = error.__cause__
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return f"gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        return (
+            f"no folder of this name here, and on the hub no repository open to you at {page}; check the name, or log "
+            "in with `hf auth login` or set HF_TOKEN if it is private"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no such revision; {page}/commits/main lists them"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the download stopped: {reason}; run it again, the files that are whole are kept"
+
+
+def find_consolidated(
+    source: Any, options: Mapping[str, Any], *, patterns: Sequence[str] = (PARAMS_NAME,)
+) -> Path | None:
+    """The folder of a consolidated checkpoint, or None where `source` is anything else, for transformers to judge.
+
+    A repository on the hub is consolidated if it has a params.json; of its other files those of `patterns` are
+    downloaded. `options` are those of `from_pretrained`.
+
+    Raises:
+        CheckpointError: the files cannot be downloaded, and what to do about it.
+    """
+    if source is None or options.get("gguf_file") or options.get("variant") or options.get("use_safetensors") is False:
+        return None
+    subfolder = options.get("subfolder") or ""
+    folder = Path(source, subfolder)
+    if folder.is_dir():
+        return folder if is_consolidated(folder) else None
+    repository = str(source)
+    if subfolder or Path(source).exists() or not is_repository_id(repository):
+        return None
+    hub_options = {name: options[name] for name in HUB_OPTIONS if options.get(name)}
+    try:
+        folder = Path(huggingface_hub.hf_hub_download(repository, PARAMS_NAME, **hub_options)).parent
+    except Exception:
+        # No such file, no access or no network: transformers, which asks for its own files next, has words for it.
+        return None
+    if set(patterns) == {PARAMS_NAME}:
+        return folder
+    return resolve_source(repository, patterns=patterns, **hub_options)
+
+
+def find_tokenizer_file(source: Any, options: Mapping[str, Any]) -> Path | None:
+    """Where the tokenizer of a consolidated checkpoint or of an adapter is, or None if it is in `source` itself.
+
+    Of a consolidated checkpoint, the file is read alone: the vendor's folder also has a tokenizer.json and a template
+    of its own, which are not exact. An adapter that was saved without a tokenizer has the one of its base.
+    """
+    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, TOKENIZER_NAME))
+    if folder is not None:
+        file = find_vocabulary(folder)
+        return file if file is not None and file.exists() else None
+    adapter = Path(source, options.get("subfolder") or "")
+    if not adapter.is_dir() or any((adapter / name).exists() for name in ("tokenizer.json", *VOCABULARY_NAMES)):
+        return None
+    base = read_adapter_base(adapter)
+    return None if base is None else find_tokenizer_file(base, {}) or Path(base)

@@ -1,0 +1,177 @@
+"""Quantized checkpoints in the formats of compressed-tensors: what a weight is in the file, and what config.json says.
+
+The weights of the linear layers of the decoder are quantized, each number rounded to the nearest without any
+calibration; embeddings, norms and head are BF16.
+
+| | fp8, `float-quantized` | int4, `pack-quantized` |
+| --- | --- | --- |
+| codes of [out, in] | `weight` F8_E4M3 [out, in] | `weight_packed` I32 [out, in / 8], first code in the lowest bits |
+| scales | `weight_scale` BF16 [out, 1] | `weight_scale` BF16 [out, in / group] |
+| besides | | `weight_shape` I64 [2] |
+| a weight is | code * scale | (code - 8) * scale |
+| activations | rounded to FP8 for each token | as they are |
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TensorEntry
+from mistral_large_conversion.errors import CheckpointError
+
+Scheme = Literal["fp8", "int4"]
+
+
+class Quantization(NamedTuple):
+    """How the weights of a checkpoint are quantized; `group_size` weights in a row share a scale, in int4."""
+
+    scheme: Scheme
+    group_size: int
+
+
+QUANT_METHOD = "compressed-tensors"
+FORMATS: dict[Scheme, str] = {"fp8": "float-quantized", "int4": "pack-quantized"}
+
+# What people are told of a checkpoint.
+DESCRIPTIONS: dict[Scheme, str] = {
+    "fp8": "to FP8 (E4M3) with one scale for each output channel, for activations in FP8",
+    "int4": "to 4 bits with one scale for each group of {group_size} weights",
+}
+
+# Weights in a row that share a scale. The smaller ones are for models that are too narrow for the first.
+GROUP_SIZES = (128, 64, 32)
+
+GROUP_SIZE = GROUP_SIZES[0]
+
+# Rows and columns that the kernels for FP8 need.
+FP8_TILE = 16
+
+CODES_PER_WORD = 8
+
+# Keys of a `quantization_config` that say how it came about, and what other keys may say without changing anything.
+REMARKS = ("version", "global_compression_ratio", "observer", "observer_kwargs")
+
+NOTHING: tuple[object, ...] = (None, False, {})
+
+MEANINGLESS = {"format": (None, *FORMATS.values())}
+
+QUANTIZED_NAME = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.weight")
+
+PART_ENDINGS = ("_packed", "_scale", "_shape")
+
+CANNOT_UNDO = (
+    "its weights are quantized, and nothing brings back what rounding took away; take the checkpoint it was made of"
+)
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a tensor of this HF name is quantized: the weights of a decoder layer's linears."""
+    return QUANTIZED_NAME.fullmatch(name) is not None
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor of a quantized checkpoint is what became of a quantized one."""
+    ending = next((ending for ending in PART_ENDINGS if name.endswith(ending)), "")
+    return is_quantized(name.removesuffix(ending))
+
+
+def quantized_entries(
+    name: str, shape: tuple[int, ...], scheme: Scheme, group_size: int = GROUP_SIZE
+) -> tuple[TensorEntry, ...]:
+    """What the weight `name` [out, in] becomes in the file.
+
+    In memory it takes `run_time_bytes`, which differs: the scales are FP32 (fp8), or stand beside as many zeros (int4).
+    """
+    rows, columns = shape
+    if scheme == "fp8":
+        return _entry(name, "F8_E4M3", rows, columns), _entry(f"{name}_scale", "BF16", rows, 1)
+    return (
+        _entry(f"{name}_packed", "I32", rows, columns // CODES_PER_WORD),
+        _entry(f"{name}_scale", "BF16", rows, columns // group_size),
+        _entry(f"{name}_shape", "I64", 2),
+    )
+
+
+def _entry(name: str, dtype: str, *shape: int) -> TensorEntry:
+    return TensorEntry(name, dtype, shape, math.prod(shape) * BYTES_OF[dtype])
+
+
+def choose_group_size(shapes: Iterable[tuple[int, ...]], scheme: Scheme) -> int:
+    """How many weights share a scale in a checkpoint with quantized weights of these shapes; fp8 has no groups.
+
+    Raises:
+        CheckpointError: a geometry for which there are no kernels.
+    """
+    shapes = sorted(set(shapes))
+    if scheme == "fp8":
+        if odd := [size for shape in shapes for size in shape if size % FP8_TILE]:
+            raise CheckpointError(
+                f"a weight with a side of {odd[0]} has no FP8 kernel: it must be a multiple of {FP8_TILE}; leave "
+                "--quantize out"
+            )
+        return GROUP_SIZE
+    for group_size in GROUP_SIZES:
+        if all(columns % group_size == 0 for _, columns in shapes):
+            return group_size
+    columns = next(columns for _, columns in shapes if columns % GROUP_SIZES[-1])
+    raise CheckpointError(
+        f"weights with rows of {columns} cannot be quantized to int4: groups have {', '.join(map(str, GROUP_SIZES))} "
+        "weights; take fp8 or leave --quantize out"
+    )
+
+
+def quantization_config(scheme: Scheme, group_size: int = GROUP_SIZE) -> dict[str, Any]:
+    """The `quantization_config` of a config.json, as transformers and vLLM read it."""
+    settings: dict[str, Any] = {
+        "quant_method": QUANT_METHOD,
+        "format": FORMATS[scheme],
+        # Any other status makes the weights expanded or wrong.
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": _scheme(scheme, group_size)},
+    }
+    if scheme == "fp8":
+        # Without it, transformers' own classes expand all weights to BF16. Others do not know it.
+        settings["use_optimized_inference"] = True
+    return settings
+
+
+def _scheme(scheme: Scheme, group_size: int) -> dict[str, Any]:
+    if scheme == "fp8":
+        numbers = {"num_bits": 8, "type": "float", "symmetric": True}
+        return {
+            "targets": ["Linear"],
+            "weights": {**numbers, "strategy": "channel", "dynamic": False},
+            "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+        }
+    numbers = {"num_bits": 4, "type": "int", "symmetric": True}
+    return {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "group", "group_size": group_size, "dynamic": False},
+    }
+
+
+def quantization_of(settings: object) -> Quantization | None:
+    """The quantization that a `quantization_config` of ours says, or None for any other.
+
+    What other programs add to it when they save it is let pass, unless it says something else.
+    """
+    if not isinstance(settings, Mapping):
+        return None
+    for scheme in FORMATS:
+        for group_size in GROUP_SIZES:
+            if _says(settings, quantization_config(scheme, group_size), optional=("use_optimized_inference",)):
+                return Quantization(scheme, group_size)
+    return None
+
+
+def _says(settings: Mapping[str, Any], wanted: Mapping[str, Any], optional: tuple[str, ...] = ()) -> bool:
+    """Whether all that is wanted is there, and nothing else but what is absent or without meaning."""
+    for key, value in wanted.items():
+        if isinstance(value, Mapping):
+            if not isinstance(settings.get(key), Mapping) or not _says(settings[key], value):
+                return False
+        elif settings.get(key) != value and key not in optional:
+            return False
+    return all(key in (*wanted, *REMARKS) or settings[key] in MEANINGLESS.get(key, NOTHING) for key in settings)

@@ -1,0 +1,334 @@
+"""A checkpoint of either layout, read from its small files and the headers of its weights."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
+from mistral_large_conversion.checkpoint.layout import (
+    CONFIG_NAMES,
+    TOKENIZER_NAME,
+    WEIGHTS_STEM,
+    Layout,
+    layouts_of,
+)
+from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
+from mistral_large_conversion.checkpoint.params import (
+    geometry_from_params,
+    params_findings,
+    params_from_hf_config,
+)
+from mistral_large_conversion.checkpoint.quantization import (
+    CANNOT_UNDO,
+    Quantization,
+    is_part,
+    is_quantized,
+    quantization_of,
+    quantized_entries,
+)
+from mistral_large_conversion.checkpoint.safetensors_header import (
+    FLOATS,
+    FileTensor,
+    StoredTensor,
+    TensorEntry,
+    read_header,
+)
+from mistral_large_conversion.checkpoint.source_files import adapter_finding, file_finding, read_json_object, shown
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
+
+FIRST_QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+# An error that lists more than this is no longer read.
+MOST_FINDINGS = 1000
+
+LONGEST_FINDING = 400
+
+
+class ExpectedEntry(NamedTuple):
+    """One tensor that the files of a checkpoint must hold, with one of these dtypes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers are sound; `tensors` are in the order of the files."""
+
+    folder: Path
+    layout: Layout
+    geometry: Geometry
+    quantization: Quantization | None
+    tensors: dict[str, FileTensor]
+
+    @property
+    def dtype(self) -> str:
+        """That of the weights, or of those that are not quantized."""
+        return self.tensors[getattr(expected_tensors(self.geometry)[0], self.layout)].dtype
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the model has, quantized or not."""
+        return sum(math.prod(tensor.shape) for tensor in expected_tensors(self.geometry))
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits in the file, with scales, of a quantized weight, or None if none is."""
+        if self.quantization is None:
+            return None
+        weights = sum(math.prod(tensor.shape) for tensor in expected_tensors(self.geometry) if is_quantized(tensor.hf))
+        return 8 * sum(tensor.size for tensor in self.tensors.values() if is_part(tensor.name)) / weights
+
+
+def vocabulary_finding(folder: Path) -> str | None:
+    """What keeps the vendor's SentencePiece file of a folder from being read, or None if nothing does."""
+    if (vocabulary := find_vocabulary(folder)) is not None:
+        return file_finding(folder, vocabulary.name)
+    other = VOCABULARY_NAMES[1]
+    is_there = f", and {other} is another vocabulary" if (folder / other).exists() else ""
+    return f"{TOKENIZER_NAME} is missing{is_there}"
+
+
+def read_checkpoint(
+    source: Path | str,
+    layout: Layout,
+    *,
+    needs_tokenizer: bool = True,
+    may_mix_dtypes: bool = False,
+    may_be_quantized: bool = False,
+) -> Checkpoint:
+    """The checkpoint of this layout in a folder, from the headers.
+
+    Raises:
+        CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
+            error.
+    """
+    folder = Path(source)
+    _check_folder(folder, layout)
+    tensors, weight_findings = _read_weights(folder, layout)
+    params, quantization, findings = _read_params(folder, layout, tensors)
+    if quantization is not None and not may_be_quantized:
+        raise CheckpointError(f"{folder}: {CANNOT_UNDO}")
+    findings += weight_findings
+    if needs_tokenizer and (finding := vocabulary_finding(folder)):
+        findings.append(finding)
+    geometry = None if params is None else geometry_from_params(params)
+    if geometry is not None:
+        # Without a readable file, every tensor of it would be listed as missing too.
+        expected = expected_entries(geometry, layout, quantization)
+        findings += tensor_findings(tensors, expected, are_complete=not weight_findings)
+    if not may_mix_dtypes:
+        findings += dtype_findings(tensor for tensor in tensors if quantization is None or not is_part(tensor.name))
+    refuse(findings, f"{folder} is not a complete {layout} checkpoint")
+    assert geometry is not None
+    return Checkpoint(folder, layout, geometry, quantization, {tensor.name: tensor for tensor in tensors})
+
+
+def read_geometry(source: Path | str, layout: Layout) -> tuple[Geometry, Quantization | None]:
+    """The geometry and quantization that the settings of a folder say; its weights may be elsewhere.
+
+    Raises:
+        CheckpointError: settings that are not those of a Mistral Large, all reasons in one error.
+    """
+    folder = Path(source)
+    _check_folder(folder, layout)
+    # Only for a config.json without head_dim, which its weights can prove.
+    tensors, _ = _read_weights(folder, layout)
+    params, quantization, findings = _read_params(folder, layout, tensors)
+    if params is None:
+        raise CheckpointError(f"{folder}: no geometry of a Mistral Large: {'; '.join(findings)}; give another folder")
+    return geometry_from_params(params), quantization
+
+
+def _check_folder(folder: Path, layout: Layout) -> None:
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: no folder that can be read; give the one that holds {CONFIG_NAMES[layout]}")
+    if finding := adapter_finding(folder):
+        raise CheckpointError(f"{folder}: {finding}")
+
+
+def refuse(findings: Sequence[str], what: str) -> None:
+    """Raise a CheckpointError that lists all findings, if there are any."""
+    if not findings:
+        return
+    listed = [f"  {' '.join(finding.splitlines())[:LONGEST_FINDING]}" for finding in findings[:MOST_FINDINGS]]
+    if len(findings) > MOST_FINDINGS:
+        listed.append(f"  and {len(findings) - MOST_FINDINGS} more")
+    raise CheckpointError("\n".join([f"{what}; nothing was done, mend or download it again:", *listed]))
+
+
+def _read_params(
+    folder: Path, layout: Layout, tensors: Sequence[StoredTensor]
+) -> tuple[dict[str, Any] | None, Quantization | None, list[str]]:
+    """The geometry under the names of params.json and the quantization, or no geometry and the reasons.
+
+    tensors: those of the folder, which must say what an older config.json does not.
+    """
+    name = CONFIG_NAMES[layout]
+    if finding := file_finding(folder, name):
+        return None, None, [finding]
+    try:
+        params = read_json_object(folder / name)
+    except (OSError, ValueError) as error:
+        return None, None, [f"{name}: {error}"]
+    findings: list[str] = []
+    quantization = None
+    if layout == "hf":
+        if (quantization := quantization_of(params.get("quantization_config"))) is not None:
+            del params["quantization_config"]
+        params, findings = params_from_hf_config(params)
+        findings += derive_head_dim(params, tensors)
+    findings += params_findings(params)
+    return (None if findings else params), quantization, [f"{name}: {finding}" for finding in findings]
+
+
+def derive_head_dim(params: dict[str, Any], tensors: Iterable[StoredTensor]) -> list[str]:
+    """Add the head_dim that a config.json of 2024 leaves to the reader, or say why it is not proven.
+
+    transformers takes hidden_size / num_attention_heads. That is a guess, unless the rows of the query weights agree.
+    """
+    width, heads = params.get("dim"), params.get("n_heads")
+    if "head_dim" in params or type(width) is not int or type(heads) is not int or heads < 1:
+        return []
+    rows = next((tensor.shape[0] for tensor in tensors if tensor.name == FIRST_QUERY and tensor.shape), None)
+    if rows is None or width % heads:
+        return []
+    if rows != width:
+        return [
+            f"hidden_size / num_attention_heads is {width // heads}, but {FIRST_QUERY!r} has {rows} rows, not {width}: "
+            "add the model's own head_dim"
+        ]
+    params["head_dim"] = width // heads
+    return []
+
+
+def _read_weights(folder: Path, layout: Layout) -> tuple[list[FileTensor], list[str]]:
+    """All tensors of the files of weights, and what is wrong with the files, their number and their index.
+
+    Names are those of the model alone, without what training has put around it, and buffers are left out.
+    """
+    stem = WEIGHTS_STEM[layout]
+    names, findings = _weight_files(folder, stem)
+    tensors: list[FileTensor] = []
+    for name in names:
+        if finding := file_finding(folder, name):
+            findings.append(finding)
+        else:
+            of_file, file_findings = read_header(folder / name)
+            tensors += of_file
+            findings += file_findings
+    index_name = f"{stem}.safetensors.index.json"
+    if not findings and os.path.lexists(folder / index_name):
+        findings = _index_findings(folder, index_name, tensors)
+    tensors = [replace(tensor, name=unwrapped_name(tensor.name)) for tensor in tensors]
+    return [tensor for tensor in tensors if layout != "hf" or not is_buffer(tensor.name)], findings
+
+
+def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
+    single = f"{stem}.safetensors"
+    present = sorted(path.name for path in folder.iterdir() if re.fullmatch(rf"{stem}.*\.safetensors", path.name))
+    if present == [single]:
+        return present, []
+    if not present:
+        pickled = sorted(path.name for path in folder.glob(f"{stem}*.pth"))
+        hint = f", only {pickled[0]!r}: pickles are not read" if pickled else ""
+        return [], [f"no {single} and no {stem}-00001-of-….safetensors{hint}"]
+    matches = [re.fullmatch(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.safetensors", name) for name in present]
+    totals = {match[2] for match in matches if match}
+    if None in matches or len(totals) != 1:
+        return [], [f"files of more than one checkpoint: {present}"]
+    (total,) = totals
+    wanted = [f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    there, needed = set(present), set(wanted)
+    return present, [f"{name} is missing" for name in wanted if name not in there] + [
+        f"{name} is not one of {total}" for name in present if name not in needed
+    ]
+
+
+def _index_findings(folder: Path, index_name: str, tensors: Iterable[FileTensor]) -> list[str]:
+    """Where the index and the headers say different things; the headers are what is read."""
+    if finding := file_finding(folder, index_name):
+        return [finding]
+    try:
+        weight_map = read_json_object(folder / index_name).get("weight_map")
+    except (OSError, ValueError) as error:
+        return [f"{index_name}: {error}"]
+    if not isinstance(weight_map, dict):
+        return [f"{index_name} has no weight_map"]
+    stored = {tensor.name: tensor.path.name for tensor in tensors}
+    return [
+        f"{index_name}: {shown(name)} is in {shown(weight_map.get(name))}, but stored in {shown(stored.get(name))}"
+        for name in sorted({*stored, *weight_map})
+        if weight_map.get(name) != stored.get(name)
+    ]
+
+
+def tensor_findings(
+    tensors: Iterable[StoredTensor], entries: Iterable[ExpectedEntry], *, are_complete: bool
+) -> list[str]:
+    """Where tensors are not the expected ones; what is missing is said if all files could be read."""
+    expected = {entry.name: entry for entry in entries}
+    seen: set[str] = set()
+    findings = []
+    for tensor in tensors:
+        if tensor.name in seen:
+            findings.append(f"tensor {tensor.name!r} is there twice")
+        elif tensor.name not in expected:
+            findings.append(f"tensor {tensor.name!r} is extra: this geometry has none of that name")
+        elif tensor.dtype not in expected[tensor.name].dtypes:
+            dtypes = ", ".join(expected[tensor.name].dtypes)
+            findings.append(f"tensor {tensor.name!r} has dtype {tensor.dtype}, must be one of {dtypes}")
+        elif tensor.shape != expected[tensor.name].shape:
+            needed = list(expected[tensor.name].shape)
+            findings.append(f"tensor {tensor.name!r} has shape {list(tensor.shape)}, this geometry needs {needed}")
+        seen.add(tensor.name)
+    if are_complete:
+        findings += [f"tensor {name!r} is missing" for name in expected if name not in seen]
+    return findings
+
+
+def dtype_findings(tensors: Iterable[TensorEntry]) -> list[str]:
+    """What is wrong with weights of more than one dtype."""
+    dtypes = sorted({tensor.dtype for tensor in tensors})
+    if len(dtypes) <= 1:
+        return []
+    return [f"tensors of dtypes {', '.join(dtypes)}: a checkpoint has one; ask for a dtype to have them converted"]
+
+
+def expected_entries(
+    geometry: ModelSizes, layout: Layout, quantization: Quantization | None = None
+) -> list[ExpectedEntry]:
+    """All tensors that the files of a checkpoint of this layout must hold, in order."""
+    entries: list[ExpectedEntry] = []
+    for tensor in expected_tensors(geometry):
+        name = getattr(tensor, layout)
+        if quantization is not None and is_quantized(name):
+            parts = quantized_entries(name, tensor.shape, *quantization)
+            entries += [ExpectedEntry(part.name, part.shape, (part.dtype,)) for part in parts]
+        else:
+            entries.append(ExpectedEntry(name, tensor.shape, FLOATS))
+    return entries
+
+
+def load_headers(folder: Path, layout: Layout | None = None, *, may_mix_dtypes: bool = False) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError: the reasons of `read_checkpoint`.
+    """
+    if layout is None:
+        layouts = layouts_of(folder) if folder.is_dir() else []
+        layout = layouts[0] if layouts else "consolidated"
+    return read_checkpoint(folder, layout, needs_tokenizer=False, may_mix_dtypes=may_mix_dtypes, may_be_quantized=True)
+
+
+def finding_lines(error: CheckpointError) -> list[str]:
+    """The findings that an error lists, or the error itself if it lists none."""
+    heading, *findings = str(error).splitlines()
+    return [finding.strip() for finding in findings] or [heading]

@@ -1,0 +1,87 @@
+"""A folder that a conversion has finished: whether it is of this one, and still as it was written."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mistral_large_conversion.checkpoint.atomic_write import json_bytes
+from mistral_large_conversion.checkpoint.source_files import file_finding
+from mistral_large_conversion.errors import DestinationError
+from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mistral_large_conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
+from mistral_large_conversion.stream import Progress, checksums_of, file_checksum, run_threads
+
+
+def index_file(plan: ConversionPlan) -> dict[str, bytes]:
+    """Name and content of the index of the weights, if there is one."""
+    return {} if plan.index is None else {plan.index_name: json_bytes(plan.index)}
+
+
+def refuse_another(folder: Path, plan: ConversionPlan, small_files: Mapping[str, bytes]) -> None:
+    """Refuse a finished folder whose manifest, headers or small files are not those of a plan.
+
+    Raises:
+        DestinationError: it is of another conversion.
+        CheckpointError: a manifest that cannot be read.
+    """
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    if (finding := next(_findings(folder, plan, small_files, manifest), None)) is not None:
+        raise DestinationError(f"{folder}: holds another finished conversion: {finding}; choose a new or empty folder")
+
+
+def _findings(
+    folder: Path, plan: ConversionPlan, small_files: Mapping[str, bytes], manifest: Manifest
+) -> Iterator[str]:
+    checksums = {name: tensor.checksum for name, tensor in manifest.tensors.items()}
+    if checksums.keys() != {output.name for file in plan.files for output in file.outputs}:
+        yield "its tensors have other names"
+        return
+    small_files = {**small_files, **index_file(plan)}
+    wanted = Manifest.of(plan, checksums, small_files)
+    if manifest.tensors != wanted.tensors:
+        yield "its tensors have other shapes, dtypes or files"
+    for name, content in small_files.items():
+        if finding := file_finding(folder, name):
+            yield finding
+        elif (folder / name).read_bytes() != content:
+            yield f"its {name} is another"
+    for file in plan.files:
+        if finding := file_finding(folder, file.name):
+            yield finding
+        elif not _has_header_and_size(folder / file.name, file):
+            yield f"its {file.name} is another"
+    if (folder / MANIFEST_NAME).read_bytes() != json_bytes(wanted.to_json()):
+        yield f"its {MANIFEST_NAME} is another"
+
+
+def _has_header_and_size(path: Path, file: PlannedFile) -> bool:
+    header = file.header
+    with path.open("rb") as stream:
+        return stream.read(len(header)) == header and path.stat().st_size == file.size
+
+
+def verify_finished(folder: Path, plan: ConversionPlan, *, jobs: int, progress: Progress) -> None:
+    """Compare each tensor of a finished folder, its checksum in the manifest, and what the source gives now.
+
+    Raises:
+        DestinationError: a tensor that is another, and whether the folder or the source has changed.
+    """
+    manifest = read_manifest(folder)
+    assert manifest is not None
+
+    def verify(item: tuple[PlannedFile, PlannedTensor], advance: Progress) -> None:
+        file, tensor = item
+        for name, checksum in checksums_of(tensor, advance).items():
+            recorded = manifest.tensors[name]
+            if checksum != recorded.checksum:
+                raise DestinationError(
+                    f"{folder}: holds another finished conversion: the source gives another tensor {name!r}; choose a "
+                    "new or empty folder"
+                )
+            if file_checksum(folder / file.name, *file.places[name]) != recorded.checksum:
+                raise DestinationError(
+                    f"{folder / file.name}: tensor {name!r} has changed; remove the folder and convert again"
+                )
+
+    work = [(file, tensor) for file in plan.files for tensor in file.tensors]
+    run_threads(verify, work, jobs=jobs, progress=progress)

@@ -1,0 +1,243 @@
+"""What a folder holds, from names, small files and headers alone."""
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mistral_large_conversion.checkpoint.hub import fetch_headers, is_out_of_reach, is_repository_id, resolve_source
+from mistral_large_conversion.checkpoint.layout import (
+    CONFIG_NAME,
+    CONFIG_NAMES,
+    TOKENIZER_NAME,
+    WEIGHTS_STEM,
+    Layout,
+    layouts_of,
+)
+from mistral_large_conversion.checkpoint.names import unwrapped_name
+from mistral_large_conversion.checkpoint.params import PARAMS_NAME, params_from_geometry
+from mistral_large_conversion.checkpoint.quantization import (
+    FORMATS,
+    quantization_of,
+)
+from mistral_large_conversion.checkpoint.read import finding_lines, load_headers
+from mistral_large_conversion.checkpoint.source_files import adapter_finding, file_finding, read_json_object, shown
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.folder_checks import (
+    chat_template_findings,
+    config_findings,
+    licence_findings,
+    manifest_findings,
+    unfinished_findings,
+)
+from mistral_large_conversion.manifest import read_manifest
+from mistral_large_conversion.model_card import (
+    LICENCE_NAMES,
+    is_research_licence,
+)
+
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", TOKENIZER_NAME)
+ADAPTER_KIND = "an adapter (PEFT)"
+WRAPPED = (
+    "tensor {name!r} has the name of a wrapper in its name, from torch.compile or a trainer: loaders do not find it, "
+    "`mistral-large convert` does"
+)
+LAYOUT_NAMES: dict[Layout, str] = {"consolidated": "the vendor's consolidated layout", "hf": "HF layout"}
+# What loads a folder, by what it is; `text` and `word` are its name in Python and in a shell.
+PIPELINE = 'transformers.pipeline("text-generation", {text}, dtype="auto", device_map="auto")'
+LOADS_WITH: dict[str, tuple[str, ...]] = {
+    "consolidated": (
+        "import modeling_mistral_large; modeling_mistral_large.MistralLargeForCausalLM.from_pretrained({text})",
+        "vllm serve {word} --load-format mistral --config-format mistral --tokenizer-mode mistral",
+    ),
+    "mistral_large": (
+        f"import modeling_mistral_large, transformers; {PIPELINE}",
+        "vllm serve {word}  # with this package installed beside it; other engines: mistral-large retag --as mistral",
+    ),
+    "mistral": (f"import transformers; {PIPELINE}", "vllm serve {word}"),
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder is, what it holds, what loads it and what is wrong with it.
+
+    geometry: under the names of params.json, or None if nothing sound says it.
+    bits_per_weight: in the file, with scales, of the weights that are quantized as we do it; else None.
+    dtypes: numbers of tensors by dtype, as safetensors names it.
+    file_bytes: of the files of weights; `None` for one that cannot be read.
+    """
+
+    name: str
+    kind: str
+    geometry: dict[str, Any] | None
+    bits_per_weight: float | None
+    dtypes: dict[str, int]
+    tensors: int
+    parameters: int
+    file_bytes: dict[str, int | None]
+    tokenizer: tuple[str, ...]
+    licence: str | None
+    loads_with: tuple[str, ...]
+    findings: tuple[str, ...]
+
+
+def inspect_checkpoint(source: Path | str) -> Inspection:
+    """Say what a folder or a repository on the hub holds; what is wrong is a finding, not an error.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be read.
+    """
+    if Path(source).is_dir():
+        return _inspect(Path(source), str(source))
+    if Path(source).exists() or not is_repository_id(str(source)):
+        return _inspect(resolve_source(source), str(source))
+    if is_out_of_reach(str(source)):
+        return _inspect(resolve_source(source, local_files_only=True), str(source))
+    with TemporaryDirectory() as folder:
+        fetch_headers(str(source), Path(folder))
+        return _inspect(Path(folder), str(source))
+
+
+def _inspect(folder: Path, name: str) -> Inspection:
+    try:
+        layouts = layouts_of(folder)
+        findings = unfinished_findings(folder)
+        adapter = adapter_finding(folder)
+        is_unfinished = bool(findings)
+        config, config_findings_ = _settings(folder)
+        quantization = _quantization(config, layouts)
+        dtypes, parameters, file_bytes, file_findings, name_findings = _weights(folder, layouts)
+        checkpoint = None
+        if adapter is not None:
+            findings.append(adapter)
+        elif layouts and (quantization is None or quantization_of((config or {}).get("quantization_config"))):
+            try:
+                checkpoint = load_headers(folder, layouts[0])
+            except CheckpointError as error:
+                findings += finding_lines(error)
+        else:
+            findings += config_findings_ + file_findings
+        if not layouts and adapter is None:
+            findings.append(f"no {' and no '.join(CONFIG_NAMES.values())}: not a checkpoint")
+        if checkpoint is not None:
+            findings += name_findings + config_findings(checkpoint, None)
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError as error:
+            findings += finding_lines(error)
+        else:
+            findings += [] if manifest is None or manifest.files is None else manifest_findings(folder, manifest)
+        if "hf" in layouts[:1]:
+            findings += chat_template_findings(folder)
+        if layouts:
+            findings += [finding for file in _tokenizer_names(layouts[0]) if (finding := file_finding(folder, file))]
+            findings += licence_findings(folder, None, layouts[0])
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be read: {error}") from error
+    model_type = None if config is None else config.get("model_type")
+    reader = layouts[0] if layouts[:1] == ["consolidated"] else str(model_type)
+    is_loadable = checkpoint is not None and not is_unfinished and not name_findings
+    loaders = LOADS_WITH.get(reader, ()) if is_loadable else ()
+    return Inspection(
+        name=name,
+        kind=_kind(layouts, model_type, quantization, is_unfinished) if adapter is None else ADAPTER_KIND,
+        geometry=None if checkpoint is None else params_from_geometry(checkpoint.geometry),
+        bits_per_weight=None if checkpoint is None else checkpoint.bits_per_weight,
+        dtypes=dict(dtypes),
+        tensors=sum(dtypes.values()),
+        parameters=parameters if checkpoint is None else checkpoint.parameters,
+        file_bytes=file_bytes,
+        tokenizer=tuple(file for file in TOKENIZER_NAMES if (folder / file).exists()),
+        licence=_licence(folder),
+        loads_with=tuple(call.format(text=json.dumps(name), word=shlex.quote(name)) for call in loaders),
+        findings=tuple(findings),
+    )
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The content of config.json or else params.json, or None with the reason."""
+    name = next((name for name in (CONFIG_NAME, PARAMS_NAME) if (folder / name).exists()), None)
+    if name is None:
+        return None, []
+    if finding := file_finding(folder, name):
+        return None, [finding]
+    try:
+        return read_json_object(folder / name), []
+    except ValueError as error:
+        return None, [f"{name}: {error}"]
+
+
+def _quantization(config: dict[str, Any] | None, layouts: Sequence[Layout]) -> str | None:
+    """How the weights are quantized, or None."""
+    settings = (config or {}).get("quantization_config") or (config or {}).get("quantization")
+    if not settings or not layouts:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    ours = quantization_of(settings)
+    if ours is None:
+        return method if isinstance(method, str) and method else "by an unknown method"
+    groups = f", groups of {ours.group_size}" if ours.scheme == "int4" else ""
+    return f"{ours.scheme}{groups} ({method}, {FORMATS[ours.scheme]})"
+
+
+def _weights(
+    folder: Path, layouts: Sequence[Layout]
+) -> tuple[Counter[str], int, dict[str, int | None], list[str], list[str]]:
+    """Tensors by dtype, number of parameters and sizes of files of the layout that is read.
+
+    Then what is wrong with the files, and with names that `convert` reads and no loader does.
+    """
+    dtypes: Counter[str] = Counter()
+    wrapped = None
+    parameters, file_bytes, findings = 0, dict[str, int | None](), []
+    stem = WEIGHTS_STEM[layouts[0]] if layouts else ""
+    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+        finding = file_finding(folder, path.name)
+        file_bytes[path.name] = None if finding else path.stat().st_size
+        if finding is None:
+            try:
+                with safe_open(path, "numpy") as opened:
+                    for name in opened.keys():  # noqa: SIM118  # not a dict
+                        if unwrapped_name(name) != name:
+                            wrapped = name
+                        tensor = opened.get_slice(name)
+                        dtypes[tensor.get_dtype()] += 1
+                        parameters += math.prod(tensor.get_shape())
+            except SafetensorError as error:
+                finding = f"{path.name}: {error}"
+        findings += [finding] if finding else []
+    name_findings = [] if wrapped is None else [WRAPPED.format(name=wrapped)]
+    return dtypes, parameters, file_bytes, findings, name_findings
+
+
+def _kind(layouts: Sequence[Layout], model_type: object, quantization: str | None, is_unfinished: bool) -> str:
+    if is_unfinished:
+        return "an unfinished conversion"
+    if not layouts:
+        return "something else"
+    if len(layouts) > 1:
+        return f"both layouts; {LAYOUT_NAMES[layouts[0]]} is the one that is read"
+    kind = LAYOUT_NAMES[layouts[0]]
+    if layouts[0] == "hf":
+        kind += f", model type {model_type if isinstance(model_type, str) else shown(model_type)}"
+    return kind if quantization is None else f"{kind}, quantized: {quantization}"
+
+
+def _tokenizer_names(layout: Layout) -> tuple[str, ...]:
+    return (TOKENIZER_NAME,) if layout == "consolidated" else TOKENIZER_NAMES
+
+
+def _licence(folder: Path) -> str | None:
+    names = [name for name in LICENCE_NAMES if file_finding(folder, name) is None]
+    if not names:
+        return None
+    is_research = is_research_licence({name: (folder / name).read_bytes() for name in names})
+    return "Mistral AI Research License" if is_research else f"its own: {', '.join(names)}"

@@ -1,0 +1,125 @@
+"""The manifest of a converted folder: what each tensor and each file in it is, with checksums of all their bytes."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mistral_large_conversion.checkpoint.safetensors_header import WEIGHTS_SUFFIX, header_bytes
+from mistral_large_conversion.checkpoint.source_files import file_finding, read_json_object
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.plan import ConversionPlan
+
+MANIFEST_NAME = "conversion.manifest.json"
+# 128 bits at the speed of the memory: 25 times as fast as SHA-256. They prove against accidents, not against forgers.
+CHECKSUM_NAME = "xxh3_128"
+new_checksum = xxhash.xxh3_128
+BLOCK_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class ManifestTensor:
+    """One tensor of a converted folder; `checksum` is that of its bytes in the file, in hexadecimal digits."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: str
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """One file of a converted folder: its size in bytes, and the checksum of its content.
+
+    Of a file of weights, the checksum is that of its header, as its tensors have their own.
+    """
+
+    size: int
+    checksum: str
+
+    @classmethod
+    def of(cls, content: bytes) -> "ManifestFile":
+        """The entry of a small file with this content."""
+        return cls(len(content), new_checksum(content).hexdigest())
+
+    @classmethod
+    def of_file(cls, path: Path) -> "ManifestFile":
+        """The entry of a file that exists.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        checksum = new_checksum()
+        if path.suffix == WEIGHTS_SUFFIX:
+            checksum.update(header_bytes(path))
+        else:
+            with path.open("rb") as stream:
+                while block := stream.read(BLOCK_BYTES):
+                    checksum.update(block)
+        return cls(path.stat().st_size, checksum.hexdigest())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All tensors of a converted folder by name, and all its files but the manifest itself.
+
+    files: None in a manifest that was written before files had entries.
+    """
+
+    tensors: dict[str, ManifestTensor]
+    files: dict[str, ManifestFile] | None
+
+    @classmethod
+    def of(cls, plan: ConversionPlan, checksums: Mapping[str, str], small_files: Mapping[str, bytes]) -> "Manifest":
+        """The manifest of what a plan writes.
+
+        checksums: those of the tensors, by name.
+        small_files: all other files, the index of the weights included.
+        """
+        tensors = {
+            output.name: ManifestTensor(file.name, output.dtype, output.shape, checksums[output.name])
+            for file in plan.files
+            for output in file.outputs
+        }
+        files = {name: ManifestFile.of(content) for name, content in small_files.items()}
+        for file in plan.files:
+            files[file.name] = ManifestFile(file.size, new_checksum(file.header).hexdigest())
+        return cls(tensors, dict(sorted(files.items())))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file: no times and no paths, so that equal folders have equal manifests."""
+        content: dict[str, Any] = {"checksum": CHECKSUM_NAME}
+        if self.files is not None:
+            content["files"] = {name: asdict(file) for name, file in self.files.items()}
+        return {**content, "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()}}
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, or None if it has none.
+
+    Raises:
+        CheckpointError: a manifest that cannot be read, or not one of ours.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    finding = file_finding(folder, MANIFEST_NAME)
+    if finding is None:
+        try:
+            content = read_json_object(folder / MANIFEST_NAME)
+            if content["checksum"] != CHECKSUM_NAME:
+                finding = f"checksums of kind {content['checksum']!r}, must be {CHECKSUM_NAME}"
+            else:
+                files = content.get("files")
+                return Manifest(
+                    {name: _tensor(**entry) for name, entry in content["tensors"].items()},
+                    None if files is None else {name: ManifestFile(**entry) for name, entry in files.items()},
+                )
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            finding = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"{folder / MANIFEST_NAME}: not a manifest of a conversion: {finding}; convert again")
+
+
+def _tensor(*, file: str, dtype: str, shape: list[int], checksum: str) -> ManifestTensor:
+    return ManifestTensor(file=file, dtype=dtype, shape=tuple(shape), checksum=checksum)

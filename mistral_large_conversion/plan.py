@@ -1,0 +1,301 @@
+"""What a conversion will read and write, decided from file headers before anything is written."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
+from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, WEIGHTS_STEM, Layout, source_layout
+from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
+from mistral_large_conversion.checkpoint.params import (
+    geometry_from_params,
+    params_findings,
+    params_from_hf_config,
+)
+from mistral_large_conversion.checkpoint.quantization import (
+    CANNOT_UNDO,
+    FORMATS,
+    Quantization,
+    Scheme,
+    choose_group_size,
+    is_quantized,
+    quantization_of,
+    quantized_entries,
+)
+from mistral_large_conversion.checkpoint.read import (
+    derive_head_dim,
+    dtype_findings,
+    expected_entries,
+    read_checkpoint,
+    refuse,
+    tensor_findings,
+)
+from mistral_large_conversion.checkpoint.safetensors_header import (
+    BYTES_OF,
+    MemoryTensor,
+    StoredTensor,
+    TensorEntry,
+    encode_header,
+)
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.options import check_option, parse_size
+from mistral_large_conversion.quantize import Quantize, shape_tensor
+from mistral_large_conversion.transforms import Cast, RegroupRopePairs, Rows, Step
+
+if TYPE_CHECKING:
+    import torch
+
+OutputDtype = Literal["bf16", "fp16", "fp32"]
+
+OUTPUT_DTYPES: dict[OutputDtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor on its way: its rows go through the steps, a few at a time, and become those of the outputs.
+
+    quantize: makes the rows of several outputs of what comes out of the steps.
+    """
+
+    source: StoredTensor
+    steps: tuple[Step, ...]
+    outputs: tuple[TensorEntry, ...]
+    quantize: Quantize | None = None
+
+    @property
+    def rows_at_once(self) -> int:
+        """The steps take multiples of so many rows."""
+        return math.lcm(*(step.rows_at_once for step in self.steps))
+
+    @property
+    def size(self) -> int:
+        """Bytes to be written."""
+        return sum(output.size for output in self.outputs)
+
+    def transform(self, rows: Rows) -> tuple[Rows, ...]:
+        """The rows of each output that come of these rows of the source."""
+        for step in self.steps:
+            rows = step(rows)
+        return (rows,) if self.quantize is None else self.quantize(rows)
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of weights to be written."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def outputs(self) -> tuple[TensorEntry, ...]:
+        """What the file will hold, in the order of its bytes."""
+        return tuple(output for tensor in self.tensors for output in tensor.outputs)
+
+    @property
+    def header(self) -> bytes:
+        return encode_header(self.outputs)
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(tensor.size for tensor in self.tensors)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Offset and size of each output in the file, in bytes."""
+        start, places = len(self.header), {}
+        for output in self.outputs:
+            places[output.name] = (start, output.size)
+            start += output.size
+        return places
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """All that moving the weights needs to know.
+
+    to: the layout that is written.
+    quantization: how the weights will be quantized, or None.
+    dtype, source_dtypes: what is written, and what there is; quantized weights are of other dtypes.
+    """
+
+    to: Layout
+    geometry: Geometry
+    dtype: str
+    source_dtypes: tuple[str, ...]
+    files: tuple[PlannedFile, ...]
+    quantization: Quantization | None = None
+
+    @property
+    def cast(self) -> tuple[str, str] | None:
+        """The dtypes of the source and of the output where they differ."""
+        return None if self.source_dtypes == (self.dtype,) else (", ".join(self.source_dtypes), self.dtype)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors to be written, without headers."""
+        return sum(tensor.size for file in self.files for tensor in file.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files of weights."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def index_name(self) -> str:
+        return f"{WEIGHTS_STEM[self.to]}.safetensors.index.json"
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """The content of the index, or None for a single file, which needs none."""
+        if len(self.files) == 1:
+            return None
+        weight_map = {output.name: file.name for file in self.files for output in file.outputs}
+        return {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def plan_conversion(
+    source: Path | str,
+    *,
+    to: Layout = "hf",
+    dtype: OutputDtype | None = None,
+    quantize: Scheme | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> ConversionPlan:
+    """Plan the way from the other layout to layout `to`, from the headers of the folder `source`.
+
+    Only the files of that other layout are looked at: the second copy of the weights in the vendor's folder is ignored.
+    `dtype` is that of the output; without it, the source must have one, which stays. A source that is to be quantized
+    may have the HF layout, too.
+
+    Raises:
+        CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
+            error; options that do not fit together.
+    """
+    check_option("to", to, OTHER_LAYOUT)
+    check_option("dtype", dtype, (None, *OUTPUT_DTYPES))
+    check_option("quantize", quantize, (None, *FORMATS))
+    layout = layout_to_read(source, to=to, quantize=quantize)
+    if quantize is None:
+        checkpoint = read_checkpoint(source, layout, may_mix_dtypes=dtype is not None)
+        return _plan(checkpoint.tensors, checkpoint.geometry, layout, to, dtype, max_shard_size)
+    if to != "hf":
+        raise CheckpointError(f"quantizing to {quantize}: only the HF layout has a place for it; leave `to` out")
+    if dtype is not None:
+        raise CheckpointError(
+            f"quantizing to {quantize}: what is not quantized is bf16, with dtype {dtype} too; leave `dtype` out"
+        )
+    checkpoint = read_checkpoint(source, layout, may_mix_dtypes=True)
+    shapes = [tensor.shape for tensor in expected_tensors(checkpoint.geometry) if is_quantized(tensor.hf)]
+    quantization = Quantization(quantize, choose_group_size(shapes, quantize))
+    return _plan(checkpoint.tensors, checkpoint.geometry, layout, to, "bf16", max_shard_size, quantization)
+
+
+def layout_to_read(source: Path | str, *, to: Layout, quantize: Scheme | None) -> Layout:
+    """The layout that is converted: the other one, unless it is quantized."""
+    return OTHER_LAYOUT[to] if quantize is None else source_layout(source)
+
+
+def plan_export(
+    state_dict: Mapping[str, "torch.Tensor"],
+    config: Mapping[str, Any],
+    *,
+    dtype: OutputDtype | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> ConversionPlan:
+    """Plan the way of a state dict in memory, under HF names, to the consolidated layout.
+
+    config: what its config.json would say, of ours or of transformers' Mistral.
+
+    Raises:
+        CheckpointError: as for `plan_conversion`.
+    """
+    check_option("dtype", dtype, (None, *OUTPUT_DTYPES))
+    if quantization_of(config.get("quantization_config")) is not None:
+        raise CheckpointError(f"the model: {CANNOT_UNDO}")
+    tensors = [MemoryTensor.of(unwrapped_name(name), tensor) for name, tensor in state_dict.items()]
+    tensors = [tensor for tensor in tensors if not is_buffer(tensor.name)]
+    params, findings = params_from_hf_config(config)
+    findings += derive_head_dim(params, tensors)
+    findings += params_findings(params)
+    refuse([f"config: {finding}" for finding in findings], "the config is not that of a Mistral Large")
+    geometry = geometry_from_params(params)
+    findings = tensor_findings(tensors, expected_entries(geometry, "hf"), are_complete=True)
+    findings += [
+        f"tensor {tensor.name!r} is on device meta, without data; load the model without offload"
+        for tensor in tensors
+        if tensor.tensor.is_meta
+    ]
+    if dtype is None:
+        findings += dtype_findings(tensors)
+    refuse(findings, "the state dict does not fit its config")
+    return _plan({tensor.name: tensor for tensor in tensors}, geometry, "hf", "consolidated", dtype, max_shard_size)
+
+
+def planned_tensors(
+    stored: Mapping[str, StoredTensor],
+    geometry: ModelSizes,
+    layout: Layout,
+    to: Layout,
+    dtype: str,
+    quantization: Quantization | None = None,
+) -> list[PlannedTensor]:
+    """The way of each tensor of a checkpoint of `layout` to layout `to`, in the order of the forward pass.
+
+    dtype: of what is not quantized, as safetensors names it.
+    """
+    planned = []
+    for expected in expected_tensors(geometry):
+        source, name = stored[getattr(expected, layout)], getattr(expected, to)
+        steps: list[Step] = []
+        if expected.has_rope_pairs and layout != to:
+            steps.append(RegroupRopePairs(to, geometry.head_dim))
+        if quantization is not None and is_quantized(name):
+            codes, scales, *shapes = quantized_entries(name, expected.shape, *quantization)
+            planned.append(PlannedTensor(source, tuple(steps), (codes, scales), Quantize(source.dtype, *quantization)))
+            planned += [PlannedTensor(shape_tensor(entry, expected.shape), (), (entry,)) for entry in shapes]
+            continue
+        if source.dtype != dtype:
+            steps.append(Cast(source.dtype, dtype))
+        size = source.size // BYTES_OF[source.dtype] * BYTES_OF[dtype]
+        planned.append(PlannedTensor(source, tuple(steps), (TensorEntry(name, dtype, source.shape, size),)))
+    return planned
+
+
+def _plan(
+    tensors: Mapping[str, StoredTensor],
+    geometry: Geometry,
+    layout: Layout,
+    to: Layout,
+    dtype: OutputDtype | None,
+    max_shard_size: int | str,
+    quantization: Quantization | None = None,
+) -> ConversionPlan:
+    written_dtype = next(iter(tensors.values())).dtype if dtype is None else OUTPUT_DTYPES[dtype]
+    planned = {
+        tensor.outputs[0].name: tensor
+        for tensor in planned_tensors(tensors, geometry, layout, to, written_dtype, quantization)
+    }
+    split = split_state_dict_into_shards_factory(
+        {name: tensor.size for name, tensor in planned.items()},
+        get_storage_size=int,
+        filename_pattern=WEIGHTS_STEM[to] + "{suffix}.safetensors",
+        max_shard_size=parse_size(max_shard_size),
+    )
+    files = tuple(
+        PlannedFile(file, tuple(planned[name] for name in names)) for file, names in split.filename_to_tensors.items()
+    )
+    source_dtypes = tuple(sorted({tensor.dtype for tensor in tensors.values()}))
+    return ConversionPlan(
+        to=to,
+        geometry=geometry,
+        quantization=quantization,
+        dtype=written_dtype,
+        source_dtypes=source_dtypes,
+        files=files,
+    )

@@ -1,0 +1,317 @@
+"""Where a model runs: what each device has to hold, decided from the geometry before a weight is read.
+
+`plan_sharding` is a pure function of sizes. Sizes are bytes, rates are bytes a second.
+"""
+
+import heapq
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from mistral_large_conversion.checkpoint.geometry import ModelSizes
+from mistral_large_conversion.checkpoint.source_files import shown
+from mistral_large_conversion.errors import PlanError
+from mistral_large_conversion.sharding.devices import Device
+from mistral_large_conversion.sharding.memory import (
+    BYTES_OF_NUMBER,
+    CACHES,
+    GIB,
+    PREFILL_CHUNK,
+    QUANTIZED,
+    Demand,
+    Sizes,
+    activation_bytes,
+    cache_bytes_of_layer,
+)
+
+# Of the bandwidth on the sheet, kernels reach about so much.
+REACHED_BANDWIDTH = 0.9
+# Weights that lie in the host's memory cross the bus for every token: PCIe 4 × 16, as measured on most hosts.
+HOST_BANDWIDTH = 25e9
+# Of bytes and counts: more than any machine has, and few enough to be computed with.
+LARGEST = 2**62
+# What the driver, the libraries and the allocator's gaps take of each device.
+RESERVE = 2 * GIB
+
+
+Way = Literal["one device", "device_map", "tensor parallel", "device_map with offload"]
+
+
+@dataclass(frozen=True)
+class DeviceLoad:
+    """What one device holds, in bytes; `modules` are the names that a device_map has for it."""
+
+    device: Device
+    modules: tuple[str, ...]
+    weights: int
+    cache: int
+    activations: int
+    reserve: int = RESERVE
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations + self.reserve
+
+    @property
+    def free(self) -> int:
+        """Negative where it does not fit."""
+        return self.device.memory - self.total
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """One way to run the model.
+
+    weights: as in `Demand`.
+    device_map: what `from_pretrained` takes, or None for tensor parallelism.
+    host_weights: bytes of weights in the host's memory.
+    missing: bytes for which there is no room, 0 where the model fits.
+    tokens_per_second: of all sequences together, the most that the devices' bandwidth allows at the end of the context;
+        None where that is not known.
+    """
+
+    way: Way
+    weights: str
+    loads: tuple[DeviceLoad, ...]
+    device_map: dict[str, int | str] | None
+    host_weights: int
+    missing: int
+    tokens_per_second: float | None
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
+
+
+def plan_sharding(
+    config: ModelSizes,
+    devices: Sequence[Device],
+    *,
+    context: int,
+    batch: int = 1,
+    weights: str = "bf16",
+    kv: str = "auto",
+    prefill_chunk: int = PREFILL_CHUNK,
+    host_memory: int = 0,
+) -> list[ShardingPlan]:
+    """Return every way to run the model on these devices, the best first: those that fit, then the fastest.
+
+    context: positions of prompt and answer together; batch: sequences at once.
+    weights, kv: as in `Demand`.
+    prefill_chunk: positions of a prompt that are read at once, the `prefill_chunk_size` of `generate`.
+    host_memory: bytes of the host that weights may lie in; 0 offloads nothing. Quantized ones are not offloaded.
+
+    Raises:
+        PlanError: no devices, or a number that makes no sense.
+    """
+    demand = Demand(context, batch, weights, kv, prefill_chunk)
+    _check(config, devices, demand, host_memory)
+    plans = [_plan_device_map(config, devices, demand)]
+    if _can_be_parallel(config, devices):
+        plans.append(_plan_tensor_parallel(config, devices, demand))
+    if host_memory and not plans[0].fits and weights not in QUANTIZED:
+        plans.append(_plan_offload(config, devices, demand, host_memory))
+    return sorted(plans, key=lambda plan: (plan.missing, -(plan.tokens_per_second or 0)))
+
+
+def device_map_for(config: ModelSizes, devices: Sequence[Device], **options: Any) -> dict[str, int | str]:
+    """Return the `device_map` of the fastest plan that has one; `options` are those of `plan_sharding`.
+
+    Raises:
+        PlanError: the model does not fit, and by how much.
+    """
+    plans = [plan for plan in plan_sharding(config, devices, **options) if plan.way != "tensor parallel"]
+    if plans[0].device_map is None:
+        raise PlanError(
+            f"no room for {plans[0].missing / GIB:,.1f} GiB on these {len(devices)} devices; take more of them, a "
+            "shorter context or a smaller batch, or let weights lie in the host's memory (host_memory)"
+        )
+    return plans[0].device_map
+
+
+def _check(config: ModelSizes, devices: Sequence[Device], demand: Demand, host_memory: int) -> None:
+    if not devices:
+        raise PlanError("no devices: a plan needs at least one; name them as in 8x80GB")
+    if demand.weights not in BYTES_OF_NUMBER:
+        raise PlanError(f"weights {shown(demand.weights)}: must be one of {', '.join(BYTES_OF_NUMBER)}")
+    if demand.kv not in CACHES:
+        raise PlanError(f"kv {shown(demand.kv)}: must be one of {', '.join(CACHES)}")
+    if not _is_whole(demand.context, 1, config.max_position_embeddings):
+        raise PlanError(
+            f"context {shown(demand.context)}: the model has 1 to {config.max_position_embeddings} positions"
+        )
+    for name, value in {"batch": demand.batch, "prefill_chunk": demand.prefill_chunk}.items():
+        if not _is_whole(value, 1, LARGEST):
+            raise PlanError(f"{name} {shown(value)}: must be at least 1, and at most {LARGEST}")
+    if not _is_whole(host_memory, 0, LARGEST):
+        raise PlanError(f"host_memory {shown(host_memory)}: must be 0 or more bytes, and at most {LARGEST}")
+    if host_memory and demand.weights in QUANTIZED:
+        raise PlanError(f"host_memory with {demand.weights} weights: quantized weights are not offloaded; leave it out")
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _plan_device_map(
+    config: ModelSizes, devices: Sequence[Device], demand: Demand, *, offloaded: int = 0
+) -> ShardingPlan:
+    """Whole layers, one device after the other, as evenly as the limits allow; the last `offloaded` ones on the host.
+
+    Offloaded layers run on the first device, which holds their cache, and the weights of one at a time.
+    """
+    sizes, cache = Sizes.of(config, demand.weights), cache_bytes_of_layer(config, demand)
+    activations = activation_bytes(config, demand)
+    per_layer = sizes.layer + cache
+    used = list(range(len(devices)))
+    while True:
+        # Every device's own, without layers: a device that has no room for that is left out.
+        first, last = used[0], used[-1]
+        fixed = dict.fromkeys(used, RESERVE + activations)
+        fixed[first] += sizes.embedding + (offloaded * cache + sizes.layer if offloaded else 0)
+        fixed[last] += sizes.norm + sizes.head
+        crowded = [index for index in used if fixed[index] > devices[index].memory]
+        if not crowded or len(used) == 1:
+            break
+        used.remove(crowded[0])
+    counts = dict.fromkeys(used, 0)
+    to_place = sizes.layers - offloaded
+    # Each layer goes to the emptiest device that has room for it, the first of them.
+    emptiest = [(fixed[index], index) for index in used]
+    heapq.heapify(emptiest)
+    while to_place and emptiest:
+        held, index = heapq.heappop(emptiest)
+        if held + per_layer <= devices[index].memory:
+            heapq.heappush(emptiest, (held + per_layer, index))
+            counts[index] += 1
+            to_place -= 1
+    missing = to_place * per_layer + sum(max(0, fixed[index] - devices[index].memory) for index in used)
+
+    layers = iter(range(sizes.layers))
+    modules = {index: [f"model.layers.{next(layers)}" for _ in range(counts[index])] for index in used}
+    modules[first] = ["model.embed_tokens", "model.rotary_emb", *modules[first]]
+    modules[last] = [*modules[last], "model.norm", "lm_head"]
+    host_modules = [f"model.layers.{layer}" for layer in layers] if offloaded else []
+    loads = [
+        DeviceLoad(
+            device=devices[index],
+            modules=tuple(modules[index]),
+            weights=counts[index] * sizes.layer
+            + (sizes.embedding if index == first else 0)
+            + (sizes.norm + sizes.head if index == last else 0),
+            cache=counts[index] * cache + (offloaded * cache if index == first else 0),
+            activations=activations + (sizes.layer if offloaded and index == first else 0),
+        )
+        for index in used
+        if modules[index]
+    ]
+    seconds = [_read_seconds(load, sizes.embedding if load is loads[0] else 0) for load in loads]
+    seconds.append(offloaded * sizes.layer / HOST_BANDWIDTH)
+    device_map: dict[str, int | str] = {module: index for index in used for module in modules[index]}
+    device_map |= dict.fromkeys(host_modules, "cpu")
+    return ShardingPlan(
+        way="device_map with offload" if offloaded else "one device" if len(loads) == 1 else "device_map",
+        weights=demand.weights,
+        loads=tuple(loads),
+        device_map=None if missing else device_map,
+        host_weights=offloaded * sizes.layer,
+        missing=missing,
+        tokens_per_second=None if missing else _rate(demand, sum(seconds)),
+    )
+
+
+def _can_be_parallel(config: ModelSizes, devices: Sequence[Device]) -> bool:
+    """Whether each device can take an equal share of every layer: transformers cuts no key-value head."""
+    ranks = len(devices)
+    shared = (config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    return ranks > 1 and not any(size % ranks for size in shared)
+
+
+def _plan_tensor_parallel(config: ModelSizes, devices: Sequence[Device], demand: Demand) -> ShardingPlan:
+    """An equal share of every layer and of the head on every device; embedding and norms whole."""
+    ranks = len(devices)
+    sizes = Sizes.of(config, demand.weights, ranks=ranks)
+    loads = [
+        DeviceLoad(
+            device=device,
+            modules=(),
+            weights=sizes.weights,
+            cache=sizes.layers * cache_bytes_of_layer(config, demand) // ranks,
+            activations=activation_bytes(config, demand, ranks=ranks),
+        )
+        for device in devices
+    ]
+    missing = sum(max(0, -load.free) for load in loads)
+    # The slowest rank counts; where one is not known, all of it is not.
+    seconds = [_read_seconds(load, sizes.embedding) for load in loads]
+    slowest = math.nan if any(map(math.isnan, seconds)) else max(seconds)
+    return ShardingPlan(
+        way="tensor parallel",
+        weights=demand.weights,
+        loads=tuple(loads),
+        device_map=None,
+        host_weights=0,
+        missing=missing,
+        tokens_per_second=None if missing else _rate(demand, slowest),
+    )
+
+
+def _plan_offload(config: ModelSizes, devices: Sequence[Device], demand: Demand, host_memory: int) -> ShardingPlan:
+    """As many layers on the devices as they hold, the others on the host."""
+    layers = config.num_hidden_layers
+    plan = _plan_device_map(config, devices, demand, offloaded=layers)
+    if plan.fits:
+        # Where all can be offloaded, one more always can: the first device has room for the cache of all.
+        fewest = 1 + bisect_left(
+            range(1, layers),
+            True,
+            key=lambda count: _plan_device_map(config, devices, demand, offloaded=count).fits,
+        )
+        plan = _plan_device_map(config, devices, demand, offloaded=fewest)
+    if plan.host_weights <= host_memory:
+        return plan
+    lacking = plan.host_weights - host_memory
+    return replace(plan, missing=plan.missing + lacking, device_map=None, tokens_per_second=None)
+
+
+def _read_seconds(load: DeviceLoad, embedding: int) -> float:
+    """Seconds to read once what a step needs: all weights but the embedding, of which it takes a row, and the cache."""
+    if load.device.bandwidth is None:
+        return math.nan
+    return (load.weights - embedding + load.cache) / (REACHED_BANDWIDTH * load.device.bandwidth)
+
+
+def _rate(demand: Demand, seconds: float) -> float | None:
+    return None if math.isnan(seconds) else demand.batch / seconds
+
+
+def largest_context(config: ModelSizes, devices: Sequence[Device], **options: Any) -> int:
+    """Return the longest context for which some way fits, 0 if none does; `options` are those of `plan_sharding`."""
+    low, high = 0, config.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_sharding(config, devices, context=middle, **options)[0].fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def largest_batch(config: ModelSizes, devices: Sequence[Device], *, batch: int, **options: Any) -> int:
+    """Return the most sequences, fewer than `batch`, that fit at once, 0 if not even one does; options as above."""
+    low, high = 0, batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_sharding(config, devices, batch=middle, **options)[0].fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def fewest_devices(config: ModelSizes, device: Device, **options: Any) -> int | None:
+    """Return how many of one device it takes, None if no number up to 64 does; `options` as for `plan_sharding`."""
+    counts: Iterable[int] = range(1, 65)
+    return next((count for count in counts if plan_sharding(config, [device] * count, **options)[0].fits), None)

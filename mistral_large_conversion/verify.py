@@ -1,0 +1,313 @@
+"""Proof that a folder holds a checkpoint: whole by itself, and tensor by tensor the one it was made of."""
+
+import filecmp
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy
+
+from mistral_large_conversion.checkpoint.layout import CONFIG_NAME, CONFIG_NAMES, TOKENIZER_NAME, Layout, layouts_of
+from mistral_large_conversion.checkpoint.names import expected_tensors
+from mistral_large_conversion.checkpoint.read import Checkpoint, finding_lines, load_headers
+from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
+from mistral_large_conversion.checkpoint.source_files import (
+    adapter_finding,
+    file_finding,
+    parse_json_object,
+    read_json_object,
+)
+from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
+from mistral_large_conversion.folder_checks import (
+    added_files,
+    chat_template_findings,
+    config_findings,
+    licence_findings,
+    manifest_findings,
+    unfinished_findings,
+)
+from mistral_large_conversion.hf_files import consolidated_files, hf_files
+from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestTensor, read_manifest
+from mistral_large_conversion.model_card import licence_files
+from mistral_large_conversion.plan import PlannedTensor, planned_tensors
+from mistral_large_conversion.stream import DEFAULT_JOBS, Progress, file_checksum, transformed
+from mistral_large_conversion.tokenizer import tokenizer_findings
+from mistral_large_conversion.transforms import Rows
+from mistral_large_conversion.vocabulary import known_vocabulary
+
+if TYPE_CHECKING:
+    import torch
+
+# What config.json says and no shape of a tensor shows.
+NOT_IN_SHAPES = ("numbers of heads", "head_dim", "norm_eps", "rope_theta", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `is_ok` is None where it is not proven: there was nothing to compare it with."""
+
+    name: str
+    is_ok: bool | None
+    detail: str
+
+
+def verify_checkpoint(
+    folder: Path | str, source: Path | str | None = None, *, progress: Progress | None = None
+) -> list[Check]:
+    """Check the checkpoint in `folder`, and compare it with the one in `source`, of the same layout or the other.
+
+    Every byte of the weights is read, little of it held in memory; `progress` is told the bytes of tensors. Without
+    `source`, they are compared with the checksums of the manifest, if the folder has one. `source` may have another
+    dtype: then its values are rounded to that of `folder`.
+
+    Raises:
+        CheckpointError: no checkpoint in `folder`, or none that is sound in `source`.
+    """
+    folder = Path(folder)
+    if finding := adapter_finding(folder):
+        raise CheckpointError(f"{folder}: {finding}")
+    layouts = layouts_of(folder) if folder.is_dir() else []
+    if not layouts:
+        raise CheckpointError(f"{folder}: no checkpoint; give a folder with {' or '.join(CONFIG_NAMES.values())}")
+    origin = None if source is None else load_headers(Path(source), may_mix_dtypes=True)
+    checks = [_check("finished", unfinished_findings(folder), "no conversion was interrupted here")]
+    checkpoint = None
+    try:
+        checkpoint = load_headers(folder, layouts[0])
+    except CheckpointError as error:
+        checks.append(_check("headers", finding_lines(error), ""))
+        checks += [Check(name, None, "needs sound headers") for name in ("config", "tensors", "tokenizer")]
+    else:
+        count = len(checkpoint.tensors)
+        checks.append(_check("headers", [], f"{count} tensors, {checkpoint.dtype}, match the config"))
+        checks.append(_config_check(checkpoint, origin))
+        checks.append(_tensor_check(checkpoint, origin, progress))
+        checks.append(_check("tokenizer", _tokenizer_findings(checkpoint, origin), "the vendor's, made again from it"))
+    if layouts[0] == "hf":
+        checks.append(_check("chat template", chat_template_findings(folder), "the bundled one"))
+    checks.append(_licence_check(folder, origin, layouts[0]))
+    checks.append(_files_check(folder, checkpoint, origin))
+    return checks
+
+
+def _check(name: str, findings: Sequence[str], detail: str) -> Check:
+    return Check(name, not findings, "; ".join(findings) or detail)
+
+
+def _has_file_checksums(folder: Path) -> bool:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return False
+    return manifest is not None and manifest.files is not None
+
+
+def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
+    if findings := config_findings(checkpoint, origin):
+        return _check("config", findings, "")
+    if origin is None and not _has_file_checksums(checkpoint.folder):
+        return Check("config", None, f"matches the weights; not proven: {', '.join(NOT_IN_SHAPES)}; give the source")
+    return Check("config", True, "matches the weights" if origin is None else "matches the weights and the source")
+
+
+def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
+    folder = checkpoint.folder
+    if finding := file_finding(folder, TOKENIZER_NAME):
+        return [finding]
+    findings = []
+    has_other = origin is not None and file_finding(origin.folder, TOKENIZER_NAME) is None
+    if (
+        origin is not None
+        and has_other
+        and not filecmp.cmp(folder / TOKENIZER_NAME, origin.folder / TOKENIZER_NAME, shallow=False)
+    ):
+        findings.append(f"{TOKENIZER_NAME} is not the source's")
+    if checkpoint.layout == "hf":
+        findings += tokenizer_findings(folder, vocab_size=checkpoint.geometry.vocab_size)
+    elif known_vocabulary(folder / TOKENIZER_NAME) is None:
+        findings.append(f"{TOKENIZER_NAME} is not the vendor's: other pieces, scores, types or settings")
+    return findings
+
+
+def _licence_check(folder: Path, origin: Checkpoint | None, layout: Layout) -> Check:
+    findings = licence_findings(folder, origin, layout)
+    if findings or origin is not None or _has_file_checksums(folder):
+        return _check("licence", findings, "is copied with the weights")
+    return Check("licence", None, "not proven: no manifest to compare it with; give the source")
+
+
+def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint | None) -> Check:
+    """Compare every file with the manifest; without one, say which are as a conversion would write them."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.files is not None:
+            if findings := manifest_findings(folder, manifest):
+                return _check("files", findings, "")
+            detail = f"all {len(manifest.files)} have the manifest's sizes and checksums"
+            if added := added_files(folder, manifest):
+                return Check("files", None, f"{detail}; not proven, added since: {', '.join(map(repr, added))}")
+            return Check("files", True, detail)
+    except CheckpointError as error:
+        return Check("files", False, str(error))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be compared: {error}") from error
+    what = "no manifest" if manifest is None else "a manifest without checksums of files"
+    detail = f"not proven: {what}; convert again for one"
+    if checkpoint is not None:
+        detail += f"; {_made_again(checkpoint, origin)}"
+    return Check("files", None, detail)
+
+
+def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
+    """Which small files are what a conversion of the source, or of what the folder says of itself, writes."""
+    folder, geometry = checkpoint.folder, checkpoint.geometry
+    source = (origin or checkpoint).folder
+    dtypes = {tensor.dtype for tensor in (origin or checkpoint).tensors.values()}
+    cast = None if origin is None or dtypes == {checkpoint.dtype} else (", ".join(sorted(dtypes)), checkpoint.dtype)
+    if file_finding(source, TOKENIZER_NAME):
+        return f"nothing made again: no {TOKENIZER_NAME}"
+    try:
+        licences = licence_files(source)
+        if checkpoint.layout == "hf":
+            model_type = read_json_object(folder / CONFIG_NAME)["model_type"]
+            files = hf_files(
+                geometry,
+                quantization=checkpoint.quantization,
+                dtype=checkpoint.dtype,
+                model_type=model_type,
+                source=source,
+                licences=licences,
+                cast=cast,
+            )
+        else:
+            files = consolidated_files(geometry, source=source, licences=licences, cast=cast)
+    except (CheckpointError, TokenizerFileError) as error:
+        return f"nothing made again: {error}"
+    weights = {tensor.path.name for tensor in checkpoint.tensors.values()}
+    others = {path.name for path in folder.iterdir()} - weights - {MANIFEST_NAME, *files}
+    differing = [
+        difference for name, content in files.items() if (difference := _file_difference(folder, name, content))
+    ]
+    differing += [f"{name!r} is extra" for name in sorted(others)]
+    of_what = "itself" if origin is None else "the source"
+    return f"made again from {of_what}: " + ("; ".join(differing) if differing else "the same small files")
+
+
+def _file_difference(folder: Path, name: str, wanted: bytes) -> str | None:
+    if finding := file_finding(folder, name):
+        return finding
+    path = folder / name
+    if path.stat().st_size == len(wanted) and path.read_bytes() == wanted:
+        return None
+    if path.suffix != ".json":
+        return f"{name} differs"
+    try:
+        settings, wanted_settings = read_json_object(path), parse_json_object(wanted)
+    except ValueError as error:
+        return f"{name}: {error}"
+    keys = sorted({*settings, *wanted_settings})
+    absent = object()
+    differing = [repr(key) for key in keys if settings.get(key, absent) != wanted_settings.get(key, absent)]
+    return f"{name} differs in {', '.join(differing) or 'its layout'}"
+
+
+def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: Progress | None) -> Check:
+    """Compare every byte of the weights with the source's, or with the checksums of the manifest."""
+    count = len(checkpoint.tensors)
+    compare: Callable[[PlannedTensor], str | None]
+    if origin is None:
+        try:
+            manifest = read_manifest(checkpoint.folder)
+        except CheckpointError as error:
+            return Check("tensors", False, str(error))
+        if manifest is None:
+            return Check("tensors", None, "not compared: the folder has no manifest; give the source")
+        compare, agreement = partial(_manifest_difference, manifest=manifest), "manifest's checksums"
+        tensors = [_as_it_is(tensor, tensor) for tensor in checkpoint.tensors.values()]
+    else:
+        shapes = [(expected_tensors(each.geometry), each.geometry.head_dim) for each in (checkpoint, origin)]
+        if shapes[0] != shapes[1]:
+            return Check("tensors", False, "not compared: the source has other shapes")
+        compare, agreement = partial(_difference, stored=checkpoint.tensors), "source's bits"
+        if origin.quantization is not None:
+            if (origin.quantization, origin.dtype) != (checkpoint.quantization, checkpoint.dtype):
+                return Check("tensors", False, "not compared: the source is quantized; give the one it was made of")
+            tensors = [_as_it_is(origin.tensors[name], own) for name, own in checkpoint.tensors.items()]
+        else:
+            tensors = planned_tensors(
+                origin.tensors,
+                checkpoint.geometry,
+                origin.layout,
+                checkpoint.layout,
+                checkpoint.dtype,
+                checkpoint.quantization,
+            )
+            if checkpoint.quantization is not None:
+                agreement += f", quantized to {checkpoint.quantization.scheme}"
+            elif {tensor.dtype for tensor in origin.tensors.values()} != {checkpoint.dtype}:
+                agreement += f", rounded to {checkpoint.dtype}"
+
+    def compare_and_count(tensor: PlannedTensor) -> str | None:
+        difference = compare(tensor)
+        if progress is not None:
+            with lock:
+                progress(tensor.size)
+        return difference
+
+    lock = Lock()
+    try:
+        with ThreadPoolExecutor(DEFAULT_JOBS) as pool:
+            differences = [difference for difference in pool.map(compare_and_count, tensors) if difference is not None]
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.folder}: cannot be compared: {error}") from error
+    if differences:
+        return Check("tensors", False, f"{len(differences)} of {count} differ, first {differences[0]}")
+    return Check("tensors", True, f"all {count} have the {agreement}")
+
+
+def _as_it_is(source: FileTensor, own: FileTensor) -> PlannedTensor:
+    return PlannedTensor(source, (), (own,))
+
+
+def _manifest_difference(tensor: PlannedTensor, *, manifest: Manifest) -> str | None:
+    """What the manifest says otherwise of a tensor, or None."""
+    own = tensor.source
+    assert isinstance(own, FileTensor)
+    entry = manifest.tensors.get(own.name)
+    checksum = file_checksum(own.path, own.offset, own.size)
+    found = ManifestTensor(own.path.name, own.dtype, own.shape, checksum or "")
+    return None if found == entry else f"{own.name}: {found}, the manifest has {entry}"
+
+
+def _difference(tensor: PlannedTensor, *, stored: Mapping[str, FileTensor]) -> str | None:
+    """Where what is stored first differs from what the source gives, or None."""
+    own = [stored[output.name] for output in tensor.outputs]
+    start = 0
+    with ExitStack() as stack:
+        streams = [stack.enter_context(part.open()) for part in own]
+        for blocks in transformed(tensor):
+            for part, stream, wanted in zip(own, streams, blocks, strict=True):
+                found = numpy.frombuffer(stream.read(wanted.nbytes), numpy.uint8)
+                if found.size != wanted.size:
+                    raise CheckpointError(f"tensor {part.name!r} ends early: its file has changed since it was checked")
+                found = found.reshape(wanted.shape)
+                if not numpy.array_equal(found, wanted):
+                    row, byte = numpy.argwhere(found != wanted)[0].tolist()
+                    column = byte // BYTES_OF[part.dtype]
+                    place = [start + row, column][: len(part.shape)]
+                    values = (_numbers(rows[row], part.dtype)[column].item() for rows in (found, wanted))
+                    return "{} at {}: {!r}, the source has {!r}".format(part.name, place, *values)
+            start += len(blocks[0])
+    return None
+
+
+def _numbers(row: Rows, dtype: str) -> "torch.Tensor":
+    import torch
+
+    numbers: torch.Tensor = torch.from_numpy(row.copy()).view(getattr(torch, TORCH_NAMES[dtype]))
+    return numbers

@@ -1,0 +1,157 @@
+"""The vocabulary of v3: its control tokens, the ids of its kinds of pieces, and how its file is recognised."""
+
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+VOCAB_SIZE = 32768
+
+UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
+
+# The tokens of the v3 instruct format.
+CONTROL_TOKENS = {
+    BOS: 1,
+    EOS: 2,
+    "[INST]": 3,
+    "[/INST]": 4,
+    "[TOOL_CALLS]": 5,
+    "[AVAILABLE_TOOLS]": 6,
+    "[/AVAILABLE_TOOLS]": 7,
+    "[TOOL_RESULTS]": 8,
+    "[/TOOL_RESULTS]": 9,
+}
+
+# `<unk>` and the 750 control pieces, the 20 user-defined pieces, the 256 bytes, then the pieces of text.
+UNUSED_IDS = range(10, 14)
+
+CONTROL_IDS, REFERENCE_IDS, BYTE_IDS, TEXT_IDS = range(751), range(751, 771), range(771, 1027), range(1027, VOCAB_SIZE)
+
+NEWLINE_ID = BYTE_IDS[ord("\n")]
+
+BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+# The context length of the model, in tokens.
+MAX_LENGTH = 131072
+# A control piece that never got a meaning, and so can never be part of a prompt or an answer.
+PAD = "[control_382]"
+SPECIAL_IDS = {"bos_token_id": CONTROL_TOKENS[BOS], "eos_token_id": CONTROL_TOKENS[EOS], "pad_token_id": 384}
+# Pieces at fixed ids. Those of 10 to 13 are left open: this format does not use them.
+PIECES_OF_V3 = {
+    0: UNKNOWN,
+    **{index: token for token, index in CONTROL_TOKENS.items()},
+    **{index: f"[control_{index - 2}]" for index in range(14, CONTROL_IDS.stop)},
+    **{index: f"[REFERENCE_DOC_{770 - index}]" for index in REFERENCE_IDS},
+    **{BYTE_IDS[byte]: piece for piece, byte in BYTE_PIECES.items()},
+}
+
+# The pieces of text decide about merges and words, so all are compared.
+TEXT_PIECES_SHA256 = "53a6491d971065614a9a39edcf88f81a9bccbc3df7e5e0ba82f65a5bca761bfa"
+
+# The vendor's file has the second name in mirrors and fine-tunes; other vocabularies have it too.
+VOCABULARY_NAMES = ("tokenizer.model.v3", "tokenizer.model")
+
+# The vendor's file itself, and everything in it that decides about an id: see `_content_sha256`.
+KNOWN_FILES = {"9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33": "v3"}
+
+KNOWN_VOCABULARIES = {"ab8a3423b8d0fed7acee4a989ff6ecabd22edc2d13f6cd7c9c89da1149c71ac7": "v3"}
+
+# Field numbers in SentencePiece's ModelProto, and in its specs those that change ids, with their defaults: the model
+# type, white space as a suffix, byte fallback; the character map, dummy prefix, extra white space, escaped white space.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+
+_TRAINER_FIELDS: dict[int, bytes | int] = {3: 1, 24: 0, 35: 0}
+
+_NORMALIZER_FIELDS: dict[int, bytes | int] = {2: b"", 3: 1, 4: 1, 5: 1}
+
+_CONTROL_TYPE = 3
+
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+
+
+def known_vocabulary(file: Path | str) -> str | None:
+    """Return the name of the vocabulary whose pieces, scores, types and settings a SentencePiece file has, or None.
+
+    Names of files prove nothing: mirrors call the same file `tokenizer.model`, and so are other models called.
+    """
+    try:
+        model = Path(file).read_bytes()
+        return KNOWN_FILES.get(sha256(model).hexdigest()) or KNOWN_VOCABULARIES.get(_content_sha256(model))
+    except (OSError, ValueError):
+        return None
+
+
+def find_vocabulary(folder: Path) -> Path | None:
+    """Return the vendor's SentencePiece file in a folder: under its own name, or under its other one if it is known.
+
+    Of the two names only the first says which vocabulary it is.
+    """
+    own, other = (folder / name for name in VOCABULARY_NAMES)
+    if own.exists() or own.is_symlink():
+        return own
+    return other if known_vocabulary(other) == "v3" else None
+
+
+def _content_sha256(model: bytes) -> str:
+    """Return the hash of what decides about ids in a serialized ModelProto; raise ValueError where it is none.
+
+    The names of pieces 10 to 13 are left out, which this format does not use, and so is how the model was trained.
+    """
+    hashed = sha256()
+    specs: dict[int, dict[int, bytes | int]] = {_TRAINER: {}, _NORMALIZER: {}}
+    index = 0
+    for field, value in _proto_fields(model):
+        if field == _PIECES and isinstance(value, bytes):
+            piece: dict[int, bytes | int] = {1: b"", 2: bytes(4), 3: 1, **dict(_proto_fields(value))}
+            name = b"" if index in UNUSED_IDS and piece[3] == _CONTROL_TYPE else piece[1]
+            hashed.update(b"%d %r %r %r\n" % (index, name, piece[2], piece[3]))
+            index += 1
+        elif field in specs and isinstance(value, bytes):
+            specs[field].update(_proto_fields(value))
+    for field, defaults in ((_TRAINER, _TRAINER_FIELDS), (_NORMALIZER, _NORMALIZER_FIELDS)):
+        hashed.update(b"%r\n" % [specs[field].get(number, default) for number, default in defaults.items()])
+    return hashed.hexdigest()
+
+
+def _proto_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Yield number and value of each field of a protobuf message; protobuf itself is no dependency of this package."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        number = shift = 0
+        while True:
+            if position >= len(message) or shift > 63:
+                raise ValueError("not a protobuf message")
+            byte = message[position]
+            position += 1
+            number |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return number
+            shift += 7
+
+    while position < len(message):
+        tag = varint()
+        if (wire := tag & 7) == 0:
+            yield tag >> 3, varint()
+            continue
+        length = {1: 8, 5: 4}.get(wire, len(message)) if wire != 2 else varint()
+        if length > len(message) - position:
+            raise ValueError("not a protobuf message")
+        yield tag >> 3, message[position : position + length]
+        position += length
+
+
+def join_pieces(pieces: Iterable[str]) -> str:
+    """Return the text of pieces as SentencePiece does: � for each byte that is not part of a character.
+
+    A ▁ at the start is the dummy; a space that a byte piece stands for is part of the text.
+    """
+    pieces = list(pieces)
+    if pieces:
+        pieces[0] = pieces[0].removeprefix("▁")
+    encoded = (
+        bytes([BYTE_PIECES[piece]]) if piece in BYTE_PIECES else piece.replace("▁", " ").encode() for piece in pieces
+    )
+    text = b"".join(encoded).decode("utf-8", errors="surrogateescape")
+    return _ESCAPED_BYTE.sub("\ufffd", text)

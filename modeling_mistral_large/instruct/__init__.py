@@ -1,0 +1,20 @@
+"""The v3 instruct format, pure: conversations to prompts, completions to messages, ids of tool calls."""
+
+from modeling_mistral_large.instruct.answer import AnswerStream, ParsedAnswer, TextEvent, ToolCallEvent, parse_answer
+from modeling_mistral_large.instruct.prompt import Segment, build_prompt
+from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id, map_tool_call_ids, new_tool_call_id
+from modeling_mistral_large.instruct.tool_schemas import write_tools
+
+__all__ = [
+    "AnswerStream",
+    "ParsedAnswer",
+    "Segment",
+    "TextEvent",
+    "ToolCallEvent",
+    "build_prompt",
+    "is_tool_call_id",
+    "map_tool_call_ids",
+    "new_tool_call_id",
+    "parse_answer",
+    "write_tools",
+]

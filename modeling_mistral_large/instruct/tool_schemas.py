@@ -1,0 +1,253 @@
+"""Tool definitions: Python callables and OpenAI dicts become the JSON the model reads before `[INST]`."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias, get_type_hints
+
+from modeling_mistral_large.errors import ConversationError
+from modeling_mistral_large.instruct.json_text import as_mapping, is_list, show, write_json
+
+ToolDefinition: TypeAlias = Mapping[str, Any] | Callable[..., Any]
+
+# The reference matches with `$`, which also lets one final newline through.
+FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}\n?")
+FUNCTION_NAME_RULE = "a function name is 1 to 64 of a-z, A-Z, 0-9, _ and -"
+
+
+def list_tools(tools: Any) -> Sequence[Any]:
+    """Return the tools of a request, none for None, or raise if they are no list."""
+    if tools is None:
+        return ()
+    if not is_list(tools):
+        raise ConversationError(f"tools {show(tools)}: tools are a list, even if there is one; pass tools=[…]")
+    return tools
+
+
+def write_tools(tools: Sequence[ToolDefinition], *, strict: bool = False) -> str:
+    """Return the tools as the JSON list of the prompt: fixed keys in a fixed order, and nothing else.
+
+    Raises ConversationError for a tool without a valid name or with parameters that are no JSON schema (draft 7).
+    """
+    texts = []
+    for index, tool in enumerate(tools):
+        where = f"tool {index}"
+        try:
+            texts.append(write_json(_read_tool(tool, where, strict=strict), where))
+        except RecursionError as error:
+            raise ConversationError(f"{where}: {error}; a schema has fewer levels; make it flatter") from error
+    return f"[{', '.join(texts)}]"
+
+
+def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, Any]:
+    if not isinstance(tool, Mapping):
+        fields = None if callable(tool) else as_mapping(tool)
+        tool = describe_function(tool, where) if fields is None else fields
+    if tool.get("type", "function") != "function":
+        raise ConversationError(f"{where}: type {show(tool['type'])}; the only tools of this format are functions")
+    # A definition without its wrapper is an older habit of transformers users.
+    function = as_mapping(tool.get("function", None if strict else tool))
+    if function is None:
+        raise ConversationError(f'{where}: no "function"; write {{"type": "function", "function": {{"name": …}}}}')
+    name = function.get("name")
+    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
+        raise ConversationError(f"{where}: name {show(name)}; {FUNCTION_NAME_RULE}; rename the function")
+    description = function.get("description")
+    if description is None:
+        description = ""
+    if not isinstance(description, str):
+        raise ConversationError(f"{where} ({name}): description {show(description)}; it must be text or left out")
+    parameters = function.get("parameters")
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, Mapping):
+        raise ConversationError(f"{where} ({name}): parameters {show(parameters)}; they must be a JSON schema object")
+    if finding := find_schema_error(parameters, "parameters"):
+        raise ConversationError(f"{where} ({name}): {finding}; the parameters must be a JSON schema (draft 7)")
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def describe_function(tool: Any, where: str) -> dict[str, Any]:
+    """Return the definition transformers derives from a function's type hints and Google-style docstring.
+
+    tool: a function, also an async or decorated one, a bound method, a `functools.partial`, whose arguments are not the
+        model's to choose, or an object with `__call__`.
+    """
+    if not callable(tool):
+        raise ConversationError(f"{where}: {show(tool)}; pass an OpenAI tool definition or a Python function")
+    # Slow to import, and only needed here.
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    try:
+        schema: dict[str, Any] = get_json_schema(tool if isinstance(tool, type) else _as_function(tool, where))
+    except ConversationError:
+        raise
+    # Its hints are the user's own expressions.
+    except Exception as error:
+        raise ConversationError(
+            f"{where}: {error}; a function needs a type hint for every argument and a Google-style docstring"
+        ) from error
+    return schema
+
+
+def find_function(tool: Any) -> Any:
+    """Return the function that a callable runs in the end, behind partials, methods and decorators."""
+    while True:
+        if isinstance(tool, partial):
+            tool = tool.func
+        elif inspect.ismethod(tool):
+            tool = tool.__func__
+        elif hasattr(tool, "__wrapped__"):
+            tool = tool.__wrapped__
+        elif inspect.isroutine(tool) or isinstance(tool, type):
+            return tool
+        else:
+            tool = type(tool).__call__
+
+
+def parameters_of(tool: Any) -> list[inspect.Parameter]:
+    """Return the parameters that a call may set; what a `functools.partial` has set is not among them."""
+    if not isinstance(tool, partial):
+        return list(inspect.signature(tool).parameters.values())
+    # A new one, as one that is dressed up as its function would have that function's signature.
+    parameters = inspect.signature(partial(tool.func, *tool.args, **tool.keywords)).parameters
+    return [parameter for name, parameter in parameters.items() if name not in tool.keywords]
+
+
+def _as_function(tool: Any, where: str) -> Callable[..., Any]:
+    """Return a function with the name, docstring, hints and parameters of a callable of any kind, for transformers."""
+    source = find_function(tool)
+    named = tool
+    while isinstance(named, partial) and "__name__" not in vars(named):
+        named = named.func
+    name = getattr(named, "__name__", type(named).__name__)
+    own = vars(tool).get("__doc__") if isinstance(tool, partial) else None
+    doc = own or source.__doc__ or inspect.getdoc(named)
+    if not doc:
+        raise ConversationError(f"{where}: {name} has no docstring; the model reads what a function does; write one")
+    parameters = parameters_of(tool)
+    for number, parameter in enumerate(parameters):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ConversationError(
+                f"{where} ({name}): {parameter}; the arguments of a call are one object, each by its name; "
+                "name them, or take a list or a dict"
+            )
+        if number == 0 and parameter.name in ("self", "cls") and parameter.annotation is parameter.empty:
+            raise ConversationError(f"{where} ({name}): {parameter.name} is not bound; pass the method of an object")
+
+    def function() -> None: ...
+
+    function.__name__, function.__doc__ = name, doc
+    hints = get_type_hints(source)
+    # The hint of the result describes nothing that the model writes.
+    function.__annotations__ = {given.name: hints[given.name] for given in parameters if given.name in hints}
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by `inspect.signature`
+    return function
+
+
+SIMPLE_TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+
+Check: TypeAlias = Callable[[Any, str], str | None]
+
+
+def find_schema_error(schema: Any, path: str) -> str | None:
+    """Return where and why `schema` breaks the meta-schema of draft 7, or None."""
+    if isinstance(schema, bool):
+        return None
+    if not isinstance(schema, Mapping):
+        return _must_be(path, schema, "a schema")
+    findings = (KEYWORDS[name](value, f"{path}.{name}") for name, value in schema.items() if name in KEYWORDS)
+    return next(filter(None, findings), None)
+
+
+def _must_be(path: str, value: Any, rule: str) -> str:
+    return f"{path} is {show(value)} and must be {rule}"
+
+
+def _leaf(is_valid: Callable[[Any], bool], rule: str) -> Check:
+    return lambda value, path: None if is_valid(value) else _must_be(path, value, rule)
+
+
+def _check_list(value: Any, path: str) -> str | None:
+    if not isinstance(value, list) or not value:
+        return _must_be(path, value, "a list of schemas that is not empty")
+    return next(filter(None, (find_schema_error(item, f"{path}[{n}]") for n, item in enumerate(value))), None)
+
+
+def _check_table(value: Any, path: str) -> str | None:
+    if not isinstance(value, Mapping):
+        return _must_be(path, value, "an object of schemas")
+    return next(filter(None, (find_schema_error(item, f"{path}.{name}") for name, item in value.items())), None)
+
+
+def _check_patterns(value: Any, path: str) -> str | None:
+    wrong = [name for name in value if not _is_pattern(name)] if isinstance(value, Mapping) else []
+    return _must_be(path, wrong[0], "a regular expression") if wrong else _check_table(value, path)
+
+
+def _check_items(value: Any, path: str) -> str | None:
+    return _check_list(value, path) if isinstance(value, list) else find_schema_error(value, path)
+
+
+def _check_dependencies(value: Any, path: str) -> str | None:
+    if isinstance(value, Mapping):
+        value = {name: item for name, item in value.items() if not _is_text_set(item)}
+    return _check_table(value, path)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_set(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _is_type(value: Any) -> bool:
+    types = [value] if isinstance(value, str) else value
+    return _is_text_set(types) and len(types) > 0 and SIMPLE_TYPES.issuperset(types)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and value >= 0 and (isinstance(value, int) or value.is_integer())
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return _is_text(value) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+# What the meta-schema asks of each keyword; any other keyword may hold anything.
+KEYWORDS: dict[str, Check] = {
+    **dict.fromkeys(
+        ("$id", "$schema", "$ref", "$comment", "title", "description", "format", "contentMediaType", "contentEncoding"),
+        _leaf(_is_text, "text"),
+    ),
+    **dict.fromkeys(("readOnly", "uniqueItems"), _leaf(lambda value: isinstance(value, bool), "true or false")),
+    **dict.fromkeys(("examples", "enum"), _leaf(lambda value: isinstance(value, list), "a list")),
+    **dict.fromkeys(("maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum"), _leaf(_is_number, "a number")),
+    **dict.fromkeys(
+        ("maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties"),
+        _leaf(_is_count, "a whole number of at least 0"),
+    ),
+    **dict.fromkeys(
+        ("additionalItems", "contains", "additionalProperties", "propertyNames", "if", "then", "else", "not"),
+        find_schema_error,
+    ),
+    **dict.fromkeys(("allOf", "anyOf", "oneOf"), _check_list),
+    **dict.fromkeys(("definitions", "properties"), _check_table),
+    "dependencies": _check_dependencies,
+    "items": _check_items,
+    "multipleOf": _leaf(lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "pattern": _leaf(_is_pattern, "a regular expression"),
+    "patternProperties": _check_patterns,
+    "required": _leaf(_is_text_set, "a list of different names"),
+    "type": _leaf(_is_type, f"one or several of {', '.join(sorted(SIMPLE_TYPES))}"),
+}
