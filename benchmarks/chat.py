@@ -36,7 +36,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.generation.structured_output import constrain
 from modeling_mistral_large.instruct.answer import AnswerStream, parse_answer
-from tests.checkpoints import tokenizer_model_file
+from tests.support.checkpoints import tokenizer_model_file
 
 DOCUMENT_TOKENS = 128_000
 DEMO_CONFIG = {

@@ -31,8 +31,8 @@ from transformers.core_model_loading import PermuteForRope
 
 from mistral_large_conversion.checkpoint.rope import split_rope_pairs
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
-from tests.checkpoints import tokenizer_model_file
-from tests.conversations import KINDS, Conversation, conversations, reference_ids
+from tests.support.checkpoints import tokenizer_model_file
+from tests.support.conversations import KINDS, Conversation, conversations, reference_ids
 
 SEED = 2407
 CHUNK_CHARACTERS = 400

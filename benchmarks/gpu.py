@@ -48,7 +48,7 @@ from modeling_mistral_large.inference import gpu_kernels
 from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, VECTOR_TILE, Tile, Weights
 from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
-from tests.gpu_products import placed, random_weights, relative_error
+from tests.support.gpu_products import placed, random_weights, relative_error
 
 RESULTS = Path(__file__).parent / "results"
 # Rows of the weights that are multiplied at once, and their columns, in a decoder layer of 2407.

@@ -45,7 +45,7 @@ from mistral_large_conversion.checkpoint.names import expected_tensors
 from mistral_large_conversion.checkpoint.params import geometry_from_params
 from modeling_mistral_large import MistralLargeForCausalLM
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
-from tests.checkpoints import tokenizer_model_file
+from tests.support.checkpoints import tokenizer_model_file
 
 BUFFER_BYTES = 8 * 2**20
 TENSORS_OF_A_SHARD = 30

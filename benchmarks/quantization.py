@@ -159,7 +159,7 @@ def write_layer(folder: Path) -> None:
     from mistral_large_conversion.checkpoint.names import expected_tensors
     from mistral_large_conversion.checkpoint.params import geometry_from_params
     from mistral_large_conversion.checkpoint.safetensors_header import TensorEntry, encode_header
-    from tests.checkpoints import tokenizer_model_file
+    from tests.support.checkpoints import tokenizer_model_file
 
     params = {
         "dim": HIDDEN,

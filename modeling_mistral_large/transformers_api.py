@@ -1,7 +1,7 @@
 """What this package takes from transformers beyond its public interface, and what differs between its versions.
 
 Supported are 5.17 to 5.24. No other module of the package tests a version or names an underscore of transformers, which
-tests/test_transformers_api.py counts. Each entry says what breaks when transformers changes it.
+tests/modeling/test_transformers_api.py counts. Each entry says what breaks when transformers changes it.
 
 | hook | when it changes |
 | --- | --- |

@@ -12,8 +12,7 @@ from mistral_large_cli.demo import convert_demo_checkpoint
 from mistral_large_conversion import hf_files
 from mistral_large_conversion.tokenizer import tokenizer_files
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
-
-from . import checkpoints
+from tests.support import checkpoints
 
 
 @pytest.fixture(scope="session")

@@ -45,9 +45,12 @@ from mistral_large_conversion.checkpoint.atomic_write import PARTIAL_SUFFIX
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
 from mistral_large_conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT
 from modeling_mistral_large import MistralLargeConfig
-from tests.checkpoints import contents, everything_in, write_consolidated
-from tests.damage import DAMAGES, LAYOUTS, TOKENIZER, Layout
-from tests.interruptions import (
+from tests.cli.test_json_types import OTHER_KEYS, VALUES
+from tests.cli.test_terminal import TEXTS, is_harmless
+from tests.conversion.test_foreign_files import KINDS
+from tests.support.checkpoints import contents, everything_in, write_consolidated
+from tests.support.damage import DAMAGES, LAYOUTS, TOKENIZER, Layout
+from tests.support.interruptions import (
     FailingFile,
     can_mount,
     is_whole_or_unnamed,
@@ -55,10 +58,7 @@ from tests.interruptions import (
     open_failing,
     small_disk,
 )
-from tests.loopback_hub import REPOSITORY, LoopbackHub, serve
-from tests.test_foreign_files import KINDS
-from tests.test_json_types import OTHER_KEYS, VALUES
-from tests.test_terminal import TEXTS, is_harmless
+from tests.support.loopback_hub import REPOSITORY, LoopbackHub, serve
 
 ROOT = Path(__file__).parent.parent.parent
 # 110 MB, so that a conversion takes longer to write the weights than to prepare it.
@@ -567,13 +567,19 @@ class Campaign:
     def answers(self, section: Section) -> None:
         """Answers with ids removed, added, repeated and shuffled: parsed without an exception, no character lost."""
         count = self.options.mutations
-        self._tests(section, count, "tests/test_tool_calls.py", "mutated_answers", "MISTRAL_LARGE_MUTATIONS")
+        self._tests(
+            section, count, "tests/modeling/instruct/test_tool_calls.py", "mutated_answers", "MISTRAL_LARGE_MUTATIONS"
+        )
 
     def conversations(self, section: Section) -> None:
         """Random conversations, among them those with control strings in every place: the reference's ids."""
         count = self.options.conversations
         self._tests(
-            section, count, "tests/test_chat_prompts.py", "ids_are_the_references", "MISTRAL_LARGE_CONVERSATIONS"
+            section,
+            count,
+            "tests/modeling/instruct/test_chat_prompts.py",
+            "ids_are_the_references",
+            "MISTRAL_LARGE_CONVERSATIONS",
         )
 
     def _tests(self, section: Section, count: int, file: str, name: str, variable: str) -> None:

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from tests.conversations import Conversation, reference_ids
+from tests.support.conversations import Conversation, reference_ids
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/fine_tune"

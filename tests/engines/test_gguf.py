@@ -17,7 +17,7 @@ from llama_cpp import Llama
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from tests.conversations import conversations
+from tests.support.conversations import conversations
 
 ROOT = Path(__file__).parents[2]
 LLAMA_CPP = Path(os.environ["LLAMA_CPP"])

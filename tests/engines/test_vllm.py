@@ -22,7 +22,7 @@ from openai import OpenAI
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from tests.checkpoints import write_consolidated
+from tests.support.checkpoints import write_consolidated
 
 from .clients import (
     GOLDEN,

@@ -1,0 +1,602 @@
+"""The plan: what is found in a folder, and every reason to refuse it, before anything is written."""
+
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistral_large_conversion import convert_checkpoint, inspect_checkpoint, plan_conversion, verify_checkpoint
+from mistral_large_conversion.checkpoint.names import expected_tensors
+from mistral_large_conversion.checkpoint.read import FIRST_QUERY
+from mistral_large_conversion.checkpoint.safetensors_header import read_header
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.options import parse_size
+from modeling_mistral_large import MistralLargeConfig
+from tests.support.checkpoints import contents, params_of, write_consolidated
+
+FIRST, SECOND = (f"consolidated-{number:05}-of-00002.safetensors" for number in (1, 2))
+INDEX = "consolidated.safetensors.index.json"
+
+
+@pytest.fixture
+def source(tiny_config: MistralLargeConfig, tmp_path: Path) -> Path:
+    """A sound checkpoint in two files without an index."""
+    write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
+    return tmp_path / "source"
+
+
+def raw_file(header: dict[str, Any] | bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """The bytes of a safetensors file with any header, also one that the library would not write."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded) if length is None else length) + encoded + data
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def edit_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    edit(header)
+    path.write_bytes(raw_file(header, content[8 + length :]))
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def write_index(folder: Path) -> Path:
+    weight_map = {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder / INDEX
+
+
+def test_the_plan_of_the_123b_is_made_from_headers_alone(tmp_path: Path) -> None:
+    config = MistralLargeConfig()
+    (tmp_path / "params.json").write_text(json.dumps(params_of(config)))
+    (tmp_path / "tokenizer.model.v3").write_bytes(b"")
+    tensors = expected_tensors(config)
+    for number in range(3):
+        start, header = 0, {}
+        for tensor in tensors[number::3]:
+            end = start + 2 * torch.Size(tensor.shape).numel()
+            header[tensor.consolidated] = {
+                "dtype": "BF16",
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+            start = end
+        path = tmp_path / f"consolidated-{number + 1:05}-of-00003.safetensors"
+        path.write_bytes(raw_file(header))
+        # A sparse file: 82 GB of which nothing is on the disk.
+        os.truncate(path, path.stat().st_size + start)
+    plan = plan_conversion(tmp_path)
+    assert plan.tensor_bytes == 245_220_139_008
+    assert [file.name for file in plan.files] == [f"model-{number:05}-of-00051.safetensors" for number in range(1, 52)]
+    assert [output.name for file in plan.files for output in file.outputs] == [tensor.hf for tensor in tensors]
+    assert max(file.size for file in plan.files) < 5e9 + 1e5
+    assert plan.index is not None
+    assert plan.index["metadata"] == {"total_size": 245_220_139_008}
+    assert len(plan.index["weight_map"]) == 795
+
+
+@pytest.mark.parametrize("files", [1, 2, 7])
+def test_any_number_of_files_with_or_without_index(tiny_config: MistralLargeConfig, tmp_path: Path, files: int) -> None:
+    write_consolidated(tmp_path / "source", tiny_config, shards=files)
+    without_index = plan_conversion(tmp_path / "source")
+    write_index(tmp_path / "source")
+    assert plan_conversion(tmp_path / "source") == without_index
+    assert [file.name for file in without_index.files] == ["model.safetensors"]
+    assert without_index.index is None
+
+
+def test_the_second_copy_of_the_weights_is_not_looked_at(source: Path) -> None:
+    expected = plan_conversion(source)
+    (source / "model-00001-of-00001.safetensors").write_bytes(b"not even a file of weights")
+    (source / "model.safetensors.index.json").write_text("{")
+    (source / "config.json").write_text("{")
+    assert plan_conversion(source) == expected
+
+
+def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(source: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "repo" / "snapshots" / "c0ffee", tmp_path / "repo" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(source.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert len(plan_conversion(snapshot).files) == 1
+
+
+def test_a_linked_folder_is_read_as_the_folder_itself(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(source)
+    assert plan_conversion(tmp_path / "link").tensor_bytes == plan_conversion(source).tensor_bytes
+
+
+Damage = Callable[[Path], object]
+
+
+def content(name: str, data: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def params(**change: Any) -> Damage:
+    return lambda folder: edit_json(folder / "params.json", lambda params: params.update(change))
+
+
+def entry(**change: Any) -> Damage:
+    """Another entry for norm.weight, which is the second of its file."""
+    return lambda folder: edit_header(folder / SECOND, lambda header: header["norm.weight"].update(change))
+
+
+def tensor(name: str, *shape: int, file: str = SECOND, dtype: torch.dtype = torch.bfloat16) -> Damage:
+    return lambda folder: edit_tensors(
+        folder / file, lambda tensors: tensors.update({name: torch.zeros(shape, dtype=dtype)})
+    )
+
+
+def index(**change: Any) -> Damage:
+    changes = {name.replace("__", "."): file for name, file in change.items()}
+    return lambda folder: edit_json(write_index(folder), lambda index: index["weight_map"].update(changes))
+
+
+def remove(*names: str) -> Damage:
+    def act(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return act
+
+
+def link_out(name: str) -> Damage:
+    def act(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "elsewhere")
+        (folder / name).symlink_to(Path("..", "elsewhere"))
+
+    return act
+
+
+def replace(name: str, make: Callable[[Path], object]) -> Damage:
+    def act(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return act
+
+
+def both(first: Damage, second: Damage) -> Damage:
+    def act(folder: Path) -> None:
+        first(folder)
+        second(folder)
+
+    return act
+
+
+def move_norm(distance: int) -> Damage:
+    def edit(header: dict[str, Any]) -> None:
+        offsets = header["norm.weight"]["data_offsets"]
+        header["norm.weight"]["data_offsets"] = [offset + distance for offset in offsets]
+
+    return lambda folder: edit_header(folder / SECOND, edit)
+
+
+PARAMS, TOKENIZER = "params.json", "tokenizer.model.v3"
+SPLIT = "consolidated-{}-of-{}.safetensors"
+NO_FILE = f"{SECOND} is not a whole safetensors file"
+BROKEN = f"{SECOND} has a broken header"
+NORM = f"{SECOND}: 'norm.weight'"
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no params": (remove(PARAMS), "params.json is missing"),
+    "params not JSON": (content(PARAMS, b"{"), "params.json: Expecting"),
+    "params not text": (content(PARAMS, b"\xff\xfe{"), "params.json: 'utf-8'"),
+    "params a list": (content(PARAMS, b"[]"), "params.json: must be a JSON object, not list"),
+    "params too deep": (content(PARAMS, b'{"dim":' + b"[" * 100_000), "params.json: JSON nested too deeply"),
+    "params with a key twice": (content(PARAMS, b'{"dim": 80, "dim": 81}'), "params.json: key 'dim' twice"),
+    "params with a number without end": (content(PARAMS, b'{"dim": ' + b"9" * 10_000 + b"}"), "params.json: "),
+    "params with NaN": (params(norm_eps=float("nan")), "params.json: norm_eps is nan"),
+    "params giant": (
+        lambda folder: os.truncate(folder / PARAMS, 100_000_001),
+        "params.json has more than 100000000 bytes",
+    ),
+    "params a folder": (replace(PARAMS, Path.mkdir), "params.json is not a regular file"),
+    "params a link out": (link_out(PARAMS), "params.json is a link out of the folder"),
+    "params of another width": (params(dim=96), "tensor 'norm.weight' has shape [80], this geometry needs [96]"),
+    "params with more layers": (params(n_layers=4), "tensor 'layers.3.attention.wq.weight' is missing"),
+    "params with fewer layers": (params(n_layers=2), "tensor 'layers.2.attention.wq.weight' is extra"),
+    "params with another head_dim": (
+        params(head_dim=16),
+        "wk.weight' has shape [64, 80], this geometry needs [32, 80]",
+    ),
+    "no tokenizer": (remove(TOKENIZER), "tokenizer.model.v3 is missing"),
+    "tokenizer a link out": (link_out(TOKENIZER), "tokenizer.model.v3 is a link out of the folder"),
+    "weights a link out": (link_out(SECOND), f"{SECOND} is a link out of the folder"),
+    "weights a dangling link": (replace(SECOND, lambda path: path.symlink_to("nowhere")), f"{SECOND} is missing"),
+    "weights a link to itself": (replace(SECOND, lambda path: path.symlink_to(SECOND)), f"{SECOND} cannot be read"),
+    "weights a pipe": (replace(SECOND, os.mkfifo), f"{SECOND} is not a regular file"),
+    "no weights": (remove(FIRST, SECOND), "no consolidated.safetensors and no consolidated-00001-of-"),
+    "only pickles": (
+        both(remove(FIRST, SECOND), content("consolidated.00.pth", b"")),
+        "only 'consolidated.00.pth': pickles are not read",
+    ),
+    "a file missing": (remove(SECOND), f"{SECOND} is missing"),
+    "a file too many": (content(SPLIT.format("00003", "00002"), b""), "00003-of-00002.safetensors is not one of 00002"),
+    "two splits": (content(SPLIT.format("00001", "00003"), b""), "files of more than one checkpoint"),
+    "split and single file": (content("consolidated.safetensors", b""), "files of more than one checkpoint"),
+    "a file of another name": (content("consolidated-old.safetensors", b""), "files of more than one checkpoint"),
+    "empty file": (content(SECOND, b""), NO_FILE),
+    "giant header length": (
+        content(SECOND, raw_file(b"{}", length=2**63)),
+        f"{NO_FILE}: header of {2**63} in 10 bytes",
+    ),
+    "header longer than its file": (content(SECOND, raw_file(b"{}", length=3)), f"{NO_FILE}: header of 3 in 10 bytes"),
+    "file of a few bytes": (content(SECOND, b"\0\0\0"), NO_FILE),
+    "no header": (content(SECOND, raw_file(b"")), BROKEN),
+    "negative header length": (content(SECOND, raw_file(b"{}", length=2**64 - 1)), NO_FILE),
+    "header length over the limit": (
+        both(
+            content(SECOND, raw_file(b"{}", length=10**8 + 1)), lambda folder: os.truncate(folder / SECOND, 2 * 10**8)
+        ),
+        f"{NO_FILE}: header of 100000001",
+    ),
+    "header not JSON": (content(SECOND, raw_file(b"hello")), BROKEN),
+    "header a list": (content(SECOND, raw_file(b"[]")), f"{BROKEN}: must be a JSON object, not list"),
+    "header not text": (content(SECOND, raw_file(b'{"\xff":1}')), BROKEN),
+    "header with a tensor twice": (content(SECOND, raw_file(b'{"a": 1, "a": 2}')), f"{BROKEN}: key 'a' twice"),
+    "entry not an object": (
+        lambda folder: edit_header(folder / SECOND, lambda header: header.update({"norm.weight": 7})),
+        f"{NORM} has another entry",
+    ),
+    "entry without offsets": (
+        lambda folder: edit_header(folder / SECOND, lambda header: header["norm.weight"].pop("data_offsets")),
+        f"{NORM} has another entry",
+    ),
+    "entry with more": (entry(scale=1.0), f"{NORM} has another entry"),
+    "unknown dtype": (entry(dtype="I4"), f"{NORM} has dtype 'I4'"),
+    "integer dtype": (entry(dtype="I16"), f"{NORM} has dtype 'I16'"),
+    "dtype a list": (entry(dtype=[]), f"{NORM} has dtype []"),
+    "negative shape": (entry(shape=[-80]), f"{NORM} has shape [-80]"),
+    "boolean shape": (entry(shape=[True, 80]), f"{NORM} has shape [True, 80]"),
+    "giant shape": (entry(shape=[10**30]), f"{NORM} has shape [1000"),
+    "shape of many dimensions": (entry(shape=[80, *[1] * 8]), f"{NORM} has shape [80, 1"),
+    "shape a number": (entry(shape=80), f"{NORM} has shape 80"),
+    "offsets backwards": (entry(data_offsets=[320, 160]), f"{NORM} has -160 bytes"),
+    "negative offsets": (entry(data_offsets=[-160, 0]), f"{NORM} has data_offsets [-160, 0]"),
+    "three offsets": (entry(data_offsets=[0, 0, 160]), f"{NORM} has data_offsets [0, 0, 160]"),
+    "offsets of another size": (entry(shape=[81]), f"{NORM} has 160 bytes, BF16 [81] needs 162"),
+    "overlap": (move_norm(-160), f"{NORM} overlaps the tensor before it"),
+    "gap": (move_norm(160), f"{NORM} leaves a gap before it"),
+    "truncated": (
+        lambda folder: os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 1),
+        f"{SECOND}: is cut short",
+    ),
+    "bytes after the end": (
+        lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes() + b"x"),
+        f"{SECOND}: has 1 bytes after the last tensor",
+    ),
+    "tensor missing": (
+        lambda folder: edit_tensors(folder / SECOND, lambda tensors: tensors.pop("norm.weight")),
+        "tensor 'norm.weight' is missing",
+    ),
+    "tensor extra": (tensor("extra", 1), "tensor 'extra' is extra"),
+    "tensor with a path for a name": (tensor("../../x", 1), "tensor '../../x' is extra"),
+    "tensor with control characters in its name": (tensor("\n\x1b[2J", 1), "tensor '\\n\\x1b[2J' is extra"),
+    "tensor with an HF name": (tensor("model.norm.weight", 80), "tensor 'model.norm.weight' is extra"),
+    "tensor in two files": (
+        tensor("tok_embeddings.weight", 768, 80),
+        "tensor 'tok_embeddings.weight' is there twice",
+    ),
+    "tensor transposed": (
+        tensor("tok_embeddings.weight", 80, 768, file=FIRST),
+        "tensor 'tok_embeddings.weight' has shape [80, 768], this geometry needs [768, 80]",
+    ),
+    "tensor of another dtype": (
+        tensor("norm.weight", 80, dtype=torch.float32),
+        "tensors of dtypes BF16, F32: a checkpoint has one",
+    ),
+    "index not JSON": (content(INDEX, b"{"), f"{INDEX}: Expecting"),
+    "index without weight_map": (content(INDEX, b"{}"), f"{INDEX} has no weight_map"),
+    "index a link out": (both(write_index, link_out(INDEX)), f"{INDEX} is a link out of the folder"),
+    "index a dangling link": (lambda folder: (folder / INDEX).symlink_to("nowhere"), f"{INDEX} is missing"),
+    "index with a tensor elsewhere": (
+        index(norm__weight=FIRST),
+        f"{INDEX}: 'norm.weight' is in '{FIRST}', but stored in '{SECOND}'",
+    ),
+    "index with an absolute path": (
+        index(norm__weight="/etc/passwd"),
+        f"{INDEX}: 'norm.weight' is in '/etc/passwd', but stored in '{SECOND}'",
+    ),
+    "index with a list for a file": (index(norm__weight=[1]), f"{INDEX}: 'norm.weight' is in [1]"),
+    "index without a tensor": (
+        index(norm__weight=None),
+        f"{INDEX}: 'norm.weight' is in None, but stored in '{SECOND}'",
+    ),
+    "index with a tensor too many": (index(extra=FIRST), f"{INDEX}: 'extra' is in '{FIRST}', but stored in None"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_error_and_nothing_is_written(source: Path, tmp_path: Path, damage: str) -> None:
+    act, finding = DAMAGES[damage]
+    act(source)
+    with pytest.raises(CheckpointError) as error:
+        convert_checkpoint(source, tmp_path / "destination")
+    assert finding in str(error.value)
+    assert str(source) in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert not (tmp_path / "destination").exists()
+
+
+def test_an_unreadable_header_is_refused_by_name(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, mode: str = "r", *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(CheckpointError) as error:
+        plan_conversion(source)
+    for name in ("params.json", FIRST, SECOND, "tokenizer.model.v3"):
+        assert f"{name} cannot be read" in str(error.value)
+
+
+def test_a_file_that_vanishes_meanwhile_is_a_finding(tmp_path: Path) -> None:
+    assert read_header(tmp_path / "gone") == ([], ["gone cannot be read: No such file or directory"])
+
+
+def test_a_folder_without_permission_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CheckpointError, match="source: no folder that can be read"):
+        plan_conversion(source)
+
+
+def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"nowhere: no folder that can be read; give the one that holds params\.json"
+    ):
+        plan_conversion(tmp_path / "nowhere")
+
+
+def test_all_findings_come_in_one_error(source: Path) -> None:
+    edit_json(source / "params.json", lambda params: params.update(dim=0))
+    (source / "tokenizer.model.v3").unlink()
+    edit_header(source / FIRST, lambda header: header["tok_embeddings.weight"].update(dtype="I4"))
+    (source / SECOND).write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        plan_conversion(source)
+    for finding in ("dim is 0", "tokenizer.model.v3 is missing", "has dtype 'I4'", f"{SECOND} is not a whole"):
+        assert finding in str(error.value)
+
+
+def test_tensors_are_checked_although_a_file_is_missing(source: Path) -> None:
+    (source / SECOND).unlink()
+    edit_tensors(source / FIRST, lambda tensors: tensors.update(extra=torch.zeros(1).bfloat16()))
+    with pytest.raises(CheckpointError) as error:
+        plan_conversion(source)
+    assert str(error.value).splitlines()[1:] == [
+        f"  {SECOND} is missing",
+        "  tensor 'extra' is extra: this geometry has none of that name",
+    ]
+
+
+def test_an_endless_list_of_findings_is_cut(source: Path) -> None:
+    header = {f"{number}" * 1000: {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]} for number in range(1200)}
+    (source / SECOND).write_bytes(raw_file(header))
+    with pytest.raises(CheckpointError) as error:
+        plan_conversion(source)
+    _, *findings, rest = str(error.value).splitlines()
+    assert len(findings) == 1000
+    assert max(map(len, findings)) <= 402
+    assert rest.startswith("  and ")
+
+
+@pytest.mark.parametrize(
+    ("size", "size_bytes"),
+    [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("7", 7), (1000, 1000), ("2TB", 2 * 10**12), ("3KB", 3000), ("9B", 9)],
+)
+def test_sizes_are_read_in_decimal_units(size: int | str, size_bytes: int) -> None:
+    assert parse_size(size) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "size", ["", "GB", "-5GB", "0", "5GiB", "nanGB", "infGB", "1e9", "5 G B", -1, 0, "0.4", "5GB;"]
+)
+def test_other_sizes_are_refused(size: int | str) -> None:
+    with pytest.raises(CheckpointError, match="must be a size such as 5GB or 750MB"):
+        parse_size(size)
+
+
+def test_shards_are_as_large_as_allowed_and_a_larger_tensor_stands_alone(source: Path) -> None:
+    plan = plan_conversion(source, max_shard_size=50_000)
+    sizes = [[tensor.source.size for tensor in file.tensors] for file in plan.files]
+    assert all(sum(of_file) <= 50_000 or len(of_file) == 1 for of_file in sizes)
+    assert max(map(sum, sizes)) == 768 * 80 * 2
+    assert sum(map(sum, sizes)) == plan.tensor_bytes
+
+
+def put_names(path: Path, change: Callable[[str], str]) -> None:
+    def rename(header: dict[str, Any]) -> None:
+        for name in [name for name in header if name != "__metadata__"]:
+            header[change(name)] = header.pop(name)
+
+    edit_header(path, rename)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        # Parts that are compiled, sharded or recomputed one by one.
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+        lambda name: name.replace("layers.0.", "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module."),
+    ],
+)
+def test_names_of_a_wrapped_model_are_taken_without_the_wrapper(
+    small_source: Path, tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    convert_checkpoint(small_source, tmp_path / "hf")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
+    assert inspect_checkpoint(tmp_path / "hf").loads_with
+    put_names(tmp_path / "hf" / "model.safetensors", change)
+    # No loader would find these.
+    inspection = inspect_checkpoint(tmp_path / "hf")
+    assert inspection.loads_with == ()
+    assert any("has the name of a wrapper in its name" in finding for finding in inspection.findings)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
+    assert contents(tmp_path / "back") == contents(tmp_path / "expected")
+
+
+def test_a_tensor_with_and_without_a_wrapper_is_there_twice(source: Path) -> None:
+    put_names(source / SECOND, lambda name: "_orig_mod." + name)
+    edit_tensors(source / FIRST, lambda tensors: tensors.update({"norm.weight": torch.zeros(80, dtype=torch.bfloat16)}))
+    with pytest.raises(CheckpointError, match=r"tensor 'norm\.weight' is there twice"):
+        plan_conversion(source)
+
+
+def test_frequencies_of_rope_are_no_weights(small_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(small_source, tmp_path / "hf")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(16) for layer in range(3)}
+    edit_tensors(
+        tmp_path / "hf" / "model.safetensors",
+        lambda tensors: tensors.update({**frequencies, "model.rotary_emb.inv_freq": torch.ones(16)}),
+    )
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
+    assert contents(tmp_path / "back") == contents(tmp_path / "expected")
+    # The vendor's layout never had any.
+    edit_tensors(small_source / FIRST, lambda tensors: tensors.update(frequencies))
+    with pytest.raises(CheckpointError, match=r"rotary_emb\.inv_freq' is extra"):
+        plan_conversion(small_source)
+
+
+def of_2024(settings: dict[str, Any]) -> None:
+    """As transformers 4.42 has saved it."""
+    del settings["head_dim"]
+    settings["rope_theta"] = settings.pop("rope_parameters")["rope_theta"]
+    settings |= {"torch_dtype": settings.pop("dtype"), "transformers_version": "4.42.3", "model_type": "mistral"}
+    settings |= {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+@pytest.fixture
+def square_source(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> Path:
+    """A checkpoint whose heads are together as wide as the model."""
+    tiny_config.hidden_size = 192
+    write_consolidated(tmp_path / "square", tiny_config, torch.bfloat16)
+    return tmp_path / "square"
+
+
+def test_head_dim_is_that_of_the_query_weights_where_the_config_has_none(square_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(square_source, tmp_path / "hf")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
+    edit_json(tmp_path / "hf" / "config.json", of_2024)
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
+    assert contents(tmp_path / "back") == contents(tmp_path / "expected")
+    assert not any("head_dim" in finding for finding in inspect_checkpoint(tmp_path / "hf").findings)
+
+
+def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_path: Path) -> None:
+    # 80 / 6 is no whole number; 192 / 6 is 32, which the rows of the query weights must be as well.
+    for source, finding in ((small_source, "config.json: head_dim is missing"), (square_source, "")):
+        folder = tmp_path / f"{source.name}-hf"
+        convert_checkpoint(source, folder)
+        edit_json(folder / "config.json", of_2024)
+        if not finding:
+            finding = f"hidden_size / num_attention_heads is 32, but {FIRST_QUERY!r} has 384 rows, not 192"
+            edit_tensors(
+                folder / "model.safetensors",
+                lambda tensors: tensors.update({FIRST_QUERY: tensors[FIRST_QUERY].repeat(2, 1)}),
+            )
+        with pytest.raises(CheckpointError) as error:
+            plan_conversion(folder, to="consolidated")
+        assert finding in str(error.value)
+
+
+def test_tokens_that_a_fine_tune_has_added_are_the_reason(small_source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(small_source, tmp_path / "hf")
+    folder = tmp_path / "hf"
+
+    def add_rows(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.zeros(32770, 80, dtype=torch.bfloat16)
+
+    edit_tensors(folder / "model.safetensors", add_rows)
+    edit_json(folder / "config.json", lambda config: config.update(vocab_size=32770))
+    added = [{"id": 32768, "content": "<|im_start|>"}, {"id": 32769, "content": "<|im_end|>"}]
+    edit_json(folder / "tokenizer.json", lambda content: content["added_tokens"].extend(added))
+    for options in ({"to": "consolidated"}, {"quantize": "fp8"}):
+        with pytest.raises(CheckpointError) as error:
+            convert_checkpoint(folder, tmp_path / "out", **options)  # type: ignore[arg-type]  # options of every kind
+        assert str(error.value) == (
+            f"{folder}: the weights have 32770 rows, tokenizer.model.v3 has 32768 pieces: 2 were added, "
+            "['<|im_start|>', '<|im_end|>'], and the vendor's tokenizer, which is written, has no place for added "
+            "tokens; use this folder as it is, or remove them and their rows first"
+        )
+    (folder / "tokenizer.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="2 were added, and the vendor's tokenizer"):
+        convert_checkpoint(folder, tmp_path / "out", to="consolidated")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ('{"base_model_name_or_path": "mistralai/Mistral-Large-Instruct-2407"}', "the base 'mistralai/Mistral-Large"),
+        ('{"base_model_name_or_path": 7}', "a base that it does not name"),
+        ("[]", "a base that it does not name"),
+    ],
+)
+def test_an_adapter_is_named_as_one(source: Path, tmp_path: Path, config: str, base: str) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(config)
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    finding = f"an adapter \\(PEFT\\) of {base}"
+    for act in (plan_conversion, verify_checkpoint, lambda folder: plan_conversion(folder, to="consolidated")):
+        with pytest.raises(CheckpointError, match=finding):
+            act(adapter)
+    inspection = inspect_checkpoint(adapter)
+    assert (inspection.kind, len(inspection.findings), inspection.loads_with) == ("an adapter (PEFT)", 1, ())
+
+
+def test_an_adapter_next_to_a_checkpoint_is_not_left_out(source: Path, tmp_path: Path) -> None:
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        convert_checkpoint(source, tmp_path / "out")
+    assert str(error.value) == (
+        f"{source}: holds an adapter next to the checkpoint, which would be left out; save what merge_and_unload() "
+        "returns and convert that, or move adapter_config.json elsewhere"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config: MistralLargeConfig) -> None:
+    def seconds(count: int) -> float:
+        folder = tmp_path / str(count)
+        write_consolidated(folder, tiny_config, torch.bfloat16)
+        header = {
+            f"layers.{number}.x": {"dtype": "BF16", "shape": [1], "data_offsets": [2 * number, 2 * number + 2]}
+            for number in range(count)
+        }
+        (folder / SECOND).write_bytes(raw_file(header, b"\0" * 2 * count))
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(header, SECOND)}))
+        started = time.process_time()
+        with pytest.raises(CheckpointError):
+            plan_conversion(folder)
+        assert len(inspect_checkpoint(folder).findings) > 1000
+        return time.process_time() - started
+
+    # With the square of the length, the second would take 100 times as long.
+    assert seconds(100_000) < 40 * seconds(10_000) + 1

@@ -1,0 +1,331 @@
+"""Folders for stock transformers and engines: written by the converter, or switched by `mistral-large retag`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from transformers import AutoConfig, AutoTokenizer
+
+import mistral_large_conversion.retag as retag_module
+from mistral_large_cli import main
+from mistral_large_conversion.chat_templates import PLAIN_CHAT_TEMPLATE
+from mistral_large_conversion.checkpoint.atomic_write import whole_file
+from mistral_large_conversion.checkpoint.read import load_headers
+from mistral_large_conversion.errors import CheckpointError, DestinationError
+from mistral_large_conversion.folder_checks import manifest_findings
+from mistral_large_conversion.hf_files import hf_files
+from mistral_large_conversion.manifest import read_manifest
+from mistral_large_conversion.model_card import ModelType, licence_files
+from mistral_large_conversion.retag import retag_checkpoint
+from mistral_large_conversion.verify import verify_checkpoint
+from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+from tests.support.texts import SNIPPETS, every_code_point, mixed_texts
+
+WEIGHTS = "model.safetensors"
+MANIFEST, MODULE = "conversion.manifest.json", "modeling_mistral_large_remote.py"
+CHANGED = ["chat_template.jinja", "README.md", "tokenizer_config.json", "config.json"]
+CHANGED_TO = {"mistral": [MANIFEST, *CHANGED, MODULE], "mistral_large": [MANIFEST, MODULE, *CHANGED]}
+
+# Run by an interpreter that must not see this package.
+STOCK = """
+import json, sys
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, cases, out = sys.argv[1:]
+cases = json.load(open(cases))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+with torch.no_grad():
+    logits = model(torch.tensor([cases["ids"]])).logits
+torch.save(logits, out)
+answer = transformers.pipeline("text-generation", folder, dtype="float32")(
+    cases["messages"], do_sample=False, max_new_tokens=64
+)[0]["generated_text"][-1]
+print(json.dumps({
+    "modules": [name for name in sys.modules if name.startswith(("modeling_mistral_large", "mistral_large_cli"))],
+    "classes": [type(model).__name__, type(tokenizer).__name__],
+    "ids": [tokenizer(text).input_ids for text in cases["texts"]],
+    "decoded": [tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) for text in cases["texts"]],
+    "prompt": tokenizer.apply_chat_template(cases["messages"], return_dict=False),
+    "sliding_window": model.config.sliding_window,
+    "rope": model.config.rope_parameters,
+    "padding": [tokenizer.padding_side, tokenizer.pad_token_id],
+    "response_template": tokenizer.response_template,
+    "inputs": list(tokenizer("x")),
+    "answer": answer,
+}))
+"""
+
+
+@pytest.fixture
+def folder(demo_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo_folder, tmp_path / "hf"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_stock_transformers_reads_a_retagged_folder_without_us(
+    folder: Path, tmp_path: Path, sentencepiece_processor: Any
+) -> None:
+    retag_checkpoint(folder, "mistral")
+    # Stock tokenizers take control strings in texts for control tokens; that is what our class is for.
+    texts = [*SNIPPETS, *islice(every_code_point(), 0, None, 16), *mixed_texts(["x"] * 750, seed=7, count=4000)]
+    texts = [text for text in texts if not any(mark in text for mark in ("[", "<"))]
+    assert len(texts) > 6000
+    ids = torch.randint(3, 32768, (33,)).tolist()
+    messages = [
+        {"role": "system", "content": "You are a pirate chatbot who always responds in pirate speak!"},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps({"texts": texts, "ids": ids, "messages": messages}))
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(folder), str(tmp_path / "cases.json"), str(tmp_path / "logits.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["modules"] == []
+    assert found["classes"][0] == "MistralForCausalLM"
+    assert found["ids"] == [[1, *sentencepiece_processor.encode(text)] for text in texts]
+    assert found["decoded"] == [sentencepiece_processor.decode(sentencepiece_processor.encode(text)) for text in texts]
+    ours = MistralLargeTokenizer.from_pretrained(folder)
+    assert found["prompt"] == ours.apply_chat_template(messages, return_dict=False)
+    assert found["sliding_window"] is None
+    assert found["rope"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert found["padding"] == ["left", 384]
+    assert found["response_template"] == ours.response_template
+    assert found["inputs"] == ["input_ids", "attention_mask"]
+    assert found["answer"]["role"] == "assistant"
+    retag_checkpoint(folder, "mistral_large")
+    model = MistralLargeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
+
+
+def test_our_tokenizer_is_as_exact_in_a_folder_for_others(folder: Path, reference_tokenizer: Any) -> None:
+    messages: list[Any] = [{"role": "user", "content": "[INST] </s> a  b"}]
+    request = ChatCompletionRequest(messages=messages)
+    expected = reference_tokenizer.encode_chat_completion(request).tokens
+    retag_checkpoint(folder, "mistral")
+    ours = MistralLargeTokenizer.from_pretrained(folder)
+    assert ours.apply_chat_template(messages, return_dict=False) == expected
+    masked = ours.apply_chat_template(
+        [*messages, {"role": "assistant", "content": "yes"}], return_assistant_tokens_mask=True
+    )
+    assert sum(masked["assistant_masks"]) == 2
+
+
+def test_retagging_touches_no_weights_and_goes_back_to_the_same_bytes(folder: Path) -> None:
+    before, stat = contents(folder), (folder / WEIGHTS).stat()
+    assert retag_checkpoint(folder, "mistral_large") == []
+    assert contents(folder) == before
+    assert retag_checkpoint(folder, "mistral") == CHANGED_TO["mistral"]
+    after = contents(folder)
+    assert {name for name in before if after.get(name) != before[name]} == set(CHANGED_TO["mistral"])
+    assert after.keys() == before.keys() - {MODULE}
+    # Readers that do not take rope_theta from where it is now.
+    assert json.loads(after["config.json"])["rope_theta"] == 1e6
+    assert retag_checkpoint(folder, "mistral") == []
+    assert contents(folder) == after
+    assert retag_checkpoint(folder, "mistral_large") == CHANGED_TO["mistral_large"]
+    assert contents(folder) == before
+    now = (folder / WEIGHTS).stat()
+    assert (now.st_ino, now.st_mtime_ns, now.st_ctime_ns) == (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def test_the_converter_writes_what_retagging_writes(folder: Path, demo_folder: Path) -> None:
+    def written(model_type: ModelType, licences: dict[str, bytes]) -> dict[str, bytes]:
+        geometry = load_headers(demo_folder).geometry
+        options: dict[str, Any] = {"quantization": None, "dtype": "BF16", "source": demo_folder}
+        return hf_files(geometry, model_type=model_type, licences=licences, **options)
+
+    model_types: tuple[ModelType, ...] = ("mistral", "mistral_large")
+    for model_type in model_types:
+        files = written(model_type, licence_files(demo_folder))
+        retag_checkpoint(folder, model_type)
+        after = contents(folder)
+        assert {name: after[name] for name in files} == files
+        assert set(after) - set(files) <= {WEIGHTS, "conversion.manifest.json"}
+    assert b"generation -%}" not in written("mistral", {})["chat_template.jinja"]
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "mistral_large"])
+def test_an_interrupted_retagging_leaves_a_folder_that_loads(
+    folder: Path, model_type: ModelType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other: ModelType = "mistral_large" if model_type == "mistral" else "mistral"
+    retag_checkpoint(folder, other)
+    expected_ids = MistralLargeTokenizer.from_pretrained(folder).encode("a  b   c")
+    original = whole_file
+    files = CHANGED_TO[model_type]
+    for stop in range(1, 5):
+        count = 0
+
+        def stopping(path: Path, stop: int = stop) -> Any:
+            nonlocal count
+            count += 1
+            if count > stop:
+                raise OSError(28, "No space left on device")
+            return original(path)
+
+        monkeypatch.setattr(retag_module, "whole_file", stopping)
+        with pytest.raises(DestinationError, match="No space left on device; when that is mended, run it again"):
+            retag_checkpoint(folder, model_type)
+        assert AutoConfig.from_pretrained(folder).hidden_size == 64
+        assert AutoTokenizer.from_pretrained(folder).encode("a  b   c") == expected_ids
+        monkeypatch.setattr(retag_module, "whole_file", original)
+        assert retag_checkpoint(folder, model_type) == files[stop:]
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        assert manifest_findings(folder, manifest) == []
+        retag_checkpoint(folder, other)
+
+
+def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) -> None:
+    model_types: tuple[ModelType, ...] = ("mistral", "mistral_large")
+    for model_type in model_types:
+        retag_checkpoint(folder, model_type)
+        assert all(check.is_ok for check in verify_checkpoint(folder))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "</s>"}))
+    for model_type in model_types:
+        retag_checkpoint(folder, model_type)
+        wrong = {check.name: check.detail for check in verify_checkpoint(folder) if not check.is_ok}
+        assert wrong == {"files": "tokenizer_config.json has changed since the conversion"}
+
+
+def test_an_interrupted_retagging_can_be_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(folder)
+    original = whole_file
+
+    def failing(path: Path) -> Any:
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        return original(path)
+
+    monkeypatch.setattr(retag_module, "whole_file", failing)
+    with pytest.raises(DestinationError):
+        retag_checkpoint(folder, "mistral")
+    assert not all(check.is_ok for check in verify_checkpoint(folder))
+    monkeypatch.setattr(retag_module, "whole_file", original)
+    retag_checkpoint(folder, "mistral_large")
+    assert contents(folder) == before
+
+
+def test_what_others_have_added_stays(folder: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": {"my_key": [1]},
+        "tokenizer_config.json": {"my_key": [1]},
+    }
+    for name, change in changes.items():
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, **change}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_bytes(b"# My fine-tune \xff")
+    assert retag_checkpoint(folder, "mistral") == [MANIFEST, "tokenizer_config.json", "config.json", MODULE]
+    assert json.loads((folder / "config.json").read_text())["my_key"] == [1]
+    # Nothing says that the format is ours.
+    assert json.loads((folder / "tokenizer_config.json").read_text())["prompt_format"] is None
+    retag_checkpoint(folder, "mistral_large")
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (folder / "README.md").read_bytes() == b"# My fine-tune \xff"
+    assert json.loads((folder / "config.json").read_text())["my_key"] == [1]
+
+
+def test_a_template_of_ours_is_known_whatever_an_editor_did_to_it(folder: Path) -> None:
+    path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    assert json.loads(settings.read_text())["prompt_format"] == "v3"
+    # As an earlier version wrote it.
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "prompt_format": None}))
+    path.write_bytes(b"\xef\xbb\xbf{# mine -#}\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert retag_checkpoint(folder, "mistral") == CHANGED_TO["mistral"]
+    assert path.read_text() == PLAIN_CHAT_TEMPLATE
+    assert json.loads(settings.read_text())["prompt_format"] == "v3"
+
+
+def test_a_config_of_an_older_transformers_keeps_its_theta(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    theta = settings.pop("rope_parameters")["rope_theta"]
+    (folder / "config.json").write_text(json.dumps({**settings, "rope_theta": theta}))
+    for model_type in ("mistral", "mistral_large"):
+        retag_checkpoint(folder, model_type)
+        assert json.loads((folder / "config.json").read_text())["rope_theta"] == theta
+        assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == theta
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def content(name: str, data: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def link(name: str) -> Callable[[Path], object]:
+    def act(folder: Path) -> None:
+        (folder / name).rename(folder / f"{name}.target")
+        (folder / name).symlink_to(f"{name}.target")
+
+    return act
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "unfinished": (content("conversion.unfinished", b""), "an unfinished conversion"),
+    "no config": (remove("config.json"), "config.json is missing"),
+    "another model": (content("config.json", b'{"model_type": "llama"}'), "model_type is 'llama'"),
+    "no weights": (remove(WEIGHTS), "no model.safetensors"),
+    "truncated": (lambda folder: os.truncate(folder / WEIGHTS, 10**6), "is cut short"),
+    "no tokenizer": (remove("tokenizer.json"), "no such file"),
+    "a foreign tokenizer": (content("tokenizer.json", b"{}"), "not a tokenizer.json"),
+    "no tokenizer config": (remove("tokenizer_config.json"), "tokenizer_config.json is missing"),
+    "tokenizer config not JSON": (content("tokenizer_config.json", b"{"), "tokenizer_config.json: Expecting"),
+    "no template": (remove("chat_template.jinja"), "chat_template.jinja is missing"),
+    "no model card": (remove("README.md"), "README.md is missing"),
+    "config a link": (link("config.json"), "config.json is a link"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_unknown_folder_is_refused_and_stays_as_it_is(
+    folder: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    act, finding = REFUSED[case]
+    act(folder)
+    before = contents(folder)
+    with pytest.raises(CheckpointError) as error:
+        retag_checkpoint(folder, "mistral")
+    assert finding in str(error.value)
+    assert str(folder) in str(error.value)
+    monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert finding in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_the_command_says_what_it_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for expected in (f"changed {', '.join(CHANGED_TO['mistral'])}", "as it was"):
+        monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert not exit_.value.code
+        assert capsys.readouterr().out == f"{folder}: model type mistral; {expected}\n"
+    assert (folder / "chat_template.jinja").read_text() == PLAIN_CHAT_TEMPLATE

@@ -1,0 +1,591 @@
+"""Plans against sizes worked out by hand, against properties of every device set, and against measured memory."""
+
+import itertools
+import json
+import time
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import check_device_map  # type: ignore[import-untyped]  # accelerate does not type it
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+from typer.testing import CliRunner
+
+from mistral_large_cli import app, main
+from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_cli.plan import smallest_changes
+from mistral_large_conversion.checkpoint.quantization import Scheme
+from mistral_large_conversion.errors import PlanError
+from mistral_large_conversion.sharding.devices import Device, detect_devices, parse_devices
+from mistral_large_conversion.sharding.memory import (
+    EXPANDED_AT_ONCE,
+    GIB,
+    PREFILL_CHUNK,
+    Demand,
+    Sizes,
+    activation_bytes,
+    cache_bytes_of_layer,
+)
+from mistral_large_conversion.sharding.plan import (
+    LARGEST,
+    RESERVE,
+    ShardingPlan,
+    _plan_device_map,
+    _plan_offload,
+    device_map_for,
+    fewest_devices,
+    largest_batch,
+    largest_context,
+    plan_sharding,
+)
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
+from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
+from tests.support.peak_memory import PeakMemory
+
+CONFIG = MistralLargeConfig()
+MODULES = {"model.embed_tokens", "model.rotary_emb", *(f"model.layers.{n}" for n in range(88)), "model.norm", "lm_head"}
+
+
+def by_way(plans: list[ShardingPlan]) -> dict[str, ShardingPlan]:
+    return {plan.way: plan for plan in plans}
+
+
+# Worked out from the geometry alone: 2,768,289,792 bytes a layer, 805,306,368 each for embedding and head, 24,576 for a
+# norm, 360,448 bytes of cache a position, 2 GiB of reserve. Of a device_map: whether it fits, and how many layers each
+# device has room for. Of tensor parallelism, where 8 heads can be shared: GiB left on each device, and tokens/s.
+BY_HAND: list[tuple[str, int, int, bool, list[int], tuple[float, float] | None]] = [
+    ("8x80GB", 4096, 1, True, [29] * 8, (48.03, 98.1)),
+    ("8x80GB", 131072, 1, True, [24] * 8, (42.04, 82.7)),
+    ("8x80GB", 131072, 4, True, [15, *[16] * 6, 15], (22.97, 222.6)),
+    ("8x80GB", 8192, 32, True, [17] * 8, (31.04, 2277.3)),
+    ("4x80GB", 4096, 1, True, [29] * 4, (19.36, 49.0)),
+    ("4x80GB", 131072, 1, True, [24] * 4, (8.07, 41.3)),
+    ("4x80GB", 65536, 4, False, [20, 21, 21, 20], (-4.03, 0)),
+    ("3x80GB", 4096, 1, False, [29] * 3, None),
+    ("5x80GB", 4096, 1, True, [29] * 5, None),
+    ("2x80GB", 4096, 1, False, [29] * 2, (-37.97, 0)),
+    ("2x141GB", 4096, 1, True, [52] * 2, (22.83, 35.1)),
+    ("2x141GB", 65536, 1, True, [48] * 2, (12.32, 32.2)),
+    ("2x141GB", 131072, 1, True, [44] * 2, (0.94, 29.6)),
+    ("141GB", 4096, 1, False, [52], None),
+    ("4x141GB", 131072, 4, True, [29] * 4, (33.27, 159.5)),
+    ("2x180GB", 131072, 1, True, [56] * 2, (39.64, 47.5)),
+    ("4xA100", 32768, 1, True, [28] * 4, (16.88, 28.6)),
+    ("8x48GB", 32768, 1, True, [15] * 8, (12.12, 24.3)),
+    ("8x24GB", 4096, 1, False, [8] * 8, (-7.57, 0)),
+    ("8x40GB", 8192, 1, True, [13, *[14] * 6, 13], (7.85, 45.3)),
+    ("141GB+2x80GB", 8192, 1, True, [52, 29, 29], None),
+    ("12x24GB", 4096, 1, True, [8] * 12, None),
+    ("6x80GB", 32768, 2, True, [26, *[27] * 4, 26], None),
+]
+
+
+@pytest.mark.parametrize(("text", "context", "batch", "fits", "room", "parallel"), BY_HAND)
+def test_plans_are_those_worked_out_by_hand(
+    text: str, context: int, batch: int, fits: bool, room: list[int], parallel: tuple[float, float] | None
+) -> None:
+    plans = by_way(plan_sharding(CONFIG, parse_devices(text), context=context, batch=batch))
+    assert ("tensor parallel" in plans) == (parallel is not None)
+    mapped = plans.get("device_map") or plans["one device"]
+    assert mapped.fits == fits == (sum(room) >= 88)
+    layers = [sum("layers" in module for module in load.modules) for load in mapped.loads]
+    if fits:
+        assert sum(layers) == 88
+        assert all(count <= most for count, most in zip(layers, room, strict=True))
+        assert max(layers) - min(layers) <= 1 or len(set(room)) > 1
+        assert sum(load.weights for load in mapped.loads) == 245220139008
+        assert sum(load.cache for load in mapped.loads) == 360448 * context * batch
+    else:
+        assert layers == room
+        assert mapped.missing == (88 - sum(room)) * (2768289792 + 4096 * context * batch)
+    if parallel is None:
+        return
+    left, rate = parallel
+    shared = plans["tensor parallel"]
+    assert {round(load.free / GIB, 2) for load in shared.loads} == {left}
+    assert shared.fits == (left >= 0)
+    assert shared.missing == sum(max(0, -load.free) for load in shared.loads)
+    assert round(shared.tokens_per_second or 0, 1) == rate
+
+
+# Layers of 1,384,120,320 numbers: a byte or half of one each, and 4 bytes for each of 96,256 rows or each of 10,813,440
+# groups of 128; 49,152 bytes of norms; embedding and head as above. A cache of 8 bits: 183,040 bytes a position.
+@pytest.mark.parametrize(
+    ("text", "weights", "kv", "context", "weight_bytes", "cache_bytes", "room"),
+    [
+        ("141GB", "fp8", "auto", 4096, 123451432960, 360448, 104),
+        ("141GB", "fp8", "auto", 65536, 123451432960, 360448, 88),
+        ("141GB", "fp8", "fp8", 131072, 123451432960, 183040, 87),
+        ("141GB", "int4", "auto", 131072, 66322587648, 360448, 114),
+        ("80GB", "int4", "auto", 8192, 66322587648, 360448, 105),
+        ("2x80GB", "fp8", "auto", 8192, 123451432960, 360448, 114),
+        ("4x24GB", "int4", "auto", 4096, 66322587648, 360448, 118),
+    ],
+)
+def test_plans_of_quantized_weights_are_those_worked_out_by_hand(
+    text: str, weights: str, kv: str, context: int, weight_bytes: int, cache_bytes: int, room: int
+) -> None:
+    layer = {"fp8": 1384554496, "int4": 735363072}[weights]
+    assert Sizes.of(CONFIG, weights).weights == weight_bytes == 88 * layer + 2 * 805306368 + 24576
+    assert 88 * cache_bytes_of_layer(CONFIG, Demand(1, weights=weights, kv=kv)) == cache_bytes
+    plans = by_way(plan_sharding(CONFIG, parse_devices(text), context=context, weights=weights, kv=kv))
+    mapped = plans.get("device_map") or plans["one device"]
+    assert mapped.weights == weights
+    assert mapped.fits == (room >= 88)
+    assert mapped.missing == max(0, 88 - room) * (layer + cache_bytes // 88 * context)
+
+
+def test_the_weights_are_the_published_ones() -> None:
+    assert Sizes.of(CONFIG, "bf16").weights == 245220139008
+    assert Sizes.of(CONFIG, "fp32").weights == 2 * 245220139008
+    assert 88 * cache_bytes_of_layer(CONFIG, Demand(131072)) == 47244640256
+
+
+GPUS = st.builds(
+    lambda gib, bandwidth: Device(f"{gib}GiB", gib * GIB, bandwidth),
+    st.integers(1, 200),
+    st.none() | st.floats(1e11, 1e13),
+)
+DEMANDS = st.fixed_dictionaries(
+    {"context": st.sampled_from([1, 2048, 8192, 40000, 131072]), "batch": st.integers(1, 9)}
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(GPUS, min_size=1, max_size=12), DEMANDS, st.sampled_from([0, 64 * GIB, 512 * GIB]))
+def test_every_plan_keeps_its_promises(devices: list[Device], demand: dict[str, Any], host_memory: int) -> None:
+    plans = plan_sharding(CONFIG, devices, **demand, host_memory=host_memory)
+    assert [plan.fits for plan in plans] == sorted((plan.fits for plan in plans), reverse=True)
+    for plan in plans:
+        assert (plan.missing == 0) == plan.fits
+        if not plan.fits:
+            assert plan.device_map is None
+            continue
+        # Every limit is respected, and all weights and all of the cache are somewhere.
+        assert all(load.free >= 0 for load in plan.loads)
+        assert (plan.tokens_per_second is None) == any(load.device.bandwidth is None for load in plan.loads)
+        assert plan.host_weights <= host_memory
+        if plan.way == "tensor parallel":
+            continue
+        assert sum(load.weights for load in plan.loads) + plan.host_weights == 245220139008
+        assert sum(load.cache for load in plan.loads) == 360448 * demand["context"] * demand["batch"]
+        # Every module once, layers whole and in their order.
+        assert plan.device_map is not None
+        assert set(plan.device_map) == MODULES
+        places = [plan.device_map[f"model.layers.{layer}"] for layer in range(88)]
+        assert [place for place, _ in itertools.groupby(places)] == sorted(set(places), key=places.index)
+        on_devices = [place for place in places if place != "cpu"]
+        assert on_devices == sorted(on_devices)
+        assert places == [*on_devices, *["cpu"] * (88 - len(on_devices))]
+        assert plan.host_weights == places.count("cpu") * 2768289792
+        for load in plan.loads:
+            (place,) = {plan.device_map[module] for module in load.modules}
+            assert devices[int(place)] == load.device
+
+
+@settings(max_examples=100, deadline=None)
+@given(GPUS, st.integers(1, 16), DEMANDS)
+def test_equal_devices_are_loaded_equally(device: Device, count: int, demand: dict[str, Any]) -> None:
+    plans = by_way(plan_sharding(CONFIG, [device] * count, **demand))
+    plan = plans.get("device_map") or plans["one device"]
+    own = Demand(**demand)
+    layer = 2768289792 + cache_bytes_of_layer(CONFIG, own)
+    if plan.fits:
+        totals = [load.total for load in plan.loads]
+        assert max(totals) - min(totals) <= layer
+        return
+    # And where nothing is found, there is nothing.
+    room = device.memory - RESERVE - activation_bytes(CONFIG, own)
+    ends = [805306368, 805306368 + 24576] if count > 1 else [2 * 805306368 + 24576]
+    rooms = [room - end for end in ends] + [room] * (count - len(ends))
+    if min(rooms) >= 0:
+        assert sum(each // layer for each in rooms) < 88
+
+
+@pytest.mark.parametrize("text", ["4x80GB", "2x141GB", "80GB+3x48GB", "24GB"])
+def test_what_is_asked_for_instead_fits_and_no_more_does(text: str) -> None:
+    devices = parse_devices(text)
+    context = largest_context(CONFIG, devices, batch=2)
+    if context:
+        assert plan_sharding(CONFIG, devices, context=context, batch=2)[0].fits
+    if context < 131072:
+        assert not plan_sharding(CONFIG, devices, context=context + 1, batch=2)[0].fits
+    count = fewest_devices(CONFIG, devices[0], context=8192)
+    assert count is not None
+    assert plan_sharding(CONFIG, [devices[0]] * count, context=8192)[0].fits
+    assert not plan_sharding(CONFIG, [devices[0]] * (count - 1), context=8192)[0].fits
+
+
+def test_small_devices_are_left_out() -> None:
+    plan = by_way(plan_sharding(CONFIG, parse_devices("1GiB+4x80GB+2GiB"), context=4096))["device_map"]
+    assert [load.device.name for load in plan.loads] == ["80GB"] * 4
+    assert set((plan.device_map or {}).values()) == {1, 2, 3, 4}
+
+
+def test_nothing_is_offloaded_unless_asked_for() -> None:
+    devices = parse_devices("141GB")
+    assert [plan.way for plan in plan_sharding(CONFIG, devices, context=4096)] == ["one device"]
+    offloaded, one = plan_sharding(CONFIG, devices, context=4096, host_memory=256 * 10**9)
+    assert (offloaded.way, one.way) == ("device_map with offload", "one device")
+    assert offloaded.fits
+    # The first device has the cache of all layers, and room for the weights of one more.
+    (load,) = offloaded.loads
+    assert load.cache == 360448 * 4096
+    assert load.activations == activation_bytes(CONFIG, Demand(4096)) + 2768289792
+    assert offloaded.tokens_per_second == pytest.approx(
+        1 / (offloaded.host_weights / 25e9 + (load.weights - 805306368 + load.cache) / (0.9 * 4.8e12))
+    )
+    # One layer less on the host would be one too many on the device.
+    assert load.free < 2768289792
+    short = plan_sharding(CONFIG, devices, context=4096, host_memory=64 * 10**9)[0]
+    assert not short.fits
+
+
+# Measured
+
+
+def model_of(config: MistralLargeConfig) -> Any:
+    return MistralLargeForCausalLM(config).bfloat16().eval()
+
+
+@pytest.mark.parametrize(("heads", "hidden", "intermediate"), [(6, 192, 448), (12, 384, 896), (6, 96, 1024)])
+@pytest.mark.parametrize(
+    ("batch", "chunk", "context"),
+    [(1, 1024, 1024), (1, 256, 1024), (1, 256, 4096), (1, 64, 2048), (2, 512, 512), (2, 128, 1024), (4, 64, 256)],
+)
+def test_memory_is_what_is_allocated(
+    heads: int, hidden: int, intermediate: int, batch: int, chunk: int, context: int
+) -> None:
+    config = MistralLargeConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3,
+        head_dim=64,
+        num_hidden_layers=3,
+    )
+    model = model_of(config)
+    ids = torch.randint(0, 1000, (batch, context))
+    mask = torch.ones_like(ids)
+    # A batch has rows of several lengths.
+    mask[1:, :5] = 0
+    memory = PeakMemory()
+    with torch.no_grad(), memory:
+        cache: Any = DynamicCache(config=config)
+        for start in range(0, context, chunk):
+            end = start + chunk
+            model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
+    demand = Demand(context, batch, prefill_chunk=chunk)
+    planned = 3 * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
+    assert planned == pytest.approx(memory.peak, rel=0.1)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == 3 * cache_bytes_of_layer(config, demand)
+
+
+def test_planned_weights_are_the_allocated_ones(tiny_config: MistralLargeConfig) -> None:
+    tiny_config.num_hidden_layers = 7
+    model = model_of(tiny_config)
+    room = 2 * RESERVE // GIB
+    devices = [Device("a", room * GIB), Device("b", room * GIB), Device("c", room * GIB)]
+    plan = by_way(plan_sharding(tiny_config, devices, context=16))["device_map"]
+    assert plan.device_map is not None
+    check_device_map(model, plan.device_map)
+    modules = dict(model.named_modules())
+    for load in plan.loads:
+        held = sum(weight.nbytes for name in load.modules for weight in modules[name].parameters())
+        assert held == load.weights
+
+
+def quantized_model(quantization: Scheme) -> Any:
+    """A model with weights of zero, in the form they have in memory."""
+    config = MistralLargeConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=3,
+    )
+    model = model_of(config)
+    quantize_modules_(model, quantization)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("packed", "scale")) or tensor.dtype == torch.float8_e4m3fn:
+            tensor.zero_()
+    use_kernels_(model)
+    return model
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+def test_planned_quantized_weights_are_the_allocated_ones(quantization: Scheme) -> None:
+    model = quantized_model(quantization)
+    config = model.config
+    assert sum(tensor.nbytes for tensor in model.parameters()) == Sizes.of(config, quantization).weights
+    ranks = [Sizes.of(config, quantization, ranks=2).weights] * 2
+    shared = sum(ranks) - 1024 * 256 * 2 - 7 * 256 * 2
+    # Each rank has the embedding, the norms, and the scales of the rows it reads a part of.
+    again = 3 * 2 * 256 * 4 if quantization == "fp8" else 0
+    assert shared == Sizes.of(config, quantization).weights + again
+
+
+def test_int4_takes_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(EXPANDED_AT_ONCE, device, 2**14)
+    model = quantized_model("int4")
+    config = model.config
+    cache: Any = DynamicCache(config=config)
+    memory = PeakMemory()
+    with torch.no_grad(), memory:
+        model(torch.randint(0, 1000, (1, 256)), past_key_values=cache, logits_to_keep=1)
+    demand = Demand(256, weights="int4")
+    planned = config.num_hidden_layers * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
+    assert planned * 0.75 < memory.peak < planned * 1.1
+
+
+# What people write
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8x80GB", [("80GB", 79.6, 3.35)] * 8),
+        ("h200", [("h200", 140.4, 4.8)]),
+        (" 2 x A100 + 24gb", [("A100", 79.6, 2.039)] * 2 + [("24gb", 24.0, 1.008)]),
+        ("4x95GiB@3.9", [("95GiB", 95.0, 3.9)] * 4),
+        ("100GB", [("100GB", 1e11 / GIB, None)]),
+        ("2xH100@2", [("H100", 79.6, 2.0)] * 2),
+    ],
+)
+def test_devices_as_people_write_them(text: str, expected: list[tuple[str, float, float | None]]) -> None:
+    assert parse_devices(text) == [
+        Device(name, int(gib * GIB), None if rate is None else rate * 1e12) for name, gib, rate in expected
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "8x", "0x80GB", "80", "0GB", "card", "2x80GB+", "80GB@", "-1x80GB", "8x80GB@x"])
+def test_what_names_no_devices(text: str) -> None:
+    with pytest.raises(PlanError, match=r"neither a known card .* nor a size; write 8x80GB"):
+        parse_devices(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        ({"context": 0}, "context 0: the model has 1 to 131072 positions"),
+        ({"context": 131073}, "context 131073"),
+        ({"context": 1, "batch": 0}, "batch 0"),
+        ({"context": 1, "prefill_chunk": 0}, "prefill_chunk 0"),
+        ({"context": 1, "host_memory": -1}, "host_memory -1"),
+        ({"context": 1, "weights": "int3"}, "weights 'int3': must be one of bf16, fp16, fp32, fp8, int4"),
+        ({"context": 1, "kv": "int3"}, "kv 'int3': must be one of auto, fp8"),
+        ({"context": True}, "context True: the model has 1 to 131072 positions"),
+        ({"context": 8.5}, r"context 8\.5: the model has 1 to 131072 positions"),
+        ({"context": 1, "batch": 2**62 + 1}, "batch 4611686018427387905: must be at least 1, and at most 4611"),
+        ({"context": 1, "weights": "fp8", "host_memory": 1}, "host_memory with fp8 weights: quantized weights are not"),
+    ],
+)
+def test_demands_that_make_no_sense(options: dict[str, Any], finding: str) -> None:
+    with pytest.raises(PlanError, match=finding):
+        plan_sharding(CONFIG, parse_devices("80GB"), **options)
+
+
+@pytest.mark.parametrize("ask", [plan_sharding, device_map_for, largest_context, largest_batch, fewest_devices])
+def test_a_misspelt_option_is_an_error(ask: Any) -> None:
+    given: dict[Any, dict[str, int]] = {largest_context: {}, largest_batch: {"context": 1, "batch": 2}}
+    devices: Any = parse_devices("80GB")[0] if ask is fewest_devices else parse_devices("80GB")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kvv'"):
+        ask(CONFIG, devices, **given.get(ask, {"context": 1}), kvv="fp8")
+
+
+def test_the_fewest_layers_are_offloaded() -> None:
+    for text, context, batch in itertools.product(("24GB", "2x80GB", "24GB+80GB", "5x48GB"), (1, 8192, 60000), (1, 3)):
+        devices = parse_devices(text)
+        demand = Demand(context, batch)
+        plan = _plan_offload(CONFIG, devices, demand, LARGEST)
+        one_by_one = (_plan_device_map(CONFIG, devices, demand, offloaded=count) for count in range(1, 89))
+        fitting = next((each for each in one_by_one if each.fits), None)
+        if fitting is None:
+            assert not plan.fits
+        elif plan.fits:
+            assert plan == fitting
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    devices = parse_devices("4x80GB")
+    batch = largest_batch(CONFIG, devices, context=8192, batch=10**12)
+    assert plan_sharding(CONFIG, devices, context=8192, batch=batch)[0].fits
+    assert not plan_sharding(CONFIG, devices, context=8192, batch=batch + 1)[0].fits
+    assert largest_batch(CONFIG, parse_devices("24GB"), context=8192, batch=2) == 0
+
+
+def test_a_plan_takes_time_with_the_size_of_what_is_asked() -> None:
+    deep = MistralLargeConfig(num_hidden_layers=10_000, hidden_size=256, intermediate_size=512)
+    started = time.process_time()
+    smallest_changes(
+        deep,
+        parse_devices("8x24GB"),
+        131072,
+        {"batch": 10**9, "weights": "bf16", "kv": "auto", "prefill_chunk": 2048, "host_memory": 0},
+    )
+    # One by one, a thousand million batches.
+    assert time.process_time() - started < 30
+
+
+def test_no_devices() -> None:
+    with pytest.raises(PlanError, match="no devices"):
+        plan_sharding(CONFIG, [], context=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs to be found")
+def test_no_devices_here() -> None:
+    with pytest.raises(PlanError, match="no GPUs are found here; name those you mean, as in 8x80GB"):
+        detect_devices()
+
+
+def test_device_maps_for_from_pretrained() -> None:
+    # Tensor parallelism, which would be faster, has none.
+    device_map = device_map_for(CONFIG, parse_devices("4x80GB"), context=4096)
+    assert set(device_map) == MODULES
+    with pytest.raises(PlanError, match=r"no room for 90\.2 GiB on these 1 devices"):
+        device_map_for(CONFIG, parse_devices("141GB"), context=1)
+
+
+# The command
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    return result.exit_code, result.stdout
+
+
+def test_the_command_says_how_to_run_what_fits(tmp_path: Path) -> None:
+    code, printed = run("--gpus", "4x80GB", "--context", "32768", "--svg", str(tmp_path / "plan.svg"))
+    assert code == 0
+    assert "228.4 GiB of weights in bf16, 11.0 GiB of cache for 1 × 32,768 positions" in printed
+    assert "torchrun --nproc-per-node 4 --no-python mistral-large chat mistralai/Mistral-Large-Instruct-2407" in printed
+    assert printed.count("80GB") == 4
+    assert (tmp_path / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_command_says_what_would_fit() -> None:
+    code, printed = run("--gpus", "2x141GB", "--context", "131072", "--batch", "2")
+    assert code == 1
+    changes = dict(line.split()[:2] for line in printed.splitlines() if line.startswith("  --"))
+    assert set(changes) == {"--batch", "--context", "--gpus", "--host", "--weights"}
+    assert run("--gpus", "2x141GB", "--context", "131072", "--batch", "2", "--weights", changes["--weights"])[0] == 0
+    assert run("--gpus", "2x141GB", "--context", changes["--context"], "--batch", "2")[0] == 0
+    assert run("--gpus", changes["--gpus"], "--context", "131072", "--batch", "2")[0] == 0
+    asked = ("--gpus", "2x141GB", "--context", "131072", "--batch", "2", "--host")
+    assert run(*asked, changes["--host"].rstrip(","))[0] == 0
+    assert run(*asked, "10GB")[0] == 1
+
+
+def test_smaller_parts_of_the_prompt_and_a_smaller_cache_may_help() -> None:
+    whole = ("--gpus", "141GB", "--context", "131072", "--weights", "fp8")
+    assert run(*whole)[0] == 1
+    code, printed = run(*whole, "--kv", "fp8")
+    assert code == 1
+    assert "  --prefill-chunk 1024\n" in printed
+    code, printed = run(*whole, "--kv", "fp8", "--prefill-chunk", "1024")
+    assert code == 0
+    assert printed.endswith("-fp8 --device-map cuda --kv fp8 --prefill-chunk 1024\n")
+    code, printed = run("--gpus", "141GB", "--context", "90000", "--weights", "fp8")
+    assert (code, "  --kv fp8\n" in printed) == (1, True)
+    assert run("--gpus", "141GB", "--context", "90000", "--weights", "fp8", "--kv", "fp8")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["chat", "plan"])
+def test_the_commands_read_as_much_at_once_as_the_model(command: str) -> None:
+    commands = {each.callback.__name__: each.callback for each in app.registered_commands if each.callback}
+    assert signature(commands[command]).parameters["prefill_chunk"].default == PREFILL_CHUNK
+
+
+def test_the_command_prints_every_figure() -> None:
+    code, printed = run("--gpus", "8x80GB", "--context", "4096", "--json")
+    report = json.loads(printed)
+    assert code == 0
+    assert (report["weights_bytes"], report["cache_bytes"], report["fits"]) == (245220139008, 360448 * 4096, True)
+    ways = [(way["way"], way["weights"]) for way in report["ways"]]
+    parallel = "tensor parallel"
+    assert ways == [(parallel, "bf16"), ("device_map", "bf16"), (parallel, "fp8"), (parallel, "int4")]
+    assert len(report["ways"][1]["device_map"]) == len(MODULES)
+    code, printed = run("--gpus", "80GB", "--json")
+    report = json.loads(printed)
+    assert (code, report["fits"], report["run"]) == (1, False, None)
+    assert report["changes"]["gpus"] == "--gpus 4x80GB"
+
+
+def test_the_command_reads_geometries(tmp_path: Path) -> None:
+    folder = assemble_demo_checkpoint(tmp_path / "demo")
+    code, printed = run(str(folder), "--gpus", "24GB", "--json")
+    assert code == 0
+    sizes = Sizes.of(MistralLargeConfig.from_pretrained(folder), "bf16")
+    assert json.loads(printed)["weights_bytes"] == sizes.weights < 10**7
+    code, printed = run(str(folder), "--gpus", "24GB", "--kv", "fp8")
+    assert f"mistral-large chat {folder} --device-map cuda --kv fp8\n" in printed
+
+
+def test_the_code_it_prints_makes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--gpus", "5x80GB", "--context", "9000", "--batch", "2", "--kv", "fp8", "--prefill-chunk", "512")
+    _, printed = run(*asked)
+    lines = printed.partition("Run it:\n\n")[2].splitlines()
+    planned = next(line for line in lines if line.startswith("device_map = "))
+    config: Any = MistralLargeConfig()
+    found: dict[str, Any] = {"config": config, "device_map_for": device_map_for}
+    found["detect_devices"] = lambda: parse_devices("5x80GB")
+    exec(planned, found)
+    report = json.loads(run(*asked, "--json")[1])
+    assert found["device_map"] == report["ways"][0]["device_map"]
+    assert lines[-1] == "model.generate(..., past_key_values=Fp8Cache(config), prefill_chunk_size=512)"
+    compile("\n".join(lines), "printed", "exec")
+
+
+def test_quantized_weights_are_converted_first() -> None:
+    code, printed = run("--gpus", "141GB", "--weights", "int4")
+    steps = printed.partition("Run it:\n\n")[2].splitlines()
+    assert code == 0
+    name = "Mistral-Large-Instruct-2407"
+    assert steps[0] == f"mistral-large convert mistralai/{name} {name}-int4 --quantize int4"
+    assert steps[-1] == f"mistral-large chat {name}-int4 --device-map cuda"
+
+
+def test_errors_of_the_command_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "mistral_large", "head_dim": 3}')
+    for arguments in (
+        ["--gpus", "card"],
+        [str(tmp_path), "--gpus", "80GB"],
+        [str(tmp_path / "other"), "--gpus", "80GB"],
+        [str(tmp_path / "none"), "--gpus", "80GB"],
+        ["--gpus", "80GB", "--host", "much"],
+        ["--gpus", "80GB", "--host", "9" * 400 + "GB"],
+        ["--gpus", "9" * 400 + "GB"],
+        ["--gpus", "80GB@" + "9" * 400],
+        ["--gpus", "80GB@0"],
+        ["--gpus", "999x80GB+" * 11_000 + "80GB"],
+        ["--gpus", "999x80GB+999x80GB"],
+        ["--gpus", "a" * 100_000],
+        ["--gpus", " " * 100_000],
+        ["--gpus", "80GB", "--batch", "1" * 400],
+        ["--gpus", "80GB", "--context", "1" * 400],
+        ["--gpus", "80GB", "--prefill-chunk", "1" * 400],
+        # Options without effect.
+        ["--gpus", "24GB", "--weights", "int4", "--host", "999GB"],
+        ["--gpus", "80GB", "--json", "--svg", str(tmp_path / "plan.svg")],
+    ):
+        monkeypatch.setattr("sys.argv", ["mistral-large", "plan", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("mistral-large: ")
+        assert captured.err.count("\n") == 1
+        assert len(captured.err) < 1000

@@ -1,0 +1,856 @@
+"""Prompts against the reference: the same ids where it accepts, a refusal where it refuses, choices where we say so.
+
+MISTRAL_LARGE_CONVERSATIONS=100000 pytest -n 2 tests/modeling/instruct/test_chat_prompts.py compares that
+many conversations.
+"""
+
+import copy
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass, replace
+from datetime import date
+from decimal import Decimal
+from enum import Enum
+from itertools import chain, pairwise, product
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+from mistral_common.protocol.instruct.tool_calls import Tool
+from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.errors import ConversationError
+from modeling_mistral_large.instruct.prompt import Segment, build_prompt
+from tests.support.conversations import (
+    KINDS,
+    ODD_TOOLS,
+    Conversation,
+    Kind,
+    conversations,
+    invalid_conversations,
+    reference_ids,
+    reference_request,
+    reference_sample_ids,
+    training_samples,
+)
+
+Reference = MistralTokenizer[Any, Any, Any, Any, Any]
+Message = dict[str, Any]
+
+CONVERSATIONS = int(os.environ.get("MISTRAL_LARGE_CONVERSATIONS", "1200"))
+BATCHES = 4
+
+
+def user(content: Any = "hi") -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any = "yes", **rest: Any) -> Message:
+    return {"role": "assistant", "content": content, **rest}
+
+
+def call(call_id: Any = "abcdefghi", name: Any = "f", arguments: Any = "{}") -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*ids: Any) -> Message:
+    return assistant(None, tool_calls=[call(call_id) for call_id in ids])
+
+
+def result(call_id: Any = "abcdefghi", content: Any = "22") -> Message:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def our_ids(tokenizer: MistralLargeTokenizer, conversation: Conversation, **options: Any) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(
+        conversation.messages,
+        tools=conversation.tools,
+        continue_final_message=conversation.continue_final_message,
+        return_dict=False,
+        **options,
+    )
+    return ids
+
+
+def prompt_ids(messages: list[Message]) -> tuple[list[str], list[str]]:
+    """Return the ids of the calls and of the results in a prompt."""
+    texts = [segment.text for segment in build_prompt(messages)]
+    called = [json.loads(text) for mark, text in pairwise(texts) if mark == "[TOOL_CALLS]"]
+    answered = [json.loads(text) for mark, text in pairwise(texts) if mark == "[TOOL_RESULTS]"]
+    return [item["id"] for item in chain.from_iterable(called)], [item["call_id"] for item in answered]
+
+
+# The reference's ids
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_the_references(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind, batch: int
+) -> None:
+    for conversation in conversations(kind, seed=batch, count=CONVERSATIONS // (len(KINDS) * BATCHES)):
+        assert our_ids(tokenizer, conversation) == reference_ids(reference_tokenizer, conversation), conversation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strict_accepts_what_the_reference_accepts(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind
+) -> None:
+    for conversation in conversations(kind, seed=11, count=40):
+        expected = reference_ids(reference_tokenizer, conversation)
+        assert our_ids(tokenizer, conversation, strict=True) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_final_answer_is_what_the_reference_trains_on(
+    tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, kind: Kind
+) -> None:
+    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
+    compared = 0
+    for conversation in conversations(kind, seed=12, count=60):
+        if conversation.messages[-1]["role"] == "assistant":
+            continue
+        for answer in (assistant("done  "), calls("ABCDEFGHI", "123456789")):
+            finished = Conversation([*conversation.messages, answer], conversation.tools)
+            try:
+                expected = reference_ids(reference, finished)
+            # Calls without results, and results without calls, are not for training.
+            except (MistralCommonException, ValueError):
+                continue
+            compared += 1
+            assert our_ids(tokenizer, finished) == expected
+    assert compared > 30
+
+
+@pytest.mark.parametrize("kind", ["plain", "nasty"])
+def test_a_rendered_prompt_encodes_to_the_same_ids(tokenizer: MistralLargeTokenizer, kind: Kind) -> None:
+    for conversation in conversations(kind, seed=13, count=60):
+        text = tokenizer.apply_chat_template(
+            conversation.messages,
+            tools=conversation.tools,
+            continue_final_message=conversation.continue_final_message,
+            tokenize=False,
+        )
+        assert tokenizer.encode(text, add_special_tokens=False) == our_ids(tokenizer, conversation)
+
+
+def test_a_batch_is_the_same_as_one_by_one(tokenizer: MistralLargeTokenizer) -> None:
+    drawn = [conversation.messages for conversation in conversations("nasty", seed=14, count=20)]
+    assert tokenizer.apply_chat_template(drawn, return_dict=False) == [
+        tokenizer.apply_chat_template(messages, return_dict=False) for messages in drawn
+    ]
+
+
+def test_the_assistant_mask_is_what_the_assistant_says(tokenizer: MistralLargeTokenizer) -> None:
+    messages = [
+        user(),
+        assistant("One. "),
+        assistant("Two."),
+        user(),
+        calls("abcdefghi"),
+        result(),
+        assistant("Three."),
+    ]
+    output = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    said = [index for index, is_said in zip(output["input_ids"], output["assistant_masks"], strict=True) if is_said]
+    assert tokenizer.decode(said) == (
+        'One. \n\nTwo.</s>[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "abcdefghi"}]</s> Three.</s>'
+    )
+
+
+def test_the_callers_data_stays_as_it_is(tokenizer: MistralLargeTokenizer) -> None:
+    for conversation in chain(
+        conversations("nasty", seed=15, count=50),
+        [
+            Conversation(
+                [user([{"type": "text", "text": "a"}]), calls(None, "call_1"), result(None), result("call_1", {})]
+            )
+        ],
+    ):
+        before = copy.deepcopy(conversation)
+        our_ids(tokenizer, conversation)
+        assert repr(conversation) == repr(before)
+
+
+def test_python_functions_are_tools(tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference) -> None:
+    def get_current_weather(location: str, days: int = 1) -> str:
+        """
+        Get the current <weather> — °C
+
+        Args:
+            location: The city
+            days: How many days (choices: [1, 7])
+
+        Returns:
+            The weather
+        """
+        return f"{location} {days}"
+
+    properties = {
+        "location": {"type": "string", "description": "The city"},
+        "days": {"type": "integer", "enum": [1, 7], "description": "How many days"},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["location"]}
+    tool = {"name": "get_current_weather", "description": "Get the current <weather> — °C", "parameters": parameters}
+    expected = reference_ids(reference_tokenizer, Conversation([user()], [{"type": "function", "function": tool}]))
+    assert our_ids(tokenizer, Conversation([user()], [get_current_weather])) == expected  # type: ignore[list-item]
+    assert our_ids(tokenizer, Conversation([user()], [tool])) == expected
+
+
+def test_messages_may_be_mappings_dataclasses_and_pydantic_models() -> None:
+    @dataclass
+    class Said:
+        role: str
+        content: str
+
+    expected = build_prompt([user("a"), assistant("b"), user("c")])
+    assert build_prompt([Said("user", "a"), Said("assistant", "b"), Said("user", "c")]) == expected
+    assert build_prompt([MappingProxyType(message) for message in (user("a"), assistant("b"), user("c"))]) == expected
+    native = [UserMessage(content="a"), AssistantMessage(content="b"), UserMessage(content="c")]
+    assert build_prompt(native) == expected
+
+
+def as_objects(value: Any) -> Any:
+    """Return messages and all that is in them as objects with the fields of the dicts."""
+    if isinstance(value, dict):
+        fields = {name: item if name == "arguments" else as_objects(item) for name, item in value.items()}
+        types: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
+        return pydantic.create_model("Fields", **types)(**fields)
+    return tuple(map(as_objects, value)) if isinstance(value, list) else value
+
+
+def as_dataclasses(value: Any) -> Any:
+    if isinstance(value, dict):
+        fields = {name: item if name == "arguments" else as_dataclasses(item) for name, item in value.items()}
+        return make_dataclass("Fields", fields)(**fields)
+    return deque(map(as_dataclasses, value)) if isinstance(value, list) else value
+
+
+def as_mappings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return MappingProxyType({name: as_mappings(item) for name, item in value.items()})
+    return list(map(as_mappings, value)) if isinstance(value, list) else value
+
+
+class Text(str):
+    """A text of a library's own."""
+
+    def __str__(self) -> str:
+        return "not the text"
+
+
+def as_texts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: as_texts(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return list(map(as_texts, value))
+    return Text(value) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("convert", [as_objects, as_dataclasses, as_mappings, as_texts])
+def test_objects_are_read_at_every_depth(tokenizer: MistralLargeTokenizer, convert: Callable[[Any], Any]) -> None:
+    for conversation in conversations("nasty", seed=17, count=40):
+        expected = our_ids(tokenizer, conversation)
+        messages: list[Any] = [convert(message) for message in conversation.messages]
+        assert our_ids(tokenizer, replace(conversation, messages=messages)) == expected
+        # Dicts with objects in them, as the answer of a client is put back.
+        messages = [{key: convert(value) for key, value in message.items()} for message in conversation.messages]
+        assert our_ids(tokenizer, replace(conversation, messages=messages)) == expected
+
+
+def test_tools_may_be_objects(tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference) -> None:
+    for conversation in conversations("nasty", seed=18, count=60):
+        if not conversation.tools:
+            continue
+        expected = reference_ids(reference_tokenizer, conversation)
+        native = [Tool.from_openai({"type": "function", **tool}) for tool in conversation.tools]
+        half = [{**tool, "function": given.function} for tool, given in zip(conversation.tools, native, strict=True)]
+        for tools in (native, tuple(native), half):
+            assert our_ids(tokenizer, replace(conversation, tools=tools)) == expected  # type: ignore[arg-type]
+
+
+def test_requests_are_conversations(tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference) -> None:
+    for conversation in conversations("nasty", seed=19, count=60):
+        request = reference_request(conversation)
+        expected = reference_ids(reference_tokenizer, conversation)
+        assert tokenizer.apply_chat_template(request, return_dict=False) == expected
+        assert tokenizer.apply_chat_template([request], return_dict=False) == [expected]
+        fields = {
+            "model": "m",
+            "temperature": 0.7,
+            "messages": conversation.messages,
+            "tools": conversation.tools,
+            "continue_final_message": conversation.continue_final_message,
+        }
+        assert tokenizer.apply_chat_template(fields, return_dict=False) == expected
+        assert tokenizer.apply_chat_template([fields], return_dict=False) == [expected]
+        messages: Any = tuple(conversation.messages)
+        assert our_ids(tokenizer, replace(conversation, messages=messages)) == expected
+
+
+REQUESTS = {
+    "text": ("hi", "messages 'hi': a conversation is a list"),
+    "one message": (user(), "messages .*: a conversation is a list"),
+    "iterator": (iter([user()]), "messages .*: a conversation is a list"),
+    "nothing": (None, "messages None: a conversation is a list"),
+    "request without messages": ({"tools": []}, "messages .*: a conversation is a list"),
+    "effort": ({"messages": [user()], "reasoning_effort": "high"}, "reasoning_effort 'high'"),
+    "documents": ({"messages": [user()], "documents": [{}]}, "documents"),
+    "truncated": ({"messages": [user()], "truncate_for_context_length": True}, "truncate_for_context_length"),
+}
+
+
+@pytest.mark.parametrize(("conversation", "problem"), REQUESTS.values(), ids=REQUESTS)
+def test_what_is_no_conversation_is_refused(conversation: Any, problem: str) -> None:
+    with pytest.raises(ConversationError, match=problem):
+        build_prompt(conversation)
+
+
+def test_a_request_has_one_list_of_tools() -> None:
+    tool = {"name": "f"}
+    assert build_prompt({"messages": [user()], "functions": [tool]}) == build_prompt([user()], [tool])
+    with pytest.raises(ConversationError, match="tools: the request has its own"):
+        build_prompt({"messages": [user()], "tools": [tool]}, [tool])
+
+
+@pytest.mark.parametrize("tools", [lambda x: x, {"name": "f"}, "f", 7, iter([]), {}, False])
+def test_tools_are_a_list(tokenizer: MistralLargeTokenizer, tools: Any) -> None:
+    with pytest.raises(ConversationError, match="tools are a list"):
+        our_ids(tokenizer, Conversation([user()], tools))
+
+
+def test_roles_and_types_may_be_enums() -> None:
+    kinds = Enum("kinds", {"USER": "user", "ASSISTANT": "assistant", "TEXT": "text", "FUNCTION": "function"})
+    messages = [
+        {"role": kinds.USER, "content": [{"type": kinds.TEXT, "text": "a"}]},
+        {"role": kinds.ASSISTANT, "tool_calls": [{**call(), "type": kinds.FUNCTION}]},
+    ]
+    assert build_prompt(messages) == build_prompt([user("a"), calls("abcdefghi")])
+
+
+# Keys
+
+
+def test_keys_that_say_nothing_are_read_over(tokenizer: MistralLargeTokenizer) -> None:
+    about: dict[str, Any] = {
+        "id": "msg_1",
+        "created_at": "2024-07-24",
+        "metadata": {"a": 1},
+        "cache_control": {"type": "ephemeral"},
+        "refusal": None,
+        "audio": None,
+        "annotations": [],
+        "function_call": None,
+        "images": (),
+        "thinking": "",
+        "tool_calls": None,
+        "prefix": False,
+        "weight": None,
+        "reasoning_content": "",
+        "provider": {},
+    }
+    plain = [{"role": "system", "content": "s"}, user([{"type": "text", "text": "a"}]), calls("abcdefghi"), result()]
+    messages = copy.deepcopy(plain)
+    for part in (*messages, messages[1]["content"][0], messages[2]["tool_calls"][0]):
+        part.update({name: value for name, value in about.items() if name not in part})
+    assert our_ids(tokenizer, Conversation(messages)) == our_ids(tokenizer, Conversation(plain))
+
+
+def test_a_name_is_left_out_and_said(tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference) -> None:
+    messages = [{"role": "system", "content": "s", "name": "x"}, {**user(), "name": "Ada"}, assistant(name="b"), user()]
+    with pytest.warns(UserWarning, match="`name` of a message"):
+        ids = our_ids(tokenizer, Conversation(messages))
+    assert ids == reference_ids(reference_tokenizer, Conversation(messages))
+
+
+# What some API, library or data set says with a key, and the part of a message that it stands in.
+MEANT: tuple[tuple[str, str, Any], ...] = (
+    *(("user", "prefix", True), ("user", "tool_calls", [call()]), ("user", "tool_call_id", "abcdefghi")),
+    *(("user", "weight", 0), ("user", "images", ["x"]), ("user", "audio", {"id": "a"}), ("user", "attachments", [1])),
+    *(("system", "tools", [{}]), ("system", "prefix", True), ("tool", "is_error", True), ("tool", "status", "error")),
+    *(("tool", "tool_calls", [call()]), ("tool", "artifact", {"a": 1}), ("tool", "weight", 1)),
+    *(("assistant", "refusal", "I will not."), ("assistant", "audio", {"id": "a"}), ("assistant", "train", False)),
+    *(("assistant", "annotations", [{"url": "x"}]), ("assistant", "thinking", "hm"), ("assistant", "text", "hm")),
+    *(("assistant", "tool_call_id", "abcdefghi"), ("assistant", "training", 0), ("assistant", "reasoning", "hm")),
+    *(("chunk", "thinking", "hm"), ("chunk", "citations", [1]), ("call", "custom", {"name": "f"})),
+    *(("call", "arguments", {"a": 1}), ("function", "parameters", {"a": 1}), ("function", "input", {"a": 1})),
+)
+
+
+@pytest.mark.parametrize(("place", "key", "value"), MEANT, ids=str)
+def test_keys_that_mean_something_are_refused(place: str, key: str, value: Any) -> None:
+    messages = [
+        {"role": "system", "content": "s"},
+        user([{"type": "text", "text": "a"}]),
+        calls("abcdefghi"),
+        result(),
+        assistant("done"),
+    ]
+    build_prompt(messages)
+    parts = {
+        **{message["role"]: message for message in messages},
+        "chunk": messages[1]["content"][0],
+        "call": messages[2]["tool_calls"][0],
+        "function": messages[2]["tool_calls"][0]["function"],
+    }
+    parts[place][key] = value
+    with pytest.raises(ConversationError, match=rf"^message \d.*: {key}"):
+        build_prompt(messages)
+
+
+def test_old_calls_are_calls() -> None:
+    """What OpenAI's API had before `tool_calls`."""
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    old = [
+        user(),
+        assistant(None, function_call=function),
+        {"role": "function", "name": "f", "content": "22"},
+        assistant("I look.", function_call=as_objects(function)),
+        {"role": "function", "name": "f", "content": "23"},
+    ]
+    new = [
+        user(),
+        assistant(None, tool_calls=[{"function": function}]),
+        result(None),
+        assistant("I look.", tool_calls=[{"function": function}]),
+        result(None, "23"),
+    ]
+    assert build_prompt(old) == build_prompt(new)
+    for messages in (old[:2], [user(), calls("abcdefghi"), {**old[2], "tool_call_id": "abcdefghi"}]):
+        with pytest.raises(ConversationError, match="function"):
+            build_prompt(messages, strict=True)
+    with pytest.raises(ConversationError, match=r"message 1: function_call .*; calls are in tool_calls"):
+        build_prompt([user(), {**calls("a"), "function_call": function}])
+
+
+# Results and arguments that are no text
+
+JSON_RESULTS = {
+    "list": ([1, "a", None, {"b": [True]}], '[1, "a", null, {"b": [true]}]'),
+    "list of texts": (["text"], '["text"]'),
+    "list of objects": ([{"text": "x"}, {"kind": "y"}], '[{"text": "x"}, {"kind": "y"}]'),
+    "tuple": ((1, 2), "[1, 2]"),
+    "number": (-0.5, "-0.5"),
+    "numpy": ({"a": np.float32(0.5), "b": np.arange(2)}, '{"a": 0.5, "b": [0, 1]}'),
+    "numpy number": (np.int64(7), "7"),
+    "date": ([date(2024, 7, 24)], '["2024-07-24"]'),
+    "exact": (Decimal("0.1"), "0.1"),
+    "object": (
+        Conversation([{"role": "x"}]),
+        '{"messages": [{"role": "x"}], "tools": null, "continue_final_message": false}',
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "text"), JSON_RESULTS.values(), ids=JSON_RESULTS)
+def test_results_and_arguments_of_every_kind_are_json(value: Any, text: str) -> None:
+    plain = [user(), calls("abcdefghi"), result(content=text)]
+    assert build_prompt([*plain[:2], result(content=value)]) == build_prompt(plain)
+    with pytest.raises(ConversationError, match="message 2"):
+        build_prompt([*plain[:2], result(content=value)], strict=True)
+    called, written = (
+        assistant(None, tool_calls=[call(arguments={"v": given})]) for given in (value, json.loads(text))
+    )
+    assert build_prompt([user(), called]) == build_prompt([user(), written])
+
+
+# Training samples
+
+
+@pytest.fixture(scope="module")
+def finetuning_reference(tokenizer_model_file: Path) -> Reference:
+    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
+    return reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_are_what_the_reference_trains_on(
+    tokenizer: MistralLargeTokenizer, finetuning_reference: Reference, kind: Kind
+) -> None:
+    taken = 0
+    for sample in training_samples(kind, seed=41, count=150):
+        try:
+            expected = reference_sample_ids(finetuning_reference, sample)
+        # The reference asserts, too.
+        except Exception:
+            with pytest.raises(ConversationError):
+                our_ids(tokenizer, sample, finetuning=True, strict=True)
+            continue
+        taken += 1
+        assert our_ids(tokenizer, sample, finetuning=True, strict=True) == expected
+        assert our_ids(tokenizer, sample, finetuning=True) == expected
+        # A final answer is a sample, whether it is said or not.
+        assert our_ids(tokenizer, sample) == expected
+    assert taken > 50
+
+
+@pytest.mark.parametrize("weights", list(product((None, 0, 1), repeat=3)), ids=str)
+def test_messages_of_weight_0_are_not_trained_on(tokenizer: MistralLargeTokenizer, weights: tuple[Any, ...]) -> None:
+    said = [assistant("One. "), calls("abcdefghi"), assistant("Three.")]
+    first, second, third = (
+        message if weight is None else {**message, "weight": weight}
+        for message, weight in zip(said, weights, strict=True)
+    )
+    messages = [user(), first, user(), second, result(), third]
+    output = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    # No tools and no system text move: each message's tokens are the rest of the prompt that ends with it.
+    ends = [len(tokenizer.apply_chat_template(messages[: end + 1], return_dict=False)) for end in range(6)]
+    mask = [0] * ends[-1]
+    for index, weight in zip((1, 3, 5), weights, strict=True):
+        mask[ends[index - 1] : ends[index]] = [int(weight != 0)] * (ends[index] - ends[index - 1])
+    assert output["assistant_masks"] == mask
+
+
+def test_messages_of_different_weight_are_kept_apart() -> None:
+    segments = build_prompt([user(), assistant("a", weight=0), assistant("b", weight=1), assistant("c", weight=1.0)])
+    assert [segment.text for segment in segments[4:]] == ["a", "</s>", "b\n\nc", "</s>"]
+    assert [segment.is_generated for segment in segments[4:]] == [False, False, True, True]
+
+
+def test_a_final_call_without_an_id_has_none() -> None:
+    for given in (None, "null", ""):
+        assert build_prompt([user(), calls(given, "call_123456789")])[-2].text == (
+            '[{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}, "id": "123456789"}]'
+        )
+    # One that is to be continued is no sample.
+    assert '"id": "100000000"' in build_prompt([user(), calls(None)], continue_final_message=True)[-1].text
+
+
+NO_SAMPLES = {
+    "user": ([user()], "message 0: its role is user; a training sample ends with"),
+    "prefix": ([user(), assistant(prefix=True)], "message 1: a message to be continued; a training sample"),
+    "results at the end": ([user(), calls("a"), result("a")], "message 2: its role is tool"),
+    "call without an id": (
+        [user(), calls("abcdefghi", None), result(), result(None), assistant()],
+        r"message 1: tool_calls\[1\] has no id; .* `new_tool_call_id`",
+    ),
+    "weight": ([user(), assistant(weight=0.5)], "message 1: weight 0.5; it is 0 or 1"),
+    "weight as text": ([user(), assistant(weight="0")], "message 1: weight '0'"),
+}
+
+
+@pytest.mark.parametrize(("messages", "problem"), NO_SAMPLES.values(), ids=NO_SAMPLES)
+def test_what_is_no_sample_is_refused(messages: list[Message], problem: str) -> None:
+    with pytest.raises(ConversationError, match=problem):
+        build_prompt(messages, finetuning=True)
+
+
+def test_errors_quote_the_beginning_of_long_values() -> None:
+    with pytest.raises(ConversationError) as refusal:
+        build_prompt([user({"x": "y" * 10_000})])
+    assert len(str(refusal.value)) < 300
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_we_refuse_what_the_reference_refuses(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind
+) -> None:
+    refused = 0
+    for conversation in invalid_conversations(kind, seed=1, count=400):
+        try:
+            expected = reference_ids(reference_tokenizer, conversation)
+        # pydantic, jsonschema, SentencePiece and plain Python all have their say.
+        except Exception:
+            refused += 1
+            with pytest.raises(ConversationError, match=r"^(message \d+|tool \d+|no messages)"):
+                our_ids(tokenizer, conversation, strict=True)
+        else:
+            if loses_something(conversation):
+                with pytest.raises(ConversationError, match=r"^message \d+: .* has no such thing in a"):
+                    our_ids(tokenizer, conversation)
+                continue
+            assert our_ids(tokenizer, conversation, strict=True) == expected, conversation
+            assert our_ids(tokenizer, conversation) == expected, conversation
+    assert refused > 100
+
+
+def loses_something(conversation: Conversation) -> bool:
+    """Return whether the reference leaves out a key of a message that is another role's to have."""
+    request = reference_request(conversation)
+    return any(
+        given.get(key) not in (None, False, "", [], {}) and not hasattr(message, key)
+        for given, message in zip(conversation.messages, request.messages, strict=True)
+        for key in ("tool_calls", "tool_call_id", "prefix")
+    )
+
+
+@pytest.mark.parametrize("tool", ODD_TOOLS, ids=str)
+def test_we_refuse_the_tools_the_reference_refuses(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, tool: dict[str, Any]
+) -> None:
+    conversation = Conversation([user()], [tool])
+    try:
+        expected = reference_ids(reference_tokenizer, conversation)
+    except Exception:
+        with pytest.raises(ConversationError, match="tool 0"):
+            our_ids(tokenizer, conversation, strict=True)
+    else:
+        assert our_ids(tokenizer, conversation, strict=True) == expected
+
+
+REFUSED: dict[str, tuple[list[Any], str]] = {
+    "nothing": ([], "no messages"),
+    "no message": (["hi"], "message 0: 'hi'; a message is a dict"),
+    "no role": ([{"content": "hi"}], "message 0: role None"),
+    "unknown role": ([user(), {"role": "critic", "content": "x"}], "message 1: role 'critic'"),
+    "list as a role": ([{"role": [], "content": "x"}], r"message 0: role \[\]"),
+    "assistant alone": ([assistant()], "message 0: an assistant message alone"),
+    "tool alone": ([result()], "message 0: an? tool message alone"),
+    "tool after user": ([user(), result()], "message 1: role tool after user"),
+    "tool after system": ([{"role": "system", "content": "s"}, result(), user()], "message 1: role tool after system"),
+    "system after assistant": (
+        [user(), assistant(), {"role": "system", "content": "s"}],
+        "message 2: role system after",
+    ),
+    "system after tool": (
+        [user(), calls("a"), result(), {"role": "developer", "content": "s"}],
+        "message 3: role system",
+    ),
+    "prefix in the middle": ([user(), assistant(prefix=True), user()], "message 1: prefix is true"),
+    "prefix of another type": ([user(), assistant(prefix="yes")], "message 1: prefix 'yes'"),
+    "empty answer": ([user(), assistant("")], "message 1: neither content nor tool_calls"),
+    "no answer": ([user(), {"role": "assistant"}, user()], "message 1: neither content nor tool_calls"),
+    "answer of empty chunks": ([user(), assistant([{"type": "text", "text": ""}])], "message 1: its text is empty"),
+    "missing result": ([user(), calls("a", "b"), result("a"), assistant()], "message 3: 1 tool results are missing"),
+    "missing call": (
+        [user(), calls("a"), result("a"), result("b"), assistant()],
+        "message 4: 1 tool results have no call",
+    ),
+    "text after calls": ([calls("a"), assistant(), user()], "message 1: text after tool calls"),
+    "number as content": ([user(7)], "message 0: content 7"),
+    "image": ([user([{"type": "image_url", "image_url": "x"}])], r"message 0: content\[0\] is 'image_url'"),
+    "text as a chunk": ([user(["hi"])], r"message 0: content\[0\] is 'hi'"),
+    "chunk without text": ([user([{"type": "text"}])], r"message 0: content\[0\].text is None"),
+    "reasoning": ([user(), assistant(reasoning_content="hm")], "message 1: reasoning_content"),
+    "calls of another type": ([user(), assistant(None, tool_calls={})], r"message 1: tool_calls \{\}"),
+    "no call": ([user(), assistant(None, tool_calls=[None])], r"message 1: tool_calls\[0\]: None"),
+    "call without a function": ([user(), assistant(None, tool_calls=[{"id": "a"}])], r"message 1: tool_calls\[0\]: \{"),
+    "call of another type": (
+        [user(), assistant(None, tool_calls=[{**call(), "type": "retrieval"}])],
+        r"message 1: tool_calls\[0\]: type 'retrieval'",
+    ),
+    "name of a call": (
+        [user(), assistant(None, tool_calls=[call(name="a b")])],
+        r"message 1: tool_calls\[0\]: name 'a b'",
+    ),
+    "arguments as a list": (
+        [user(), assistant(None, tool_calls=[call(arguments=[])])],
+        r"message 1: tool_calls\[0\] \(f\): arguments \[\]",
+    ),
+    "arguments that are no JSON": (
+        [user(), assistant(None, tool_calls=[call(arguments={"a": b"x"})])],
+        r"message 1: tool_calls\[0\]: bytes b'x'; it is no JSON value",
+    ),
+    "name of a result": ([user(), calls("a"), {**result("a"), "name": "a b"}], "message 2: name 'a b'"),
+    "digits without end": ([user(), calls("a"), result("a", "1" * 5000)], "message 2: Exceeds the limit"),
+    "brackets without end": ([user(), calls("a"), result("a", "[" * 100_000)], "message 2: maximum recursion depth"),
+    "surrogate": ([user(), assistant("x\ud800")], r"message 1: lone surrogate '\\ud800' at character 1"),
+    "surrogate in JSON": ([user(), calls("a"), result("a", '"\\udc00"')], "message 2: lone surrogate"),
+}
+
+
+@pytest.mark.parametrize(("messages", "finding"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_names_the_message(messages: list[Any], finding: str) -> None:
+    with pytest.raises(ConversationError, match=finding) as refusal:
+        build_prompt(messages)
+    # The finding, the rule and the way out.
+    assert str(refusal.value).count(";") + str(refusal.value).count(":") >= 2
+
+
+def test_only_an_assistant_message_can_be_continued() -> None:
+    with pytest.raises(ConversationError, match="message 0: its role is user; only an assistant message"):
+        build_prompt([user()], continue_final_message=True)
+
+
+def deep_schema(levels: int, schema: Any = True) -> Any:
+    for _ in range(levels):
+        schema = {"not": schema}
+    return schema
+
+
+REFUSED_TOOLS: dict[str, tuple[Any, str]] = {
+    "no tool": (7, "tool 0: 7; pass an OpenAI tool definition"),
+    "another type": ({"type": "retrieval", "function": {"name": "f"}}, "tool 0: type 'retrieval'"),
+    "no function": ({"function": "f"}, 'tool 0: no "function"'),
+    "no name": ({"function": {}}, "tool 0: name None"),
+    "name": ({"function": {"name": "a b"}}, "tool 0: name 'a b'"),
+    "description": ({"function": {"name": "f", "description": 7}}, r"tool 0 \(f\): description 7"),
+    "parameters": ({"function": {"name": "f", "parameters": []}}, r"tool 0 \(f\): parameters \[\]"),
+    "schema": (
+        {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "text"}}}}},
+        r"tool 0 \(f\): parameters.properties.a.type is 'text' and must be one or several of array,",
+    ),
+    "schema in a list": (
+        {"function": {"name": "f", "parameters": {"anyOf": [{}, {"minLength": -1}]}}},
+        r"parameters.anyOf\[1\].minLength is -1",
+    ),
+    "no JSON": ({"function": {"name": "f", "parameters": {"default": {1}}}}, "tool 0: Object of type set"),
+    "surrogate": ({"function": {"name": "f", "description": "\ud800"}}, "tool 0: lone surrogate"),
+    "schema that says the same twice": (
+        {"function": {"name": "f", "parameters": {"required": ["a", "a"]}}},
+        r"parameters.required is \['a', 'a'\] and must be a list of different names",
+    ),
+    "pattern": (
+        {"function": {"name": "f", "parameters": {"patternProperties": {"(": {}}}}},
+        r"parameters.patternProperties is '\(' and must be a regular expression",
+    ),
+    "levels without end": (
+        {"function": {"name": "f", "parameters": deep_schema(5000)}},
+        "tool 0: maximum recursion depth",
+    ),
+    "error at the bottom": (
+        {"function": {"name": "f", "parameters": deep_schema(100, {"type": "text"})}},
+        r"not\.not\.type is 'text' and must be one or several",
+    ),
+    "function without docstring": (lambda x: x, "tool 0: .*docstring"),
+    "class": (Conversation, "tool 0: .*docstring"),
+}
+
+
+@pytest.mark.parametrize(("tool", "finding"), REFUSED_TOOLS.values(), ids=REFUSED_TOOLS)
+def test_a_refusal_names_the_tool(tool: Any, finding: str) -> None:
+    with pytest.raises(ConversationError, match=finding):
+        build_prompt([user()], [tool])
+
+
+# What transformers users send every day
+
+LENIENT: dict[str, tuple[list[Message], list[Message]]] = {
+    "user without content": ([{"role": "user"}, user("b")], [user(""), user("b")]),
+    "user with null": ([user(None)], [user("")]),
+    "system with null": ([{"role": "system", "content": None}, user()], [user()]),
+    "result with null": (
+        [user(), calls("abcdefghi"), result(content=None)],
+        [user(), calls("abcdefghi"), result(content="")],
+    ),
+    "result object": (
+        [user(), calls("abcdefghi"), result(content={"t": 22.5, 1: None})],
+        [user(), calls("abcdefghi"), result(content='{"t": 22.5, "1": null}')],
+    ),
+    "result number": (
+        [user(), calls("abcdefghi"), result(content=0)],
+        [user(), calls("abcdefghi"), result(content="0")],
+    ),
+    "result boolean": (
+        [user(), calls("abcdefghi"), result(content=False)],
+        [user(), calls("abcdefghi"), result(content="false")],
+    ),
+    "call without arguments": (
+        [user(), assistant(None, tool_calls=[{"id": "abcdefghi", "function": {"name": "f"}}]), result()],
+        [user(), calls("abcdefghi"), result()],
+    ),
+    "empty chunks beside calls": (
+        [user(), assistant([{"type": "text", "text": ""}], tool_calls=[call()]), result()],
+        [user(), calls("abcdefghi"), result()],
+    ),
+}
+
+
+@pytest.mark.parametrize(("messages", "plain"), LENIENT.values(), ids=LENIENT)
+def test_harmless_shapes_are_read(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, messages: list[Message], plain: list[Message]
+) -> None:
+    expected = reference_ids(reference_tokenizer, Conversation(plain))
+    assert our_ids(tokenizer, Conversation(messages)) == expected
+    with pytest.raises(ConversationError, match="message"):
+        build_prompt(messages, strict=True)
+
+
+def test_text_beside_calls_is_kept() -> None:
+    messages = [user(), assistant("I look. "), assistant("Now.", tool_calls=[call()]), result(), user()]
+    assert build_prompt(messages)[4:8] == [
+        Segment("I look. \n\nNow.", is_generated=True),
+        Segment("[TOOL_CALLS]", is_control=True, is_generated=True),
+        Segment('[{"name": "f", "arguments": {}, "id": "abcdefghi"}]', is_generated=True),
+        Segment("</s>", is_control=True, is_generated=True),
+    ]
+    with pytest.raises(ConversationError, match="message 2: content and tool_calls"):
+        build_prompt(messages, strict=True)
+
+
+def test_strict_refuses_a_final_answer() -> None:
+    with pytest.raises(ConversationError, match="message 1: a final assistant message"):
+        build_prompt([user(), assistant()], strict=True)
+
+
+# Tool call ids
+
+ID = re.compile("[A-Za-z0-9]{9}")
+
+FOREIGN_IDS: dict[str, tuple[list[Any], list[Any]]] = {
+    "openai": (["call_6PEbjQwkYfuSRxVB2rYGIFAh", "call_1"], ["call_6PEbjQwkYfuSRxVB2rYGIFAh", "call_1"]),
+    "out of order": (["call_1", "call_2"], ["call_2", "call_1"]),
+    "uuid": (["a1b2c3d4-0000-4000-8000-000000000001", "a1b2c3d4-0000-4000-8000-000000000002"],) * 2,
+    "same ending": (["x-abcdefghi", "y-abcdefghi", "abcdefghi"],) * 2,
+    "running number taken": (["1", "100000000", "2"],) * 2,
+    "server": (["req_7_tool_call_0", "req_7_tool_call_1"],) * 2,
+    "missing": ([None, None], [None, None]),
+    "null": (["null", "null"], ["null", "null"]),
+    "empty": (["", ""], [None, ""]),
+    "missing on the calls": ([None, "abcdefghi"], ["call_1", "abcdefghi"]),
+    "missing on the results": (["call_1", "abcdefghi"], [None, None]),
+    "number": ([17, 18], [17, 18]),
+    "Unicode digits": (["١٢٣٤٥٦٧٨٩", "１２３４５６７８９"],) * 2,
+}
+
+
+@pytest.mark.parametrize(("called", "answered"), FOREIGN_IDS.values(), ids=FOREIGN_IDS)
+def test_foreign_ids_are_mapped(called: list[Any], answered: list[Any]) -> None:
+    messages = [user(), calls(*called), *map(result, answered)]
+    call_ids, result_ids = prompt_ids(messages)
+    assert all(ID.fullmatch(mapped) for mapped in call_ids + result_ids)
+    assert len(set(call_ids)) == len(called)
+    pairs = {
+        str(given): mapped for given, mapped in zip(called, call_ids, strict=True) if given not in (None, "", "null")
+    }
+    in_place = zip(answered, call_ids, strict=True)
+    assert result_ids == [pairs.get(str(given), own) for given, own in in_place]
+    # A longer conversation does not change what is mapped already.
+    assert prompt_ids([*messages, *messages])[0][: len(called)] == call_ids
+    with pytest.raises(ConversationError, match=r"message [12].*: tool call id .* must be 9 letters or digits"):
+        build_prompt(messages, strict=True)
+
+
+def test_valid_ids_stay() -> None:
+    given = ["abcdefghi", "000000000", "ZZZZZZZZZ"]
+    assert prompt_ids([user(), calls(*given), *map(result, reversed(given))]) == (given, given[::-1])
+
+
+def test_mapped_conversations_are_the_references(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference
+) -> None:
+    """Foreign ids cost nothing but the ids: with the mapped ones written in, the reference agrees."""
+    for number, conversation in enumerate(conversations("nasty", seed=16, count=80)):
+        foreign = _with_foreign_ids(conversation, length=number % 10)
+        called, answered = map(iter, prompt_ids(foreign.messages))
+        mapped = copy.deepcopy(foreign)
+        for message in mapped.messages:
+            for item in message.get("tool_calls") or ():
+                item["id"] = next(called)
+            if message["role"] == "tool":
+                message["tool_call_id"] = next(answered)
+        assert our_ids(tokenizer, foreign) == reference_ids(reference_tokenizer, mapped)
+
+
+def _with_foreign_ids(conversation: Conversation, length: int) -> Conversation:
+    """Return the conversation with ids whose last 9 letters are their own, or too few of them."""
+    messages = copy.deepcopy(conversation.messages)
+    for message in messages:
+        for item in message.get("tool_calls") or ():
+            item["id"] = f"call_{item['id'][:length]}"
+        if "tool_call_id" in message:
+            message["tool_call_id"] = f"call_{message['tool_call_id'][:length]}"
+    return Conversation(messages, conversation.tools, conversation.continue_final_message)

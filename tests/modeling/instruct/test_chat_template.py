@@ -1,0 +1,214 @@
+"""The Jinja template without our Python: how near to the reference it is, and that every engine renders the same."""
+
+import json
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mistral_large_conversion.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
+from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.errors import ConversationError
+from modeling_mistral_large.instruct.prompt import build_prompt
+from tests.modeling.instruct.test_chat_prompts import (
+    FOREIGN_IDS,
+    LENIENT,
+    REFUSED,
+    assistant,
+    call,
+    calls,
+    result,
+    user,
+)
+from tests.support.conversations import (
+    JSON_TEXTS,
+    KINDS,
+    Conversation,
+    Kind,
+    conversations,
+    invalid_conversations,
+    reference_ids,
+)
+
+Reference = MistralTokenizer[Any, Any, Any, Any, Any]
+
+
+PLAIN = jinja2.Environment().from_string(PLAIN_CHAT_TEMPLATE)
+SPACED = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
+    PLAIN_CHAT_TEMPLATE
+)
+JSON_MACRO = jinja2.Environment().from_string(PLAIN_CHAT_TEMPLATE + "\0{{ json(value) }}")
+
+
+def render_plain(messages: Any, tools: Any = None) -> str:
+    return PLAIN.render(messages=messages, tools=tools)
+
+
+def render_transformers(messages: Any, tools: Any = None, **options: Any) -> str:
+    rendered: Any = render_jinja_template([messages], tools, chat_template=CHAT_TEMPLATE, **options)
+    text: str = rendered[0][0]
+    return text
+
+
+def render_python(messages: Any, tools: Any = None, **options: Any) -> str:
+    parts = build_prompt(messages, tools, **options)
+    return "".join(part.text if part.is_control or not part.text else f" {part.text}" for part in parts)
+
+
+def as_prefix(conversation: Conversation) -> Conversation:
+    """Return the conversation with `prefix` in place of `continue_final_message`."""
+    if not conversation.continue_final_message or not conversation.messages:
+        return conversation
+    *messages, last = conversation.messages
+    return Conversation([*messages, {**last, "prefix": True}], conversation.tools)
+
+
+def test_the_plain_template_lacks_the_marks_only() -> None:
+    assert "generation" in CHAT_TEMPLATE
+    assert "generation" not in PLAIN_CHAT_TEMPLATE
+    assert CHAT_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "") == PLAIN_CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("is_simple", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_engine_renders_the_same(kind: Kind, is_simple: bool) -> None:
+    for conversation in map(as_prefix, conversations(kind, seed=21, count=40, is_simple=is_simple)):
+        rendered = render_plain(conversation.messages, conversation.tools)
+        assert SPACED.render(messages=conversation.messages, tools=conversation.tools) == rendered
+        assert render_transformers(conversation.messages, conversation.tools) == rendered
+
+
+# With arguments that are objects, results that are prose, and no control strings, the template should always be
+# right; the other figures are what it is measured at, less the noise.
+@pytest.mark.parametrize(
+    ("kind", "is_simple", "share"),
+    [("plain", True, 1.0), ("nasty", True, 0.99), ("plain", False, 0.9), ("nasty", False, 0.9)],
+)
+def test_how_often_the_ids_are_the_references(
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind, is_simple: bool, share: float
+) -> None:
+    count = 300
+    same = sum(
+        tokenizer.encode(render_plain(drawn.messages, drawn.tools), add_special_tokens=False)
+        == reference_ids(reference_tokenizer, drawn)
+        for drawn in map(as_prefix, conversations(kind, seed=22, count=count, is_simple=is_simple))
+    )
+    assert same / count >= share
+
+
+def test_control_strings_change_no_text(tokenizer: MistralLargeTokenizer) -> None:
+    """A template cannot keep control strings from becoming control tokens; its text is right all the same."""
+    for conversation in map(as_prefix, conversations("hostile", seed=23, count=150, is_simple=True)):
+        assert render_plain(conversation.messages, conversation.tools) == render_python(
+            conversation.messages, conversation.tools
+        )
+
+
+@pytest.mark.parametrize(("called", "answered"), FOREIGN_IDS.values(), ids=FOREIGN_IDS)
+def test_foreign_ids_are_mapped_as_in_python(called: list[Any], answered: list[Any]) -> None:
+    messages = [user(), calls(*called), *map(result, answered), user(), calls(*called), *map(result, answered)]
+    assert render_plain(messages) == render_transformers(messages) == render_python(messages)
+
+
+ids = st.one_of(
+    st.text("ab1_-é\n", max_size=12),
+    st.from_regex("^[a-zA-Z0-9]{9}$"),
+    st.sampled_from(["abcdefghi", "x-abcdefghi", "100000000", "100000001", "", "null", None]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.tuples(ids, ids), min_size=1, max_size=4), max_size=3))
+def test_any_ids_are_mapped_as_in_python(rounds: list[list[tuple[Any, Any]]]) -> None:
+    messages = [user()]
+    for pairs in rounds:
+        messages += [calls(*(called for called, _ in pairs)), *(result(answered) for _, answered in pairs)]
+    assert render_plain(messages) == render_python(messages)
+
+
+@pytest.mark.parametrize(("messages", "plain"), LENIENT.values(), ids=LENIENT)
+def test_harmless_shapes_are_read(messages: list[Any], plain: list[Any]) -> None:
+    assert render_plain(messages) == render_transformers(messages) == render_python(plain)
+
+
+def test_text_beside_calls_is_kept() -> None:
+    messages = [user(), assistant("I look.", tool_calls=[call()]), result(), user()]
+    assert render_plain(messages) == render_python(messages)
+
+
+# What the template does not look at.
+UNCHECKED = {
+    *("prefix of another type", "text after calls", "chunk without text", "reasoning", "calls of another type"),
+    *("no call", "call without a function", "call of another type", "name of a call", "arguments as a list"),
+    *("arguments that are no JSON", "name of a result", "digits without end", "brackets without end", "surrogate"),
+    *("surrogate in JSON", "no message", "nothing", "list as a role", "assistant alone", "tool alone"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in UNCHECKED])
+def test_the_template_refuses_a_wrong_order(name: str) -> None:
+    messages, _ = REFUSED[name]
+    with pytest.raises(jinja2.TemplateError, match=r"message \d+: "):
+        render_transformers(messages)
+    with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
+        render_plain(messages)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_python_takes_the_template_takes(kind: Kind) -> None:
+    for conversation in map(as_prefix, invalid_conversations(kind, seed=24, count=150)):
+        try:
+            build_prompt(conversation.messages, conversation.tools)
+        except ConversationError:
+            continue
+        # An older name of the role, which the template does not know.
+        if any(message["role"] == "function" for message in conversation.messages):
+            continue
+        render_transformers(conversation.messages, conversation.tools)
+
+
+@pytest.mark.parametrize("text", ["Hello", "Hello  ", "```json\n", "a \n  ", " x", "  "])
+def test_transformers_continues_the_final_message(text: str) -> None:
+    messages = [user(), assistant(text)]
+    continued = render_transformers(messages, continue_final_message=True)
+    assert continued == render_python(messages, continue_final_message=True)
+
+
+def test_marks_are_what_the_assistant_says() -> None:
+    messages = [user(), assistant("One.", tool_calls=[call()]), result(), assistant("Two.")]
+    rendered: Any = render_jinja_template([messages], chat_template=CHAT_TEMPLATE, return_assistant_tokens_mask=True)
+    texts, spans = rendered
+    assert [texts[0][start:end] for start, end in spans[0]] == [
+        ' One.[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "abcdefghi"}]</s>',
+        " Two.</s>",
+    ]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(values)
+def test_json_is_written_as_python_writes_it(value: Any) -> None:
+    written = JSON_MACRO.render(messages=[], value=value).partition("\0")[2]
+    assert written == json.dumps(value, ensure_ascii=False)
+
+
+# JSON that the template renders otherwise than the reference: it cannot parse, so numbers inside of lists and objects
+# stay as they are written, equal keys stay too, and what looks like JSON may be taken for it.
+NOT_EXACT = ('{"a": 1, "a": 2}', '{"a": 1.0, "b": 1.50}', "{a: 1}")
+
+
+@pytest.mark.parametrize("text", [text for text in JSON_TEXTS if text not in NOT_EXACT])
+def test_json_in_a_text_is_read(text: str) -> None:
+    messages = [user(), assistant(None, tool_calls=[call(arguments=text)]), result(content=text)]
+    assert render_plain(messages) == render_python(messages)

@@ -1,0 +1,387 @@
+"""Quantized checkpoints in transformers: loaded with no flag, right, and quantized as long as they are in memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.quantization import QuantizationScheme  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp  # type: ignore[import-untyped]  # it has no types
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, MistralForCausalLM
+
+from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.checkpoint.quantization import FORMATS, Scheme, is_quantized, quantization_config
+from mistral_large_conversion.errors import MissingLibraryError
+from mistral_large_conversion.sharding.memory import EXPANDED_AT_ONCE, run_time_bytes
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
+from modeling_mistral_large.quantization.linear import (
+    MOST_POSITIONS_OF_KERNEL,
+    Fp8Linear,
+    Int4Linear,
+    KernelForm,
+    QuantizedLinear,
+    expand_fp8,
+    kernel_form,
+)
+from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
+from tests.support.checkpoints import write_consolidated
+from tests.support.models import GREEDY, stock_config
+from tests.support.tensor_parallel import PROMPT as RANKS_PROMPT
+
+QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
+every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
+ROOT = Path(__file__).parents[3]
+# A share of each row is a whole number of groups, for two ranks.
+NARROW = MistralLargeConfig(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=512,
+)
+CPU = torch.device("cpu")
+PROMPT = torch.tensor([[1, 3, 6312, 28709, 1526, 4, 1200, 5, 17]])
+
+
+@pytest.fixture(scope="session")
+def quantized_demos(tmp_path_factory: pytest.TempPathFactory) -> dict[Scheme, Path]:
+    source = assemble_demo_checkpoint(tmp_path_factory.mktemp("source"))
+    folders = {quantization: tmp_path_factory.mktemp(quantization) for quantization in QUANTIZATIONS}
+    for quantization, folder in folders.items():
+        convert_checkpoint(source, folder, quantize=quantization)
+    return folders
+
+
+@pytest.fixture
+def folder(quantized_demos: dict[Scheme, Path], quantization: Scheme) -> Path:
+    return quantized_demos[quantization]
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor = PROMPT) -> Tensor:
+    found: Tensor = model(ids).logits
+    return found
+
+
+def linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def expanded_weights(folder: Path, quantization: Scheme, group_size: int = 64) -> dict[str, Tensor]:
+    """All weights of a folder, expanded to FP32 by compressed-tensors."""
+    scheme = QuantizationScheme(**quantization_config(quantization, group_size)["config_groups"]["group_0"])
+    compressor = BaseCompressor.get_value_from_registry(FORMATS[quantization])
+    stored = load_file(folder / "model.safetensors")
+    expanded = {}
+    for name in [name for name in stored if name.endswith("_scale")]:
+        prefix = name.removesuffix("weight_scale")
+        parts = {key.removeprefix(prefix): stored.pop(key) for key in list(stored) if key.startswith(prefix)}
+        parts["weight_scale"] = parts["weight_scale"].float()
+        expanded[f"{prefix}weight"] = compressor.decompress(parts, scheme)["weight"]
+    return {name: tensor.float() for name, tensor in (expanded | stored).items()}
+
+
+@every_quantization
+def test_it_loads_with_no_flag_and_gives_the_golden_answers(folder: Path) -> None:
+    model = load(folder)
+    tokenizer = MistralLargeTokenizer.from_pretrained(folder)
+    for golden in golden_conversations().values():
+        prompt = tokenizer.apply_chat_template(golden.messages, golden.tools, return_tensors="pt", return_dict=True)
+        output = model.generate(**prompt, do_sample=False, max_new_tokens=120)
+        answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+        assert answer == f"{golden.answer}</s>", golden.name
+
+
+@every_quantization
+def test_pipeline_needs_no_flag_either(folder: Path) -> None:
+    golden = golden_conversations()["who_are_you"]
+    chat = transformers.pipeline("text-generation", str(folder), device_map="auto")
+    output = chat(golden.messages, max_new_tokens=64, do_sample=False)
+    assert output[0]["generated_text"][-1]["content"] == golden.answer
+    assert linears(chat.model)
+
+
+@every_quantization
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_stays_quantized_after_the_first_forward(
+    folder: Path, demo_folder: Path, quantization: Scheme, dtype: torch.dtype
+) -> None:
+    model = load(folder, dtype=dtype)
+    assert logits(model).dtype == dtype
+    found = linears(model)
+    assert len(found) == 7 * model.config.num_hidden_layers
+    group_size = 64 if quantization == "int4" else 128
+    for linear in found.values():
+        shape = (linear.out_features, linear.in_features)
+        assert bytes_of(linear) == run_time_bytes(shape, quantization, group_size)
+        # No copy is kept anywhere else in the layer.
+        assert not any(isinstance(value, Tensor) for value in vars(linear).values())
+    whole = load(demo_folder, dtype=dtype)
+    plain = sum(module.weight.nbytes for module in whole.model.layers.modules() if isinstance(module, nn.Linear))
+    assert bytes_of(whole) - bytes_of(model) == plain - sum(map(bytes_of, found.values()))
+    assert bytes_of(model.model.layers) < bytes_of(whole.model.layers) / (1.8 if dtype == torch.bfloat16 else 3.5)
+
+
+def test_int4_logits_are_those_of_the_expanded_weights(quantized_demos: dict[Scheme, Path]) -> None:
+    folder = quantized_demos["int4"]
+    model = load(folder, dtype=torch.float32)
+    stock: Any = MistralForCausalLM._from_config(stock_config(model.config), dtype=torch.float32).eval()
+    stock.load_state_dict(expanded_weights(folder, "int4"))
+    for ids in (PROMPT, PROMPT.repeat(1, 8)):
+        assert (ids.shape[1] > MOST_POSITIONS_OF_KERNEL) == (ids.shape[1] != PROMPT.shape[1])
+        torch.testing.assert_close(logits(model, ids), logits(stock, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("positions", [1, 5, 64])
+def test_fp8_products_are_those_of_compressed_tensors(
+    quantized_demos: dict[Scheme, Path], dtype: torch.dtype, tolerance: float, positions: int
+) -> None:
+    """Activations are rounded as its own module does it."""
+    weights = expanded_weights(quantized_demos["fp8"], "fp8")
+    model = load(quantized_demos["fp8"], dtype=dtype)
+    arguments = QuantizationScheme(**quantization_config("fp8")["config_groups"]["group_0"]).input_activations
+    assert arguments is not None
+    for name, linear in linears(model).items():
+        hidden = torch.randn(2, positions, linear.in_features).to(dtype) * 100
+        scales, zeros = compute_dynamic_scales_and_zp(hidden.float(), arguments, linear)
+        wanted = nn.functional.linear(
+            fake_quantize(hidden.float(), scales, zeros, arguments), weights[f"{name}.weight"]
+        )
+        error = (linear(hidden).float() - wanted).norm() / wanted.norm()
+        assert error < tolerance, name
+
+
+def test_all_fp8_codes_are_expanded_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    wanted = codes.float()
+    assert torch.equal(expand_fp8(codes).float()[~wanted.isnan()], wanted[~wanted.isnan()])
+
+
+def test_zeros_are_no_trouble() -> None:
+    linear = Fp8Linear(32, 16)
+    nn.init.zeros_(linear.weight)
+    nn.init.ones_(linear.weight_scale)
+    assert torch.equal(linear(torch.zeros(3, 32)), torch.zeros(3, 16))
+
+
+@pytest.mark.parametrize("rows", [64, 192, 80, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_the_form_of_the_kernel_says_what_the_file_says(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPANDED_AT_ONCE, "cpu", 20_000)
+    linear = Int4Linear(256, rows, group_size=32)
+    with torch.no_grad():
+        linear.weight_packed.random_(-(2**31), 2**31)
+        linear.weight_scale.uniform_(0.01, 0.02)
+    before = {name: tensor.clone() for name, tensor in linear.file_tensors().items()}
+    few, many = (torch.randn(positions, 256).to(dtype) for positions in (3, 100))
+    wanted = [linear(hidden) for hidden in (few, many)]
+    linear.use_kernel_()
+    form = kernel_form(CPU)
+    assert (linear.form is not None) == (form is not None and rows % form.rows == 0)
+    for hidden, product in zip((few, many), wanted, strict=True):
+        torch.testing.assert_close(linear(hidden), product, rtol=2e-2, atol=2e-2 * product.abs().max().item())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in linear.file_tensors().items())
+    linear.use_file_form_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in linear.state_dict().items())
+
+
+def test_this_processor_has_a_kernel() -> None:
+    form = kernel_form(CPU)
+    assert form is not None
+    assert form.is_right()
+    # No processor has tiles of so many rows.
+    assert not KernelForm(CPU, 48, 32).is_right()
+
+
+@every_quantization
+def test_saving_gives_the_same_checkpoint(folder: Path, quantization: Scheme, tmp_path: Path) -> None:
+    model = load(folder)
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert config["quantization_config"] == quantization_config(quantization, 64 if quantization == "int4" else 128)
+    wanted, saved = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved/model.safetensors")
+    assert wanted.keys() == saved.keys()
+    assert all(tensor.dtype == saved[name].dtype for name, tensor in wanted.items())
+    assert all(torch.equal(tensor.view(torch.uint8), saved[name].view(torch.uint8)) for name, tensor in wanted.items())
+    again = load(tmp_path / "saved")
+    assert linears(again).keys() == linears(model).keys()
+    assert torch.equal(logits(again), logits(model))
+
+
+@every_quantization
+def test_offloaded_layers_give_the_same_logits(folder: Path, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
+    model = load(folder, device_map=places, offload_folder=tmp_path, dtype=torch.float32)
+    assert all(tensor.is_meta for tensor in model.model.layers[0].mlp.parameters())
+    with pytest.raises(ValueError, match="offloaded or shared among ranks cannot be saved"):
+        model.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(model), logits(load(folder, dtype=torch.float32)), rtol=1e-4, atol=1e-4)
+
+
+@every_quantization
+def test_another_dtype_leaves_the_codes_alone(folder: Path) -> None:
+    model = load(folder)
+    kinds = {name: tensor.dtype for linear in linears(model).values() for name, tensor in linear.named_parameters()}
+    wanted = logits(load(folder, dtype=torch.float32))
+    model.to(torch.float32)
+    assert kinds == {
+        name: tensor.dtype for linear in linears(model).values() for name, tensor in linear.named_parameters()
+    }
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "tolerance"),
+    # The kernel for int4 is compiled for BF16 only; compiled code rounds less often to it.
+    [("fp8", torch.float32, 1e-4), ("int4", torch.bfloat16, 3e-2)],
+)
+def test_the_whole_graph_compiles(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
+    model = load(folder, dtype=dtype, num_hidden_layers=1)
+    wanted = logits(model).float()
+    compiled = torch.compile(model, fullgraph=True)
+    assert (logits(compiled).float() - wanted).norm() / wanted.norm() < tolerance
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
+@pytest.mark.parametrize(("quantization", "tolerance"), [("fp8", 0.1), ("int4", 1e-5)])
+def test_two_ranks_say_the_same_as_one(
+    quantization: Scheme, tolerance: float, tmp_path: Path, known_tokenizer: None
+) -> None:
+    """But for FP8 activations: each rank rounds its share of them by a scale of its own."""
+    write_consolidated(tmp_path / "source", NARROW, torch.bfloat16)
+    convert_checkpoint(tmp_path / "source", tmp_path / "quantized", quantize=quantization)
+    model = load(tmp_path / "quantized", dtype=torch.float32)
+    wanted = logits(model, torch.tensor(RANKS_PROMPT))
+    result = run_ranks(tmp_path / "quantized", tmp_path / "result")
+    assert result["key_rows"] == NARROW.head_dim
+    assert (result["logits"] - wanted).norm() / wanted.norm() < tolerance
+    if quantization == "int4":
+        assert torch.equal(result["tokens"], model.generate(torch.tensor(RANKS_PROMPT), **GREEDY))
+
+
+@every_quantization
+def test_shares_are_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(folder)
+    monkeypatch.setattr(model, "_tp_size", 2)
+    with pytest.raises(ValueError, match="offloaded or shared among ranks cannot be saved; copy the folder"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_groups_are_not_cut_by_ranks(quantized_demos: dict[Scheme, Path], tmp_path: Path) -> None:
+    result = run_ranks(quantized_demos["int4"], tmp_path / "result")
+    assert "96 columns for a rank are no whole number of groups of 64; use fewer ranks" in result["error"]
+
+
+def run_ranks(folder: Path, result: Path) -> dict[str, Any]:
+    """What two ranks find, see `tensor_parallel`."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launch, "-m", "tests.tensor_parallel", folder, result],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = torch.load(result, weights_only=True)
+    return found
+
+
+@every_quantization
+def test_options_of_the_config_are_heard(folder: Path) -> None:
+    model = MistralLargeForCausalLM.from_pretrained(folder, use_cache=False, attn_implementation="eager")
+    assert model.config.use_cache is False
+    assert model.config._attn_implementation == "eager"
+    assert linears(model)
+    config = MistralLargeConfig.from_pretrained(folder)
+    given = MistralLargeForCausalLM.from_pretrained(folder, config=config)
+    assert linears(given)
+    assert config.quantization_config["quant_method"] == "compressed-tensors"
+    _, info = MistralLargeForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+@every_quantization
+def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Scheme) -> None:
+    model = load(folder, quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32)
+    assert not linears(model)
+    for name, weight in expanded_weights(folder, quantization).items():
+        if is_quantized(name):
+            torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-2, atol=0)
+
+
+@every_quantization
+def test_compressed_tensors_is_needed_for_other_formats_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling_mistral_large.quantization.loading.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    assert linears(load(folder))
+    message = r"needs compressed-tensors; pip install 'modeling-mistral-large\[quantized\]'"
+    with pytest.raises(MissingLibraryError, match=message):
+        load(folder, quantization_config=CompressedTensorsConfig.__new__(CompressedTensorsConfig))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format"] = "nvfp4-pack-quantized"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MissingLibraryError, match=message):
+        load(tmp_path)
+
+
+@every_quantization
+def test_a_model_can_be_built_empty_and_filled(quantization: Scheme) -> None:
+    config = MistralLargeConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        pad_token_id=None,
+    )
+    with torch.device("meta"):
+        model: Any = MistralLargeForCausalLM(config)
+        quantize_modules_(model, quantization)
+    assert all(tensor.is_meta for tensor in model.parameters())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for linear in linears(model).values():
+            if isinstance(linear, Int4Linear):
+                linear.weight_packed.random_(-(2**31), 2**31)
+                linear.weight_scale.fill_(0.01)
+            elif isinstance(linear, Fp8Linear):
+                linear.weight.copy_(torch.randn(linear.weight.shape))
+                linear.weight_scale.fill_(0.01)
+    use_kernels_(model)
+    assert isinstance(model.lm_head, nn.Linear)
+    for linear in linears(model).values():
+        shape = (linear.out_features, linear.in_features)
+        assert bytes_of(linear) == run_time_bytes(shape, quantization)
+        assert linear(torch.randn(2, 3, linear.in_features)).isfinite().all()
+        assert linear(torch.randn(2, 3, linear.in_features)).shape == (2, 3, linear.out_features)

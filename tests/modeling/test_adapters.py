@@ -1,0 +1,199 @@
+"""Adapters of PEFT: its defaults for our model type, and folders with an adapter on a base of either layout."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MistralForCausalLM
+
+from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint, verify_checkpoint
+from mistral_large_conversion.checkpoint.hub import resolve_source
+from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
+from mistral_large_conversion.retag import retag_checkpoint
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
+from modeling_mistral_large.adapter_loading import adapter_base
+from tests.support.models import stock_and_ours
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.arange(1027, 1036)[None]
+# Those of PEFT's methods that have defaults for Mistral and take nothing but a rank or nothing at all.
+METHODS: dict[str, Callable[[], Any]] = {
+    "LoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=2),
+    "IA3": lambda: peft.IA3Config(task_type="CAUSAL_LM"),
+    "LoHa": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=2),
+    "LoKr": lambda: peft.LoKrConfig(task_type="CAUSAL_LM", r=2),
+    "VeRA": lambda: peft.VeraConfig(task_type="CAUSAL_LM", r=2),
+    "LN tuning": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
+    "adaption prompt": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+def trainable(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    model = peft.get_peft_model(model, config)
+    return {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_trains_what_it_trains_of_mistral(method: str, tiny_config: MistralLargeConfig) -> None:
+    tiny_config.num_key_value_heads = 6
+    stock, ours = stock_and_ours(tiny_config, "eager")
+    expected = trainable(stock, METHODS[method]())
+    assert expected
+    assert trainable(ours, METHODS[method]()) == expected
+
+
+@pytest.mark.parametrize(
+    "table", [name for name in dir(peft.utils.constants) if name.startswith("TRANSFORMERS_MODELS_TO")]
+)
+def test_each_table_of_peft_has_for_us_what_it_has_for_mistral(table: str) -> None:
+    defaults = getattr(peft.utils.constants, table)
+    assert defaults.get("mistral_large") == defaults.get("mistral")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import peft, modeling_mistral_large as m; model = make(m)",
+        "import modeling_mistral_large as m; model = make(m); import peft",
+    ],
+)
+def test_peft_may_be_imported_before_or_after(imports: str) -> None:
+    code = f"""
+sizes = dict(vocab_size=400, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=4)
+make = lambda package: package.MistralLargeForCausalLM(package.MistralLargeConfig(**sizes))
+{imports}
+print(sum(value.requires_grad for value in peft.get_peft_model(model, peft.LoraConfig()).parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> dict[str, Path]:
+    return {
+        "consolidated": assemble_demo_checkpoint(tmp_path_factory.mktemp("base") / "consolidated"),
+        "hf": shutil.copytree(demo_folder, tmp_path_factory.mktemp("base") / "hf"),
+    }
+
+
+@pytest.fixture(params=["consolidated", "hf"])
+def base(request: pytest.FixtureRequest, bases: dict[str, Path]) -> Path:
+    return bases[request.param]
+
+
+def train(base: Path, folder: Path) -> Tensor:
+    """Save an adapter with random values for a base, and return its logits."""
+    model: Any = MistralLargeForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(folder)
+    logits: Tensor = adapted(IDS).logits
+    assert not torch.equal(logits, MistralLargeForCausalLM.from_pretrained(base, dtype=torch.float32)(IDS).logits)
+    return logits
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        MistralLargeForCausalLM.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        peft.AutoPeftModelForCausalLM.from_pretrained,
+    ],
+)
+def test_an_adapter_is_loaded_on_its_base(load: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    expected = train(base, tmp_path / "adapter")
+    assert torch.equal(load(tmp_path / "adapter", dtype=torch.float32).eval()(IDS).logits, expected)
+
+
+def test_options_of_the_adapter_and_of_the_base(base: Path, tmp_path: Path) -> None:
+    expected = train(base, tmp_path / "adapters" / "first")
+    model, info = MistralLargeForCausalLM.from_pretrained(
+        tmp_path / "adapters", subfolder="first", dtype=torch.float32, adapter_name="mine", output_loading_info=True
+    )
+    assert torch.equal(model(IDS).logits, expected)
+    assert list(model.peft_config) == ["mine"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokenizer = MistralLargeTokenizer.from_pretrained(tmp_path / "adapters", subfolder="first")
+    assert tokenizer.encode("Hello") == [1, 23325]
+
+
+def test_an_adapter_beside_a_checkpoint_is_loaded_with_it(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "both")
+    expected = train(base, folder)
+    assert adapter_base(folder, {}) in (None, str(base))
+    assert torch.equal(MistralLargeForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits, expected)
+
+
+def test_stock_mistral_gives_the_same_logits(bases: dict[str, Path], tmp_path: Path) -> None:
+    expected = train(bases["hf"], tmp_path / "adapter")
+    convert_checkpoint(bases["consolidated"], tmp_path / "stock", model_type="mistral")
+    stock: Any = MistralForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    stock = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
+    assert torch.equal(stock(IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        resolve_source,
+        verify_checkpoint,
+        lambda folder: convert_checkpoint(folder, folder / "out"),
+        lambda folder: retag_checkpoint(folder, "mistral"),
+        MistralLargeConfig.from_pretrained,
+    ],
+)
+def test_what_needs_a_checkpoint_says_that_it_is_an_adapter(
+    take: Callable[[Any], Any], base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    train(base, folder)
+    with pytest.raises(CheckpointError) as error:
+        take(folder)
+    assert str(error.value) == (
+        f"{folder}: an adapter (PEFT) of the base {str(base)!r}, not a checkpoint; load it with "
+        "peft.AutoPeftModelForCausalLM, save what merge_and_unload() returns, and give that folder"
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"base_model_name_or_path": null}', "[]", "{", '{"base_model_name_or_path": 3}']
+)
+def test_an_adapter_without_a_base_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    for take in (MistralLargeForCausalLM.from_pretrained, MistralLargeTokenizer.from_pretrained, resolve_source):
+        with pytest.raises(CheckpointError, match=rf"^{tmp_path}.*$"):
+            take(tmp_path)
+
+
+def test_a_base_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/no/such/base"}')
+    with pytest.raises(
+        CheckpointError, match=r"an adapter for '/no/such/base', which is no folder here; load the base"
+    ):
+        MistralLargeForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_adapter_needs_peft(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(bases["hf"], tmp_path)
+    monkeypatch.setattr("modeling_mistral_large.adapter_loading.find_spec", lambda _: None)
+    with pytest.raises(MissingLibraryError, match="has an adapter, which needs PEFT; pip install peft"):
+        MistralLargeForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_chat_says_that_it_uses_an_adapter(base: Path, tmp_path: Path) -> None:
+    train(base, tmp_path / "adapter")
+    command = [sys.executable, "-m", "mistral_large_cli", "chat", str(tmp_path / "adapter"), "--max-new-tokens", "2"]
+    done = subprocess.run(command, input="Hello\n", capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'adapter'}: an adapter, loaded on {base}\n" in done.stderr
