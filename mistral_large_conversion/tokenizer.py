@@ -67,10 +67,9 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
     """
     # Of this file alone: the vendor's folder also has a tokenizer.json and a template, which are not exact.
     vocabulary = find_vocabulary(source) or source / TOKENIZER_NAME
-    backend = load_sentencepiece_bpe(vocabulary)
     files = {
         TOKENIZER_NAME: vocabulary.read_bytes(),
-        TOKENIZER_JSON_NAME: backend.to_str(pretty=True).encode(),
+        TOKENIZER_JSON_NAME: load_sentencepiece_bpe(vocabulary).to_str(pretty=True).encode(),
         TOKENIZER_CONFIG_NAME: json_bytes(TOKENIZER_SETTINGS),
     }
     processor = load_processor(vocabulary)

@@ -32,6 +32,7 @@ from mistral_large_conversion.checkpoint.safetensors_header import MemoryTensor,
 from mistral_large_conversion.destination import OUTPUT_PATTERNS, UNFINISHED_NAME, unfinished
 from mistral_large_conversion.errors import CheckpointError, DestinationError, TokenizerFileError
 from mistral_large_conversion.plan import OutputDtype, PlannedFile, PlannedTensor
+from mistral_large_conversion.sentencepiece_bpe import TextEncoder
 from mistral_large_conversion.stream import write_weights
 from mistral_large_conversion.transforms import Rows
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
@@ -523,13 +524,9 @@ def test_a_foreign_tokenizer_file_is_refused(source: Path, tmp_path: Path) -> No
 def test_a_tokenizer_that_is_not_exact_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = MistralLargeTokenizer.encode_texts
+    exact = TextEncoder.__call__
     monkeypatch.setattr(
-        MistralLargeTokenizer,
-        "encode_texts",
-        lambda self, texts: [
-            ids[:-1] if "REFERENCE_DOC" in text else ids for text, ids in zip(texts, exact(self, texts), strict=True)
-        ],
+        TextEncoder, "__call__", lambda self, text: exact(self, text)[: -1 if "REFERENCE_DOC" in text else None]
     )
     with pytest.raises(CheckpointError, match=r"converted ids of .*REFERENCE_DOC_0.* are not SentencePiece's"):
         convert_checkpoint(source, tmp_path / "hf")
