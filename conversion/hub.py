@@ -19,12 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from modeling_mistral_large.conversion.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
-from modeling_mistral_large.conversion.source_files import (
-    ADAPTER_CONFIG_NAME,
-    adapter_finding,
-    file_finding,
-    read_json_object,
-)
+from modeling_mistral_large.conversion.source_files import ADAPTER_CONFIG_NAME, adapter_finding
 from modeling_mistral_large.errors import CheckpointError, CheckpointNotFoundError
 
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
@@ -182,28 +177,6 @@ def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = N
         raise
     except Exception as error:
         raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
-
-
-def read_adapter_base(folder: Path) -> str | None:
-    """The name of the checkpoint that the adapter of PEFT in a folder is for, or None if it holds no adapter.
-
-    Raises:
-        CheckpointError: its file cannot be read or names none.
-    """
-    if not (folder / ADAPTER_CONFIG_NAME).exists():
-        return None
-    if problem := file_finding(folder, ADAPTER_CONFIG_NAME):
-        raise CheckpointError(f"{folder}: {problem}; it says what the adapter is for, save or download it again")
-    try:
-        base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-    except ValueError as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG_NAME}: {error}; save or download it again") from error
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(
-            f"{folder}: an adapter whose {ADAPTER_CONFIG_NAME} names no base_model_name_or_path; load the base model, "
-            "then peft.PeftModel.from_pretrained(model, folder)"
-        )
-    return base
 
 
 def refuse_adapter(folder: Path, name: str | None = None) -> None:

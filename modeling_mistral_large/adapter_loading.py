@@ -8,8 +8,8 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .conversion.hub import HUB_OPTIONS, is_repository_id, read_adapter_base
-from .conversion.source_files import ADAPTER_CONFIG_NAME
+from .conversion.hub import HUB_OPTIONS, is_repository_id
+from .conversion.source_files import ADAPTER_CONFIG_NAME, read_adapter_base
 from .errors import CheckpointError, MissingLibraryError
 
 

@@ -21,13 +21,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .configuration_mistral_large import MistralLargeConfig
 from .conversion.hf_files import SPECIAL_IDS
-from .conversion.hub import HUB_OPTIONS, is_repository_id, read_adapter_base, resolve_source
+from .conversion.hub import HUB_OPTIONS, is_repository_id, resolve_source
 from .conversion.names import ROPE_PAIRS, TO_HF
 from .conversion.params import PARAMS_NAME, config_from_params
 from .conversion.plan import CONFIG_NAMES, TOKENIZER_NAME
 from .conversion.rope import split_rope_pairs
 from .conversion.safetensors_header import TORCH_NAMES, FileTensor
-from .conversion.source_files import file_finding, read_json_object
+from .conversion.source_files import file_finding, read_adapter_base, read_json_object
 from .errors import CheckpointError
 from .sentencepiece_bpe import VOCABULARY_NAMES, find_vocabulary
 
