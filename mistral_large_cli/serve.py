@@ -34,12 +34,14 @@ def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence
         CheckpointError: a layout that the engine does not read, or no checkpoint.
         SettingError: an option that the engine does not know, or that would have no effect.
     """
+    from modeling_mistral_large.adapter_loading import adapter_folder
     from modeling_mistral_large.consolidated_loading import is_consolidated
     from modeling_mistral_large.conversion.hub import reachable_options, refuse_adapter
     from modeling_mistral_large.errors import CheckpointError
 
-    reachable_options(model, {})
-    refuse_adapter(Path(model))
+    adapter = adapter_folder(model, reachable_options(model, {}))
+    if adapter is not None:
+        refuse_adapter(adapter, name=model)
     chosen = choose_engine(engine)
     has_consolidated = Path(model).is_dir() and is_consolidated(Path(model))
     if chosen == "transformers" and has_consolidated:

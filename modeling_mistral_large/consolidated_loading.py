@@ -19,6 +19,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .adapter_loading import base_tokenizer
 from .configuration_mistral_large import MistralLargeConfig
 from .conversion.hf_files import SPECIAL_IDS
 from .conversion.hub import HUB_OPTIONS, is_repository_id, resolve_source
@@ -27,9 +28,9 @@ from .conversion.params import PARAMS_NAME, config_from_params
 from .conversion.plan import CONFIG_NAMES, TOKENIZER_NAME
 from .conversion.rope import split_rope_pairs
 from .conversion.safetensors_header import TORCH_NAMES, FileTensor
-from .conversion.source_files import file_finding, read_adapter_base, read_json_object
+from .conversion.source_files import file_finding, read_json_object
 from .errors import CheckpointError
-from .sentencepiece_bpe import VOCABULARY_NAMES, find_vocabulary
+from .sentencepiece_bpe import find_vocabulary
 
 WEIGHT_PATTERN = "consolidated*.safetensors"
 # The last part of a name between renaming and conversion: no layout has it.
@@ -121,10 +122,7 @@ def find_tokenizer_file(source: Any, options: Mapping[str, Any]) -> Path | None:
     if folder is not None:
         file = find_vocabulary(folder)
         return file if file is not None and file.exists() else None
-    adapter = Path(source, options.get("subfolder") or "")
-    if not adapter.is_dir() or any((adapter / name).exists() for name in ("tokenizer.json", *VOCABULARY_NAMES)):
-        return None
-    base = read_adapter_base(adapter)
+    base = base_tokenizer(source, options)
     return None if base is None else find_tokenizer_file(base, {}) or Path(base)
 
 
