@@ -605,11 +605,18 @@ class MistralLargeTokenizer(TokenizerHook):
 def _read_backend(tokenizer_file: str | None, vocab_file: str | None) -> Tokenizer:
     if tokenizer_file is not None:
         try:
-            return read_tokenizer_json(tokenizer_file)
+            backend = read_tokenizer_json(tokenizer_file)
         except TokenizerFileError:
             # Beside tokenizer.model.v3 the vendor publishes a tokenizer.json that is not exact.
             if vocab_file is None:
                 raise
+        else:
+            if vocab_file is not None and known_vocabulary(vocab_file) is None:
+                raise TokenizerFileError(
+                    f"{vocab_file}: other pieces, scores, types or settings than the vendor's file, which "
+                    f"tokenizer.json next to it was made of; {RULE}; download it again, or remove it"
+                )
+            return backend
     if vocab_file is None:
         raise TokenizerFileError(f"neither vocab_file nor tokenizer_file is given; {RULE}; {WAY_OUT}")
     return load_sentencepiece_bpe(vocab_file)

@@ -500,8 +500,9 @@ def test_under_its_other_name_the_vendors_file_is_known(tokenizer_model_file: Pa
 
 
 def test_an_altered_file_is_not_saved_again(saved_folder: Path) -> None:
+    own = MistralLargeTokenizer.from_pretrained(saved_folder)
     patch_model(saved_folder, "▁window".encode(), "▁windoW".encode())
-    MistralLargeTokenizer.from_pretrained(saved_folder).save_pretrained(saved_folder / "again")
+    own.save_pretrained(saved_folder / "again")
     assert not (saved_folder / "again" / "tokenizer.model.v3").exists()
 
 
@@ -671,6 +672,19 @@ def test_an_altered_file_is_never_called_exact(tokenizer_model_file: Path, tmp_p
     with pytest.raises(TokenizerFileError, match="other scores, types or settings than the vendor's file") as error:
         MistralLargeTokenizer.from_pretrained(tmp_path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("case", [*ALTERED_MODELS, "pointer"])
+def test_an_altered_file_next_to_an_exact_tokenizer_json_is_refused(saved_folder: Path, case: str) -> None:
+    path = saved_folder / "tokenizer.model.v3"
+    MistralLargeTokenizer.from_pretrained(saved_folder)
+    path.write_bytes(b"version 1" if case == "pointer" else alter(path.read_bytes(), case))
+    for load in (MistralLargeTokenizer, AutoTokenizer):
+        with pytest.raises(TokenizerFileError, match=r"which tokenizer\.json next to it was made of") as error:
+            load.from_pretrained(saved_folder)
+        assert str(path) in str(error.value)
+    path.unlink()
+    MistralLargeTokenizer.from_pretrained(saved_folder)
 
 
 @pytest.mark.parametrize("name", VENDOR_FILES)
