@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
 from modeling_mistral_large.conversion.destination import State, check_destination, json_bytes, unfinished, whole_file
 from modeling_mistral_large.conversion.finished import index_file, refuse_another, verify_finished
-from modeling_mistral_large.conversion.hf_files import ARCHITECTURES, consolidated_files, hf_files
+from modeling_mistral_large.conversion.hf_files import (
+    ARCHITECTURES,
+    SPECIAL_IDS,
+    consolidated_files,
+    hf_files,
+    kept_settings,
+    refuse_other_ids,
+)
 from modeling_mistral_large.conversion.hub import CONSOLIDATED_FILES, HF_FILES, LICENCE_PATTERNS, resolve_source
 from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, new_checksum
 from modeling_mistral_large.conversion.model_card import ModelType, licence_files
@@ -147,14 +154,22 @@ def prepare_conversion(
             f"{folder}: holds an adapter next to the checkpoint, which would be left out; save what merge_and_unload() "
             f"returns and convert that, or move {ADAPTER_CONFIG_NAME} elsewhere"
         )
-    if layout_to_read(folder, to=to, quantize=quantize) == "hf":
+    is_hf = layout_to_read(folder, to=to, quantize=quantize) == "hf"
+    if is_hf:
         _refuse_added_tokens(folder, plan.config.vocab_size)
     licences = licence_files(folder)
     if to == "hf":
         small_files = hf_files(
-            plan.config, dtype=plan.dtype, model_type=model_type, source=folder, licences=licences, cast=plan.cast
+            plan.config,
+            dtype=plan.dtype,
+            model_type=model_type,
+            source=folder,
+            licences=licences,
+            cast=plan.cast,
+            kept_from=folder if is_hf else None,
         )
     else:
+        refuse_other_ids(folder, kept_settings(folder)[0])
         small_files = consolidated_files(plan.config, source=folder, licences=licences, cast=plan.cast)
     return Conversion(plan, folder, Path(destination), small_files)
 
@@ -229,6 +244,8 @@ def export_checkpoint(
     if config is None:
         raise TypeError("export_checkpoint() of a state dict needs its config")
     state_dict = weights if isinstance(weights, Mapping) else weights.state_dict()
+    for settings in (config, getattr(weights, "generation_config", None)):
+        refuse_other_ids("the model", {name: getattr(settings, name, None) for name in SPECIAL_IDS})
     plan = plan_export(state_dict, config.to_dict(), dtype=dtype, max_shard_size=max_shard_size)
     small_files = {PARAMS_NAME: json_bytes(params_from_config(plan.config))}
     if origin is not None:

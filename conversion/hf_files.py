@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, PROMPT_FORMAT
+from modeling_mistral_large.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, PROMPT_FORMAT, prompt_format_of
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
 from modeling_mistral_large.conversion.destination import json_bytes
 from modeling_mistral_large.conversion.model_card import ModelType, model_card
@@ -14,7 +14,9 @@ from modeling_mistral_large.conversion.params import PARAMS_NAME, params_from_co
 from modeling_mistral_large.conversion.plan import TOKENIZER_NAME
 from modeling_mistral_large.conversion.quantize import quantization_of
 from modeling_mistral_large.conversion.safetensors_header import TORCH_NAMES
+from modeling_mistral_large.conversion.source_files import file_finding, read_json_object, shown
 from modeling_mistral_large.conversion.tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_files
+from modeling_mistral_large.errors import CheckpointError
 from modeling_mistral_large.remote_code import IN_CONFIG, REMOTE_CODE, REMOTE_CODE_NAME, TOKENIZER_AUTO_MAP
 from modeling_mistral_large.sentencepiece_bpe import find_vocabulary
 
@@ -52,6 +54,7 @@ def hf_files(
     source: Path,
     licences: Mapping[str, bytes],
     cast: tuple[str, str] | None = None,
+    kept_from: Path | None = None,
 ) -> dict[str, bytes]:
     """Names and contents of all small files of the HF layout.
 
@@ -60,6 +63,7 @@ def hf_files(
     cast: the dtypes of the source's weights and of these, where they differ.
     model_type: `mistral` for stock transformers and engines that do not know us.
     source: the folder with tokenizer.model.v3.
+    kept_from: a folder of the HF layout whose own settings stay, see `kept_settings`.
     licences: see `model_card.licence_files`.
 
     Raises:
@@ -67,6 +71,9 @@ def hf_files(
     """
     config = deepcopy(config)
     config.dtype = TORCH_NAMES[dtype]
+    ids, generation_config, template = ({}, {}, None) if kept_from is None else kept_settings(kept_from)
+    for name, value in ids.items():
+        setattr(config, name, value)
     tokenizer = tokenizer_files(source, vocab_size=config.vocab_size)
     return {
         **{name: content for name, content in tokenizer.items() if name != REMOTE_CODE_NAME},
@@ -78,13 +85,65 @@ def hf_files(
             cast=cast,
             quantization=quantization_of(getattr(config, "quantization_config", None)),
         ).encode(),
-        CHAT_TEMPLATE_NAME: CHAT_TEMPLATES[model_type].encode(),
+        CHAT_TEMPLATE_NAME: (template or CHAT_TEMPLATES[model_type]).encode(),
         TOKENIZER_CONFIG_NAME: retag_tokenizer_config(
-            tokenizer[TOKENIZER_CONFIG_NAME], model_type, prompt_format=PROMPT_FORMAT
+            tokenizer[TOKENIZER_CONFIG_NAME], model_type, prompt_format=None if template else PROMPT_FORMAT
         ),
         CONFIG_NAME: retag_config(config.to_json_string().encode(), model_type),
-        GENERATION_CONFIG_NAME: json_bytes({name: getattr(config, name) for name in SPECIAL_IDS}),
+        GENERATION_CONFIG_NAME: json_bytes(
+            {**generation_config, **{name: getattr(config, name) for name in SPECIAL_IDS}}
+        ),
     }
+
+
+def kept_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """The settings of a folder of the HF layout that stay when its weights are quantized.
+
+    Returns: the special ids that generation takes, all of generation_config.json, and a chat template that is not ours.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or ids that are none.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+        if not (folder / name).exists():
+            continue
+        if finding := file_finding(folder, name):
+            raise CheckpointError(f"{folder}: {finding}")
+        try:
+            settings[name] = read_json_object(folder / name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / name}: {error}") from error
+    ids: dict[str, Any] = {}
+    for name, content in settings.items():
+        for key in SPECIAL_IDS:
+            # For transformers, null is the same as a file without it.
+            if (value := content.get(key)) is None:
+                continue
+            if not all(type(each) is int and each >= 0 for each in (value if isinstance(value, list) else [value])):
+                raise CheckpointError(f"{folder / name}: {key} is {shown(value)}: must be an id or a list of ids")
+            ids[key] = value
+    template = None
+    if (folder / CHAT_TEMPLATE_NAME).exists():
+        if finding := file_finding(folder, CHAT_TEMPLATE_NAME):
+            raise CheckpointError(f"{folder}: {finding}")
+        template = (folder / CHAT_TEMPLATE_NAME).read_bytes().decode("utf-8", errors="replace")
+    return ids, settings.get(GENERATION_CONFIG_NAME, {}), template if prompt_format_of(template) is None else None
+
+
+def refuse_other_ids(where: object, ids: Mapping[str, Any]) -> None:
+    """Refuse special ids that are lost in the consolidated layout, for which every reader takes those of the tokenizer.
+
+    Raises:
+        CheckpointError: what they are and what they would become.
+    """
+    for name in ("bos_token_id", "eos_token_id"):
+        own, found = getattr(MistralLargeConfig, name), ids.get(name)
+        if found not in (None, own, [own]):
+            raise CheckpointError(
+                f"{where}: {name} is {shown(found)}, and the consolidated layout has no place for it: every reader "
+                f"takes {own}; set it to {own} in {CONFIG_NAME} and {GENERATION_CONFIG_NAME} if that is right"
+            )
 
 
 def consolidated_files(

@@ -28,7 +28,14 @@ from modeling_mistral_large.conversion.inspect import (
 from modeling_mistral_large.conversion.manifest import MANIFEST_NAME, Manifest, ManifestTensor, read_manifest
 from modeling_mistral_large.conversion.model_card import licence_files
 from modeling_mistral_large.conversion.names import expected_tensors
-from modeling_mistral_large.conversion.plan import CONFIG_NAMES, TOKENIZER_NAME, Layout, PlannedTensor, planned_tensors
+from modeling_mistral_large.conversion.plan import (
+    CONFIG_NAMES,
+    TOKENIZER_NAME,
+    Layout,
+    PlannedTensor,
+    planned_tensors,
+    vocabulary_finding,
+)
 from modeling_mistral_large.conversion.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
 from modeling_mistral_large.conversion.source_files import (
     adapter_finding,
@@ -40,7 +47,7 @@ from modeling_mistral_large.conversion.stream import DEFAULT_JOBS, Progress, fil
 from modeling_mistral_large.conversion.tokenizer import tokenizer_findings
 from modeling_mistral_large.conversion.transforms import Rows
 from modeling_mistral_large.errors import CheckpointError, DestinationError, TokenizerFileError
-from modeling_mistral_large.sentencepiece_bpe import known_vocabulary
+from modeling_mistral_large.sentencepiece_bpe import find_vocabulary, known_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +96,7 @@ def verify_checkpoint(
         checks.append(_check("headers", [], f"{count} tensors, {checkpoint.dtype}, match the config"))
         checks.append(_config_check(checkpoint, origin))
         checks.append(_tensor_check(checkpoint, origin, progress))
-        checks.append(_check("tokenizer", _tokenizer_findings(checkpoint, origin), "the vendor's, made again from it"))
+        checks.append(_tokenizer_check(checkpoint, origin))
     if layouts[0] == "hf":
         checks.append(_check("chat template", chat_template_findings(folder), "the bundled one"))
     checks.append(_licence_check(folder, origin, layouts[0]))
@@ -117,22 +124,32 @@ def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
     return Check("config", True, "matches the weights" if origin is None else "matches the weights and the source")
 
 
+def _tokenizer_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
+    findings, detail = _tokenizer_findings(checkpoint, origin), "the vendor's, made again from it"
+    if findings or origin is None or (not_compared := vocabulary_finding(origin.folder)) is None:
+        return _check("tokenizer", findings, detail)
+    return Check("tokenizer", None, f"{detail}; not compared with the source: {not_compared}")
+
+
 def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
     folder = checkpoint.folder
-    if finding := file_finding(folder, TOKENIZER_NAME):
+    # The consolidated layout is read under the file's other name, too.
+    known = find_vocabulary(folder) if checkpoint.layout == "consolidated" else None
+    name = TOKENIZER_NAME if known is None else known.name
+    if finding := file_finding(folder, name):
         return [finding]
     findings = []
-    has_other = origin is not None and file_finding(origin.folder, TOKENIZER_NAME) is None
+    others = None if origin is None else find_vocabulary(origin.folder)
     if (
-        origin is not None
-        and has_other
-        and not filecmp.cmp(folder / TOKENIZER_NAME, origin.folder / TOKENIZER_NAME, shallow=False)
+        others is not None
+        and file_finding(others.parent, others.name) is None
+        and not filecmp.cmp(folder / name, others, shallow=False)
     ):
-        findings.append(f"{TOKENIZER_NAME} is not the source's")
+        findings.append(f"{name} is not the source's")
     if checkpoint.layout == "hf":
         findings += tokenizer_findings(folder, vocab_size=checkpoint.config.vocab_size)
-    elif known_vocabulary(folder / TOKENIZER_NAME) is None:
-        findings.append(f"{TOKENIZER_NAME} is not the vendor's: other pieces, scores, types or settings")
+    elif known_vocabulary(folder / name) is None:
+        findings.append(f"{name} is not the vendor's: other pieces, scores, types or settings")
     return findings
 
 
@@ -171,14 +188,20 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
     source = (origin or checkpoint).folder
     dtypes = {tensor.dtype for tensor in (origin or checkpoint).tensors.values()}
     cast = None if origin is None or dtypes == {checkpoint.dtype} else (", ".join(sorted(dtypes)), checkpoint.dtype)
-    if file_finding(source, TOKENIZER_NAME):
-        return f"nothing made again: no {TOKENIZER_NAME}"
+    if finding := vocabulary_finding(source):
+        return f"nothing made again: {finding}"
     try:
         licences = licence_files(source)
         if checkpoint.layout == "hf":
             model_type = read_json_object(folder / CONFIG_NAME)["model_type"]
             files = hf_files(
-                config, dtype=checkpoint.dtype, model_type=model_type, source=source, licences=licences, cast=cast
+                config,
+                dtype=checkpoint.dtype,
+                model_type=model_type,
+                source=source,
+                licences=licences,
+                cast=cast,
+                kept_from=source if origin is not None and origin.layout == "hf" else None,
             )
         else:
             files = consolidated_files(config, source=source, licences=licences, cast=cast)
