@@ -30,6 +30,7 @@ test = [
     "optimum-quanto>=0.2.7",
     "pandas>=2",
     "peft>=0.18",
+    "protobuf>=5",
     "psutil>=6",
     "pytest>=8",
     "pytest-xdist>=3.6",

@@ -37,9 +37,11 @@ def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence
     from mistral_large_conversion.checkpoint.hub import reachable_options, refuse_adapter
     from mistral_large_conversion.checkpoint.layout import is_consolidated
     from mistral_large_conversion.errors import CheckpointError
+    from modeling_mistral_large.adapter_loading import adapter_folder
 
-    reachable_options(model, {})
-    refuse_adapter(Path(model))
+    adapter = adapter_folder(model, reachable_options(model, {}))
+    if adapter is not None:
+        refuse_adapter(adapter, name=model)
     chosen = choose_engine(engine)
     has_consolidated = Path(model).is_dir() and is_consolidated(Path(model))
     if chosen == "transformers" and has_consolidated:

@@ -144,7 +144,13 @@ def _safe_streams() -> Iterator[None]:
         record = make_record(*args, **kwargs)
         # A message that does not fit its arguments is logging's to report.
         with suppress(TypeError, ValueError, KeyError):
-            record.msg, record.args = printable(record.getMessage()), None
+            if printable(record.getMessage()) == record.getMessage():
+                return record
+            # Some formatters read the arguments: that of uvicorn the address, the path and the status of a request.
+            if isinstance(record.args, tuple):
+                record.args = tuple(printable(value) if isinstance(value, str) else value for value in record.args)
+            if (safe := printable(record.getMessage())) != record.getMessage():
+                record.msg, record.args = safe, None
         return record
 
     def format_safe_warning(*args: Any, **kwargs: Any) -> str:

@@ -18,7 +18,13 @@ from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
 from mistral_large_conversion.destination import State, check_destination, unfinished
 from mistral_large_conversion.errors import CheckpointError, DestinationError, MistralLargeError, SettingError
 from mistral_large_conversion.finished import index_file, refuse_another, verify_finished
-from mistral_large_conversion.hf_files import ARCHITECTURES, consolidated_files, hf_files
+from mistral_large_conversion.hf_files import (
+    ARCHITECTURES,
+    consolidated_files,
+    hf_files,
+    kept_settings,
+    refuse_other_ids,
+)
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, new_checksum
 from mistral_large_conversion.model_card import ModelType, licence_files
 from mistral_large_conversion.options import check_option
@@ -31,7 +37,7 @@ from mistral_large_conversion.plan import (
     plan_export,
 )
 from mistral_large_conversion.stream import DEFAULT_JOBS, Progress, write_weights
-from mistral_large_conversion.vocabulary import VOCAB_SIZE
+from mistral_large_conversion.vocabulary import SPECIAL_IDS, VOCAB_SIZE
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +154,8 @@ def prepare_conversion(
             f"{folder}: holds an adapter next to the checkpoint, which would be left out; save what merge_and_unload() "
             f"returns and convert that, or move {ADAPTER_CONFIG_NAME} elsewhere"
         )
-    if layout_to_read(folder, to=to, quantize=quantize) == "hf":
+    is_hf = layout_to_read(folder, to=to, quantize=quantize) == "hf"
+    if is_hf:
         _refuse_added_tokens(folder, plan.geometry.vocab_size)
     licences = licence_files(folder)
     if to == "hf":
@@ -160,8 +167,10 @@ def prepare_conversion(
             source=folder,
             licences=licences,
             cast=plan.cast,
+            kept_from=folder if is_hf else None,
         )
     else:
+        refuse_other_ids(folder, kept_settings(folder)[0])
         small_files = consolidated_files(plan.geometry, source=folder, licences=licences, cast=plan.cast)
     return Conversion(plan, folder, Path(destination), small_files)
 
@@ -236,6 +245,8 @@ def export_checkpoint(
     if config is None:
         raise TypeError("export_checkpoint() of a state dict needs its config")
     state_dict = weights if isinstance(weights, Mapping) else weights.state_dict()
+    for settings in (config, getattr(weights, "generation_config", None)):
+        refuse_other_ids("the model", {name: getattr(settings, name, None) for name in SPECIAL_IDS})
     plan = plan_export(state_dict, config.to_dict(), dtype=dtype, max_shard_size=max_shard_size)
     small_files = {PARAMS_NAME: json_bytes(params_from_geometry(plan.geometry))}
     if origin is not None:

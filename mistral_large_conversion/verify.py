@@ -14,7 +14,7 @@ import numpy
 
 from mistral_large_conversion.checkpoint.layout import CONFIG_NAME, CONFIG_NAMES, TOKENIZER_NAME, Layout, layouts_of
 from mistral_large_conversion.checkpoint.names import expected_tensors
-from mistral_large_conversion.checkpoint.read import Checkpoint, finding_lines, load_headers
+from mistral_large_conversion.checkpoint.read import Checkpoint, finding_lines, load_headers, vocabulary_finding
 from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
 from mistral_large_conversion.checkpoint.source_files import (
     adapter_finding,
@@ -38,7 +38,7 @@ from mistral_large_conversion.plan import PlannedTensor, planned_tensors
 from mistral_large_conversion.stream import DEFAULT_JOBS, Progress, file_checksum, transformed
 from mistral_large_conversion.tokenizer import tokenizer_findings
 from mistral_large_conversion.transforms import Rows
-from mistral_large_conversion.vocabulary import known_vocabulary
+from mistral_large_conversion.vocabulary import find_vocabulary, known_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def verify_checkpoint(
         checks.append(_check("headers", [], f"{count} tensors, {checkpoint.dtype}, match the config"))
         checks.append(_config_check(checkpoint, origin))
         checks.append(_tensor_check(checkpoint, origin, progress))
-        checks.append(_check("tokenizer", _tokenizer_findings(checkpoint, origin), "the vendor's, made again from it"))
+        checks.append(_tokenizer_check(checkpoint, origin))
     if layouts[0] == "hf":
         checks.append(_check("chat template", chat_template_findings(folder), "the bundled one"))
     checks.append(_licence_check(folder, origin, layouts[0]))
@@ -115,22 +115,32 @@ def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
     return Check("config", True, "matches the weights" if origin is None else "matches the weights and the source")
 
 
+def _tokenizer_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
+    findings, detail = _tokenizer_findings(checkpoint, origin), "the vendor's, made again from it"
+    if findings or origin is None or (not_compared := vocabulary_finding(origin.folder)) is None:
+        return _check("tokenizer", findings, detail)
+    return Check("tokenizer", None, f"{detail}; not compared with the source: {not_compared}")
+
+
 def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
     folder = checkpoint.folder
-    if finding := file_finding(folder, TOKENIZER_NAME):
+    # The consolidated layout is read under the file's other name, too.
+    known = find_vocabulary(folder) if checkpoint.layout == "consolidated" else None
+    name = TOKENIZER_NAME if known is None else known.name
+    if finding := file_finding(folder, name):
         return [finding]
     findings = []
-    has_other = origin is not None and file_finding(origin.folder, TOKENIZER_NAME) is None
+    others = None if origin is None else find_vocabulary(origin.folder)
     if (
-        origin is not None
-        and has_other
-        and not filecmp.cmp(folder / TOKENIZER_NAME, origin.folder / TOKENIZER_NAME, shallow=False)
+        others is not None
+        and file_finding(others.parent, others.name) is None
+        and not filecmp.cmp(folder / name, others, shallow=False)
     ):
-        findings.append(f"{TOKENIZER_NAME} is not the source's")
+        findings.append(f"{name} is not the source's")
     if checkpoint.layout == "hf":
         findings += tokenizer_findings(folder, vocab_size=checkpoint.geometry.vocab_size)
-    elif known_vocabulary(folder / TOKENIZER_NAME) is None:
-        findings.append(f"{TOKENIZER_NAME} is not the vendor's: other pieces, scores, types or settings")
+    elif known_vocabulary(folder / name) is None:
+        findings.append(f"{name} is not the vendor's: other pieces, scores, types or settings")
     return findings
 
 
@@ -169,8 +179,8 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
     source = (origin or checkpoint).folder
     dtypes = {tensor.dtype for tensor in (origin or checkpoint).tensors.values()}
     cast = None if origin is None or dtypes == {checkpoint.dtype} else (", ".join(sorted(dtypes)), checkpoint.dtype)
-    if file_finding(source, TOKENIZER_NAME):
-        return f"nothing made again: no {TOKENIZER_NAME}"
+    if finding := vocabulary_finding(source):
+        return f"nothing made again: {finding}"
     try:
         licences = licence_files(source)
         if checkpoint.layout == "hf":
@@ -183,6 +193,7 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
                 source=source,
                 licences=licences,
                 cast=cast,
+                kept_from=source if origin is not None and origin.layout == "hf" else None,
             )
         else:
             files = consolidated_files(geometry, source=source, licences=licences, cast=cast)

@@ -207,7 +207,8 @@ class MistralLargeTokenizer(TokenizerHook):
         _refuse_settings(kwargs)
         path = Path(pretrained_model_name_or_path)
         # Imported here, because importing the package loads no more than stock Mistral does.
-        from mistral_large_conversion.checkpoint.hub import find_tokenizer_file, is_repository_id, reachable_options
+        from mistral_large_conversion.checkpoint.hub import is_repository_id, reachable_options
+        from modeling_mistral_large.adapter_loading import find_tokenizer_file
 
         # The base class would take it for the name of a repository, and speak of that.
         if not path.exists() and not is_repository_id(os.fspath(pretrained_model_name_or_path)):
@@ -613,11 +614,18 @@ class MistralLargeTokenizer(TokenizerHook):
 def _read_backend(tokenizer_file: str | None, vocab_file: str | None) -> Tokenizer:
     if tokenizer_file is not None:
         try:
-            return read_tokenizer_json(tokenizer_file)
+            backend = read_tokenizer_json(tokenizer_file)
         except TokenizerFileError:
             # Beside tokenizer.model.v3 the vendor publishes a tokenizer.json that is not exact.
             if vocab_file is None:
                 raise
+        else:
+            if vocab_file is not None and known_vocabulary(vocab_file) is None:
+                raise TokenizerFileError(
+                    f"{vocab_file}: other pieces, scores, types or settings than the vendor's file, which "
+                    f"tokenizer.json next to it was made of; {RULE}; download it again, or remove it"
+                )
+            return backend
     if vocab_file is None:
         raise TokenizerFileError(f"neither vocab_file nor tokenizer_file is given; {RULE}; {WAY_OUT}")
     return load_sentencepiece_bpe(vocab_file)

@@ -10,17 +10,14 @@ from typing import Any
 
 import huggingface_hub
 
-from mistral_large_conversion.checkpoint.layout import TOKENIZER_NAME, is_consolidated
+from mistral_large_conversion.checkpoint.layout import is_consolidated
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME
 from mistral_large_conversion.checkpoint.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
 from mistral_large_conversion.checkpoint.source_files import (
     ADAPTER_CONFIG_NAME,
     adapter_finding,
-    file_finding,
-    read_json_object,
 )
 from mistral_large_conversion.errors import CheckpointError, CheckpointNotFoundError
-from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
 
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "Notice*")
 # The vendor's repository holds a second copy of the weights, model-*.safetensors: another 245 GB.
@@ -181,28 +178,6 @@ def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = N
         raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
 
 
-def read_adapter_base(folder: Path) -> str | None:
-    """The name of the checkpoint that the adapter of PEFT in a folder is for, or None if it holds no adapter.
-
-    Raises:
-        CheckpointError: its file cannot be read or names none.
-    """
-    if not (folder / ADAPTER_CONFIG_NAME).exists():
-        return None
-    if problem := file_finding(folder, ADAPTER_CONFIG_NAME):
-        raise CheckpointError(f"{folder}: {problem}; it says what the adapter is for, save or download it again")
-    try:
-        base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-    except ValueError as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG_NAME}: {error}; save or download it again") from error
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(
-            f"{folder}: an adapter whose {ADAPTER_CONFIG_NAME} names no base_model_name_or_path; load the base model, "
-            "then peft.PeftModel.from_pretrained(model, folder)"
-        )
-    return base
-
-
 def refuse_adapter(folder: Path, name: str | None = None) -> None:
     """Raise a CheckpointError if a folder holds an adapter of PEFT and no checkpoint; `name` is how it was named."""
     if problem := adapter_finding(folder):
@@ -273,20 +248,3 @@ def find_consolidated(
     if set(patterns) == {PARAMS_NAME}:
         return folder
     return resolve_source(repository, patterns=patterns, **hub_options)
-
-
-def find_tokenizer_file(source: Any, options: Mapping[str, Any]) -> Path | None:
-    """Where the tokenizer of a consolidated checkpoint or of an adapter is, or None if it is in `source` itself.
-
-    Of a consolidated checkpoint, the file is read alone: the vendor's folder also has a tokenizer.json and a template
-    of its own, which are not exact. An adapter that was saved without a tokenizer has the one of its base.
-    """
-    folder = find_consolidated(source, options, patterns=(PARAMS_NAME, TOKENIZER_NAME))
-    if folder is not None:
-        file = find_vocabulary(folder)
-        return file if file is not None and file.exists() else None
-    adapter = Path(source, options.get("subfolder") or "")
-    if not adapter.is_dir() or any((adapter / name).exists() for name in ("tokenizer.json", *VOCABULARY_NAMES)):
-        return None
-    base = read_adapter_base(adapter)
-    return None if base is None else find_tokenizer_file(base, {}) or Path(base)

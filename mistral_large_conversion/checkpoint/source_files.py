@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from mistral_large_conversion.errors import CheckpointError
+
 LARGEST_JSON = 100_000_000
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 CHECKPOINT_CONFIGS = ("config.json", "params.json")
@@ -48,17 +50,36 @@ def adapter_finding(folder: Path) -> str | None:
     """What a folder with nothing but an adapter is, of which base, and the way out; None for any other folder."""
     if not (folder / ADAPTER_CONFIG_NAME).exists() or any((folder / name).exists() for name in CHECKPOINT_CONFIGS):
         return None
-    base: object = None
-    if file_finding(folder, ADAPTER_CONFIG_NAME) is None:
-        try:
-            base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-        except (OSError, ValueError):
-            base = None
-    of_base = f"the base {shown(base)}" if isinstance(base, str) and base else "a base that it does not name"
+    try:
+        of_base = f"the base {shown(read_adapter_base(folder))}"
+    except CheckpointError:
+        of_base = "a base that it does not name"
     return (
         f"an adapter (PEFT) of {of_base}, not a checkpoint; load it with peft.AutoPeftModelForCausalLM, save what "
         "merge_and_unload() returns, and give that folder"
     )
+
+
+def read_adapter_base(folder: Path) -> str | None:
+    """The name of the checkpoint that the adapter of PEFT in a folder is for, or None if it holds no adapter.
+
+    Raises:
+        CheckpointError: its file cannot be read or names none.
+    """
+    if not (folder / ADAPTER_CONFIG_NAME).exists():
+        return None
+    if problem := file_finding(folder, ADAPTER_CONFIG_NAME):
+        raise CheckpointError(f"{folder}: {problem}; it says what the adapter is for, save or download it again")
+    try:
+        base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG_NAME}: {error}; save or download it again") from error
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{folder}: an adapter whose {ADAPTER_CONFIG_NAME} names no base_model_name_or_path; load the base model, "
+            "then peft.PeftModel.from_pretrained(model, folder)"
+        )
+    return base
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

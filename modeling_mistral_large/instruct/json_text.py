@@ -115,6 +115,8 @@ def _json_value(value: Any, where: str) -> Any:
         return str(value)
     if type(value).__name__ == "NAType":
         return None
+    if hasattr(type(value), "columns") and hasattr(type(value), "iloc"):
+        return _json_records(value, where)
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return _json_array(value, where, kind)
     if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):
@@ -145,9 +147,7 @@ def _json_object(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
 
 
 def _json_array(value: Any, where: str, kind: str) -> Any:
-    """Return the items of an array, or the number that stands alone in one."""
-    if hasattr(value, "to_dict"):
-        raise _not_json(value, where, "its index has no place in a JSON list; return .to_dict() or .tolist() of it")
+    """Return the items of an array, or the number that stands alone in one; of a Series by its index if it has one."""
     if kind == "V":
         raise _not_json(value, where, "its fields would lose their names; return objects")
     try:
@@ -156,7 +156,29 @@ def _json_array(value: Any, where: str, kind: str) -> Any:
     # An array that holds no values, as torch has them.
     except Exception as error:
         raise _not_json(value, where, f"{error}; return a list of numbers") from error
+    if hasattr(value, "iloc") and not _is_numbered(value.index):
+        if not value.index.is_unique:
+            raise _not_json(value, where, "its index has a label twice, a JSON object each key once; return .tolist()")
+        plain = dict(zip(value.index, plain, strict=True))
     return _json_value(plain, where)
+
+
+def _json_records(frame: Any, where: str) -> list[Any]:
+    """Return the rows of a DataFrame of pandas as objects."""
+    if not _is_numbered(frame.index):
+        raise _not_json(
+            frame, where, "its index has no place in a list of rows; return .reset_index(), or .reset_index(drop=True)"
+        )
+    if not frame.columns.is_unique:
+        raise _not_json(frame, where, "two columns have one name, a JSON object has each key once; rename one")
+    columns = [_json_value(frame.iloc[:, number], where) for number in range(len(frame.columns))]
+    rows = zip(*columns, strict=True) if columns else [()] * len(frame)
+    return [_json_object(dict(zip(frame.columns, row, strict=True)), where) for row in rows]
+
+
+def _is_numbered(index: Any) -> bool:
+    """Whether an index of pandas says nothing but the number of each item."""
+    return list(index.names) == [None] and index.tolist() == list(range(len(index)))
 
 
 def _without_nat(plain: Any) -> Any:

@@ -175,6 +175,35 @@ def test_logs_and_warnings_of_libraries_are_harmless_too(
     assert (logging.getLogRecordFactory(), warnings.formatwarning) == (factory, format_warning)
 
 
+def test_logs_keep_the_arguments_that_formatters_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Requests(logging.Formatter):
+        """Writes a log as uvicorn's formatter for requests does."""
+
+        def format(self, record: logging.LogRecord) -> str:
+            assert isinstance(record.args, tuple)
+            path, status = record.args
+            return f"{path} {status:d}"
+
+    def talk(*_: Any) -> None:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(Requests())
+        logger = logging.getLogger("server")
+        logger.addHandler(handler)
+        for path in ("/health", ATTACK):
+            logger.warning("%s %d", path, 200)
+        logger.removeHandler(handler)
+
+    monkeypatch.setattr(import_module("mistral_large_cli.retag"), "retag", talk)
+    assert run(monkeypatch, "retag", "folder", "--as", "mistral") == 0
+    printed = capsys.readouterr().err
+    assert is_harmless(printed)
+    assert printed.startswith("/health 200\n")
+    assert printed.endswith(" 200\n")
+    assert printed.count("owned") == 1
+
+
 def fail_on(errno: int) -> Callable[..., None]:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno, os.strerror(errno))

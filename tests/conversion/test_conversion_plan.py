@@ -12,13 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mistral_large_conversion import convert_checkpoint, inspect_checkpoint, plan_conversion, verify_checkpoint
+from mistral_large_conversion import (
+    convert_checkpoint,
+    export_checkpoint,
+    inspect_checkpoint,
+    plan_conversion,
+    verify_checkpoint,
+)
 from mistral_large_conversion.checkpoint.names import expected_tensors
 from mistral_large_conversion.checkpoint.read import FIRST_QUERY
 from mistral_large_conversion.checkpoint.safetensors_header import read_header
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.options import parse_size
-from modeling_mistral_large import MistralLargeConfig
+from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from tests.support.checkpoints import contents, params_of, write_consolidated
 
 FIRST, SECOND = (f"consolidated-{number:05}-of-00002.safetensors" for number in (1, 2))
@@ -522,6 +528,20 @@ def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_pa
         with pytest.raises(CheckpointError) as error:
             plan_conversion(folder, to="consolidated")
         assert finding in str(error.value)
+
+
+def test_special_ids_of_a_fine_tune_are_not_lost_on_the_way_back(small_source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    convert_checkpoint(small_source, folder)
+    edit_json(folder / "generation_config.json", lambda content: content.update(eos_token_id=[2, 14], pad_token_id=2))
+    with pytest.raises(CheckpointError, match=r"hf: eos_token_id is \[2, 14\], and the consolidated layout has no"):
+        convert_checkpoint(folder, tmp_path / "out", to="consolidated")
+    model: Any = MistralLargeForCausalLM.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"the model: eos_token_id is \[2, 14\], and the consolidated layout"):
+        export_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    edit_json(folder / "generation_config.json", lambda content: content.update(eos_token_id=[2]))
+    convert_checkpoint(folder, tmp_path / "out", to="consolidated")
 
 
 def test_tokens_that_a_fine_tune_has_added_are_the_reason(small_source: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints by their repository's id, from a hub on the loopback interface, with the real client."""
 
+import json
 import os
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from mistral_large_conversion.checkpoint.hub import ANSWER_SECONDS, CONSOLIDATED
 from mistral_large_conversion.errors import CheckpointError, MistralLargeError
 from mistral_large_conversion.inspect import inspect_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
+from modeling_mistral_large.adapter_loading import adapter_base
 from tests.support.loopback_hub import COMMIT, REPOSITORY, LoopbackHub, serve
 
 WANTED = {
@@ -34,6 +36,7 @@ WANTED = {
     "params.json",
     "tokenizer.model.v3",
 }
+IDS = torch.arange(1027, 1036)[None]
 # What the vendor's repository holds besides: a second copy of the weights and what belongs to it.
 UNWANTED = (
     "model-00001-of-00051.safetensors",
@@ -380,3 +383,70 @@ def test_a_hub_that_lists_places_outside_of_a_folder_writes_none(hub: LoopbackHu
 
 def test_the_patterns_name_no_file_of_the_second_copy() -> None:
     assert not any(pattern.startswith(("model", "*")) for pattern in CONSOLIDATED_FILES)
+
+
+@pytest.fixture
+def adapter(hub: LoopbackHub, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """The adapter that the repository holds instead, without a tokenizer: its base and its logits."""
+    base = hub.folder
+    for name in UNWANTED:
+        (base / name).unlink()
+    model: Any = MistralLargeForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, init_lora_weights=False)
+    adapted: Any = get_peft_model(model, config).eval()
+    hub.folder = tmp_path / "adapter"
+    adapted.save_pretrained(hub.folder)
+    return base, adapted(IDS).logits
+
+
+def test_an_adapter_of_the_hub_is_loaded_on_its_base(
+    hub: LoopbackHub,
+    adapter: tuple[Path, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, expected = adapter
+    for model_class in (MistralLargeForCausalLM, AutoModelForCausalLM):
+        model: Any = model_class.from_pretrained(REPOSITORY, dtype=torch.float32)
+        assert torch.equal(model.eval()(IDS).logits, expected)
+    assert MistralLargeTokenizer.from_pretrained(REPOSITORY).encode("Hello") == [1, 23325]
+    monkeypatch.setattr(sys, "stdin", StringIO("Hello\n"))
+    assert run(monkeypatch, "chat", REPOSITORY, "--max-new-tokens", "2") == 0
+    assert f"{REPOSITORY}: an adapter, loaded on {base}\n" in capsys.readouterr().err
+
+
+def test_an_adapter_of_the_hub_is_no_checkpoint(
+    hub: LoopbackHub,
+    adapter: tuple[Path, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, _ = adapter
+    commands = (
+        *(("inspect", REPOSITORY), ("convert", REPOSITORY, "out"), ("verify", str(base), REPOSITORY)),
+        *(("plan", REPOSITORY, "--gpus", "8x80GB"), ("serve", REPOSITORY)),
+    )
+    for command in commands:
+        assert run(monkeypatch, *command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(
+            f"mistral-large: {REPOSITORY}: an adapter (PEFT) of the base {str(base)!r}, not a checkpoint; load it with "
+        )
+
+
+def test_a_checkpoint_of_the_hub_with_an_adapter_next_to_it_is_a_checkpoint(
+    hub: LoopbackHub, adapter: tuple[Path, torch.Tensor]
+) -> None:
+    assert adapter_base(REPOSITORY, {}) == str(adapter[0])
+    MistralLargeConfig().save_pretrained(hub.folder)
+    assert adapter_base(REPOSITORY, {}) is None
+
+
+@pytest.mark.parametrize("base", ["/no/such/base", "no-such-base"])
+def test_an_adapter_of_the_hub_whose_base_is_not_here_is_one_line(
+    hub: LoopbackHub, adapter: tuple[Path, torch.Tensor], base: str
+) -> None:
+    (hub.folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    for load in (MistralLargeForCausalLM.from_pretrained, MistralLargeTokenizer.from_pretrained):
+        with pytest.raises(CheckpointError, match=f"^{REPOSITORY}: an adapter for '{base}', which is no folder here; "):
+            load(REPOSITORY)

@@ -30,6 +30,7 @@ from mistral_large_conversion import (
 from mistral_large_conversion.checkpoint.names import SHAPES, TO_HF
 from mistral_large_conversion.checkpoint.quantization import (
     FORMATS,
+    Quantization,
     Scheme,
     choose_group_size,
     is_quantized,
@@ -64,6 +65,10 @@ def converted(source: Path, name: str, **options: Any) -> Path:
     folder = source.with_name(name)
     convert_checkpoint(source, folder, **options)
     return folder
+
+
+def set_json(path: Path, **settings: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -273,6 +278,25 @@ def test_a_folder_of_ours_in_the_hf_layout_gives_the_same_weights(source: Path, 
     by_detour = converted(converted(source, "hf"), "by detour", quantize=quantization, model_type="mistral")
     direct = contents(converted(source, "direct", quantize=quantization, model_type="mistral"))
     assert contents(by_detour) == direct
+
+
+@every_quantization
+def test_settings_of_a_fine_tune_in_the_hf_layout_stay(source: Path, quantization: Quantization) -> None:
+    hf = converted(source, "hf")
+    set_json(hf / "config.json", eos_token_id=14)
+    set_json(hf / "generation_config.json", eos_token_id=[2, 14], pad_token_id=10, temperature=0.7)
+    (hf / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    folder = converted(hf, "quantized", quantize=quantization)
+    # Generation takes generation_config.json's where the two differ.
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 14], "pad_token_id": 10}
+    found, generation = (json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json"))
+    assert {name: found[name] for name in ids} == ids
+    assert generation == {**ids, "temperature": 0.7}
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert json.loads((folder / "tokenizer_config.json").read_text())["prompt_format"] is None
+    set_json(hf / "config.json", eos_token_id="</s>")
+    with pytest.raises(CheckpointError, match=r"config\.json: eos_token_id is '</s>': must be an id or a list of ids"):
+        converted(hf, "wrong", quantize=quantization)
 
 
 def tensor_check(folder: Path, origin: Path | None) -> Check:

@@ -116,6 +116,29 @@ def test_one_changed_bit_is_named_with_its_place_and_both_values(
         assert wrong(verify_checkpoint(demo_source, folder)) == {"tensors": f"1 of 30 differ, first {detail}"}
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "missing"])
+def test_the_tokenizer_is_compared_under_its_other_name(
+    demo_folder: Path, demo_source: Path, tmp_path: Path, name: str
+) -> None:
+    source = Path(shutil.copytree(demo_source, tmp_path / "source"))
+    (source / "tokenizer.model.v3").rename(tmp_path / "source" / name)
+    check = by_name(verify_checkpoint(demo_folder, source))["tokenizer"]
+    if name == "missing":
+        assert (check.is_ok, "not compared with the source: tokenizer.model.v3 is missing" in check.detail) == (
+            None,
+            True,
+        )
+        return
+    assert (check.is_ok, check.detail) == (True, "the vendor's, made again from it")
+    # Known by its pieces, scores and types; the names of pieces that the format does not use are others.
+    path = source / name
+    path.write_bytes(path.read_bytes().replace(b"\n\x05[IMG]", b"\n\x05[IMH]", 1))
+    check = by_name(verify_checkpoint(demo_folder, source))["tokenizer"]
+    assert (check.is_ok, check.detail) == (False, "tokenizer.model.v3 is not the source's")
+    check = by_name(verify_checkpoint(source))["tokenizer"]
+    assert (check.is_ok, check.detail) == (True, "the vendor's, made again from it")
+
+
 def test_the_first_of_several_differences_is_named(folder: Path, demo_source: Path) -> None:
     for name in ("model.norm.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"):
         flip_bit(folder, name, 0)

@@ -501,8 +501,9 @@ def test_under_its_other_name_the_vendors_file_is_known(tokenizer_model_file: Pa
 
 
 def test_an_altered_file_is_not_saved_again(saved_folder: Path) -> None:
+    own = MistralLargeTokenizer.from_pretrained(saved_folder)
     patch_model(saved_folder, "▁window".encode(), "▁windoW".encode())
-    MistralLargeTokenizer.from_pretrained(saved_folder).save_pretrained(saved_folder / "again")
+    own.save_pretrained(saved_folder / "again")
     assert not (saved_folder / "again" / "tokenizer.model.v3").exists()
 
 
@@ -672,6 +673,51 @@ def test_an_altered_file_is_never_called_exact(tokenizer_model_file: Path, tmp_p
     with pytest.raises(TokenizerFileError, match="other scores, types or settings than the vendor's file") as error:
         MistralLargeTokenizer.from_pretrained(tmp_path)
     assert str(path) in str(error.value)
+
+
+# Settings of SentencePiece's own message, and whether the vocabulary is still the vendor's with them.
+SETTINGS_OF_A_MODEL: dict[str, tuple[Callable[[Any], object], bool]] = {
+    "as it is": (lambda model: None, True),
+    "seed words": (lambda model: setattr(model.trainer_spec, "seed_sentencepiece_size", 3), True),
+    "unused name": (lambda model: setattr(model.pieces[10], "piece", "[control_8]"), True),
+    "no dummy": (lambda model: setattr(model.normalizer_spec, "add_dummy_prefix", False), False),
+    "extra spaces": (lambda model: setattr(model.normalizer_spec, "remove_extra_whitespaces", True), False),
+    "unescaped": (lambda model: setattr(model.normalizer_spec, "escape_whitespaces", False), False),
+    "characters": (lambda model: setattr(model.normalizer_spec, "precompiled_charsmap", b"x"), False),
+    "suffix": (lambda model: setattr(model.trainer_spec, "treat_whitespace_as_suffix", True), False),
+    "unigram": (lambda model: setattr(model.trainer_spec, "model_type", 1), False),
+    "no bytes": (lambda model: setattr(model.trainer_spec, "byte_fallback", False), False),
+    "score": (lambda model: setattr(model.pieces[20_000], "score", -1.5), False),
+    "type": (lambda model: setattr(model.pieces[751], "type", 1), False),
+    "piece": (lambda model: setattr(model.pieces[20_000], "piece", "▁other"), False),
+    "swapped": (lambda model: model.pieces.insert(1030, model.pieces.pop(1031)), False),
+    "one less": (lambda model: model.pieces.pop(), False),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS_OF_A_MODEL)
+def test_a_model_is_read_as_protobuf_writes_it(tokenizer_model_file: Path, tmp_path: Path, case: str) -> None:
+    change, is_vendors = SETTINGS_OF_A_MODEL[case]
+    sentencepiece_model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(tokenizer_model_file.read_bytes())
+    change(model)
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    assert known_vocabulary(path) == ("v3" if is_vendors else None)
+
+
+@pytest.mark.parametrize("case", [*ALTERED_MODELS, "pointer"])
+def test_an_altered_file_next_to_an_exact_tokenizer_json_is_refused(saved_folder: Path, case: str) -> None:
+    path = saved_folder / "tokenizer.model.v3"
+    MistralLargeTokenizer.from_pretrained(saved_folder)
+    path.write_bytes(b"version 1" if case == "pointer" else alter(path.read_bytes(), case))
+    for load in (MistralLargeTokenizer, AutoTokenizer):
+        with pytest.raises(TokenizerFileError, match=r"which tokenizer\.json next to it was made of") as error:
+            load.from_pretrained(saved_folder)
+        assert str(path) in str(error.value)
+    path.unlink()
+    MistralLargeTokenizer.from_pretrained(saved_folder)
 
 
 @pytest.mark.parametrize("name", VENDOR_FILES)

@@ -101,6 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"id": REPOSITORY, "sha": COMMIT, "gated": hub.gated and "auto", "siblings": []})
         elif re.fullmatch(rf"/api/models/{REPOSITORY}/tree/(main|{COMMIT})/?", path):
             self._json(self._tree())
+        elif re.fullmatch(rf"/api/models/{REPOSITORY}/tree/(main|{COMMIT})/.+", path):
+            # No repository here has folders.
+            self._error(HTTPStatus.NOT_FOUND, "EntryNotFound")
         elif match := re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/(.+)", path):
             self._file(match[1])
         elif path.startswith((f"/api/models/{REPOSITORY}/", f"/{REPOSITORY}/")):

@@ -656,12 +656,29 @@ def test_results_of_pandas_are_json() -> None:
         (table["a"].tolist(), [1, 2]),
         (table.to_dict("records"), [{"a": 1}, {"a": 2}]),
         (pandas.Index(["x"]), ["x"]),
+        (table, [{"a": 1}, {"a": 2}]),
+        ({"a": table}, {"a": [{"a": 1}, {"a": 2}]}),
+        (pandas.DataFrame({"at": [moment], 5: ["x"], "n": [pandas.NA]}), [{"at": str(moment), "5": "x", "n": None}]),
+        (pandas.DataFrame(), []),
+        (table["a"], [1, 2]),
+        (table.iloc[0], {"a": 1}),
+        (table["a"][1:], {"1": 2}),
+        (pandas.Series([1, 2], index=["b", "a"]), {"b": 1, "a": 2}),
+        (table.groupby("a").size(), {"1": 1, "2": 1}),
     ):
         results.append(result)
         assert json.loads(run_one(read, {})) == wanted
-    for result in (table, table["a"], {"a": table}):
+    assert table.to_dict("records") == [{"a": 1}, {"a": 2}]
+    for result, rule in (
+        (table[1:], r"its index has no place in a list of rows; return \.reset_index\(\)"),
+        (table.rename_axis("n"), "its index has no place in a list of rows"),
+        ({"a": table.set_index("a")}, "its index has no place in a list of rows"),
+        (pandas.concat([table, table], axis="columns"), "two columns have one name"),
+        (pandas.Series([1, 2], index=["a", "a"]), "its index has a label twice"),
+        (table.groupby("a"), "it is no JSON value"),
+    ):
         results.append(result)
-        with pytest.raises(ConversationError, match="the result of tool read: pandas"):
+        with pytest.raises(ConversationError, match=f"the result of tool read: pandas.*{rule}"):
             run_one(read, {})
 
 
