@@ -1,4 +1,4 @@
-"""The bundled toy checkpoint and what it answers.
+"""`mistral-large demo`: the bundled toy checkpoint and what it answers.
 
 `demo_checkpoint/` holds a model of 4.4 million weights in the vendor's consolidated layout, trained from random numbers
 by `examples/train_demo_checkpoint.py` on the conversations of `golden.json`. Embedding and output rows of pieces that
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .marks import with_marks
+import typer
+
+from .highlighting import highlighted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,13 +148,14 @@ STYLES = {"code": "cyan", "real model": "dim", "parsed call": "bold yellow", "re
 LABEL_WIDTH = 13
 
 
-def run_demo(keep: Path | None = None) -> None:
-    """Convert and load the demo checkpoint, chat with it, let it call a tool, and show each step.
-
-    keep: the folder to convert into, new or empty; without it, a temporary one.
-
-    Exits with 1 when an answer is not the golden one.
-    """
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Convert into this folder and keep it, new or empty.")
+    ] = None,
+) -> None:
+    """Convert the bundled toy checkpoint, chat with it and let it call a tool; exit code 1 on a wrong response."""
+    # Before anything is printed, as the demo cannot do without.
+    tokenizer_model_file()
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -247,10 +250,10 @@ def _ask(
     tokenizer = chat.tokenizer
     assert isinstance(tokenizer, MistralLargeTokenizer)
     prompt = tokenizer.apply_chat_template(messages, tools, return_dict=False)
-    _show(console, "prompt", with_marks(tokenizer, prompt))
+    _show(console, "prompt", highlighted(tokenizer, prompt))
     # Greedy answers are the same each time: once as ids, to be shown, and once as a message.
     answer = chat(messages, tools=tools, return_tensors=True)[0]["generated_token_ids"][len(prompt) :]
-    _show(console, "raw answer", with_marks(tokenizer, answer))
+    _show(console, "raw answer", highlighted(tokenizer, answer))
     if wrong_answer(tokenizer, answer, golden_answer) is not None:
         sys.exit(
             f"mistral-large: the demo must answer {golden_answer!r}; something in this environment is broken; "

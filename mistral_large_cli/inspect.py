@@ -1,20 +1,23 @@
-"""Printing of `mistral-large inspect`: what a folder is, what it holds, what loads it, what is wrong with it."""
+"""`mistral-large inspect`."""
 
 from dataclasses import asdict
 
-from .marks import one_line
-from .terminal import console, print_json
+from .options import AsJson, CacheDir, Revision, Source, Token, hub_options
+from .terminal import console, one_line, print_json
 
 
-def inspect(source: str, as_json: bool) -> None:
-    """Inspect a folder or a repository and say what it is.
-
-    Raises:
-        MistralLargeError: the reasons of `inspect_checkpoint`.
-    """
+def inspect(
+    source: Source,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a checkpoint holds, what loads it and what is wrong with it; of weights, only headers are read."""
+    hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion.inspect import inspect_checkpoint
 
-    inspection = inspect_checkpoint(source)
+    inspection = inspect_checkpoint(source, **hub)
     if as_json:
         print_json(asdict(inspection))
         return

@@ -18,8 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mistral_large_cli import main
-from mistral_large_cli.marks import one_line, printable
-from mistral_large_cli.terminal import console, print_json, write_picture
+from mistral_large_cli.terminal import console, one_line, print_json, printable, write_picture
 from mistral_large_conversion.errors import DestinationError
 
 # Titles, clearing of the screen, the clipboard, a line to be overwritten, 8-bit controls, letters turned around.
