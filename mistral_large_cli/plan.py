@@ -101,11 +101,13 @@ def plan(
         raise PlanError(f"--host with {dtype} weights: quantized weights are not offloaded; leave --host out")
     if host_memory and devices[0].kind != "cuda":
         raise PlanError(f"--host with {devices[0].name}: its memory is the host's; leave --host out")
+    if devices[0].kind == "mps" and "fp8" in (dtype, kv):
+        raise PlanError(f"fp8 on {devices[0].name}: torch has no FP8 on Apple GPUs; take --weights int4 and --kv auto")
     options = PlanOptions(context, batch, dtype, kv, prefill_chunk, host_memory)
     plans = options.plans(geometry, devices)
     best = plans[0]
     # What could be asked for instead is listed, too.
-    smaller = QUANTIZED if dtype not in QUANTIZED else ()
+    smaller = quantized_on(devices) if dtype not in QUANTIZED else ()
     others = [replace(options, weights=each, host_memory=0).plans(geometry, devices)[0] for each in smaller]
     plans += [plan for plan in others if plan.fits]
     changes = {} if best.fits else smallest_changes(geometry, devices, options)
@@ -205,6 +207,11 @@ def parse_host(size: str) -> int:
     return 0 if size == "0" else parse_size(size, "host memory")
 
 
+def quantized_on(devices: "Sequence[Device]") -> tuple[str, ...]:
+    """Return the quantized weights that run on these devices."""
+    return ("int4",) if devices[0].kind == "mps" else ("fp8", "int4")
+
+
 def smallest_changes(geometry: "ModelSizes", devices: "Sequence[Device]", options: PlanOptions) -> dict[str, str]:
     """Return what could be asked for instead, one thing changed at a time, by its name."""
     from mistral_large_conversion.sharding.memory import QUANTIZED
@@ -221,8 +228,8 @@ def smallest_changes(geometry: "ModelSizes", devices: "Sequence[Device]", option
                 changes[name] = f"--{name.replace('_', '-')} {value}"
                 return
 
-    add_first_that_fits("kv", ["fp8"])
-    add_first_that_fits("weights", QUANTIZED if options.weights not in QUANTIZED else [])
+    add_first_that_fits("kv", ["fp8"] if "fp8" in quantized_on(devices) else [])
+    add_first_that_fits("weights", quantized_on(devices) if options.weights not in QUANTIZED else [])
     if length := largest_context(geometry, devices, **options.keywords("context")):
         changes["context"] = f"--context {length}"
     if batch := largest_batch(geometry, devices, **options.keywords()):

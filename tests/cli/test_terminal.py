@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ def test_what_was_typed_is_quoted_without_its_commands(
 def test_logs_and_warnings_of_libraries_are_harmless_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def talk(*_: Any) -> None:
+    def talk(*_: Any) -> tuple[str, ...]:
         handler = logging.StreamHandler(sys.stderr)
         logger = logging.getLogger("library")
         logger.addHandler(handler)
@@ -162,10 +161,10 @@ def test_logs_and_warnings_of_libraries_are_harmless_too(
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             sys.stderr.write(warnings.formatwarning(ATTACK, UserWarning, "file", 1))
+        return ()
 
     factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
-    # Of the package, the name is the command's function.
-    monkeypatch.setattr(import_module("mistral_large_cli.retag"), "retag", talk)
+    monkeypatch.setattr("mistral_large_conversion.retag.retag_checkpoint", talk)
     assert run(monkeypatch, "retag", "folder", "--as", "mistral") == 0
     printed = capsys.readouterr().err
     assert is_harmless(printed)
