@@ -61,11 +61,14 @@ def console(**options: Any) -> "Console":
 @contextmanager
 def progress_bar(label: str, total: int, console: "Console") -> Iterator[Callable[[int], None]]:
     """Show a bar of `total` bytes on a terminal, and yield what is told the bytes that are done."""
+    # A bar that is redrawn makes no sense in a file or a pipe.
+    if not console.is_terminal:
+        yield lambda _: None
+        return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    # A bar that is redrawn makes no sense in a file or a pipe.
-    with Progress(TextColumn(label), *columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(TextColumn(label), *columns, console=console) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
 

@@ -102,7 +102,7 @@ def parse_devices(text: str) -> list[Device]:
         if not match or not device or int(match[1] or 1) < 1 or (match[3] and float(match[3]) == 0):
             raise PlanError(
                 f"devices {shown(part)}: neither a known GPU ({', '.join(GPUS)}), cpu, a Mac "
-                f"({', '.join(f'mac-{size}GB' for size in MACS)}) nor a size; write 8xA100-80GB, H200, or 4x95GiB@3.9 "
+                f"({', '.join(f'mac-{size}GB' for size in MACS)}) nor a size; write 8x80GB, 8xH100-PCIe or 4x95GiB@3.9 "
                 "for a size and a bandwidth in TB/s"
             )
         if match[3]:

@@ -480,7 +480,7 @@ NAMED: dict[str, tuple[int, float, float]] = {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_devices_as_people_write_them(name: str) -> None:
+def test_named_devices_have_the_figures_of_their_sheets(name: str) -> None:
     count, memory_gib, bandwidth = NAMED[name]
     devices = parse_devices(name)
     assert len(devices) == count
@@ -497,7 +497,7 @@ def test_this_machine_is_a_device_of_unknown_bandwidth() -> None:
 
 @pytest.mark.parametrize("name", ["A100-60GB", "NVIDIA GeForce RTX 4090 Laptop GPU", "mac-100GB", "cpu-lots", "GB"])
 def test_an_unknown_device_is_refused_with_those_that_are_known(name: str) -> None:
-    with pytest.raises(PlanError, match="neither a known GPU .*H100, .*4090.* a Mac .*mac-192GB.* nor a size; write"):
+    with pytest.raises(PlanError, match=r"neither a known GPU .*H100, .*4090.* a Mac .*mac-192GB.* nor a size; write"):
         parse_devices(name)
 
 
