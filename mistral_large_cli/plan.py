@@ -91,7 +91,7 @@ def plan(
     from mistral_large_conversion.sharding.memory import QUANTIZED, Demand, Sizes, cache_bytes_of_layer
 
     geometry, found = read_model_geometry(model, hub)
-    dtype = None if weights is None else DTYPES.get(weights, weights)
+    dtype: str | None = None if weights is None else DTYPES.get(weights, weights)
     if found is not None and dtype not in (None, found.scheme):
         raise PlanError(f"{model} has {found.scheme} weights, not {weights}; leave --weights out")
     dtype = dtype or (found.scheme if found else "bf16")

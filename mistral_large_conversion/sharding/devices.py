@@ -126,7 +126,7 @@ def _parse_device(name: str) -> Device | None:
         return Device(name, memory, kind="cpu", assumption=f"{name}: the memory of this machine")
     if upper.startswith("CPU-"):
         size_bytes = _parse_size(upper.removeprefix("CPU-"))
-        return size_bytes and Device(name, size_bytes, kind="cpu")
+        return None if size_bytes is None else Device(name, size_bytes, kind="cpu")
     if mac := re.fullmatch(r"MAC-(\d{1,4})GB", upper):
         return _mac(name, int(mac[1]))
     if gpu := find_gpu(GPUS_BY_SIZE.get(upper, upper)):
@@ -134,7 +134,7 @@ def _parse_device(name: str) -> Device | None:
         return Device(name, int(memory_gib * GIB), bandwidth * 1e12)
     # What a GPU is called counts neither the driver's share nor, always, in powers of two: this is never too much.
     size_bytes = _parse_size(upper)
-    return size_bytes and Device(name, size_bytes)
+    return None if size_bytes is None else Device(name, size_bytes)
 
 
 def find_gpu(name: str) -> tuple[float, float] | None:

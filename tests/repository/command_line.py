@@ -63,7 +63,11 @@ def declared(parameter: Parameter) -> Any:
 
 def spelling(option: Parameter) -> str:
     """Return how an option is typed, with the values or the type that it takes."""
-    names = declared(option).param_decls or [f"--{option.name.replace('_', '-')}"]
+    # The first name in `Annotated` is where a default would be.
+    names = [
+        each for each in (declared(option).default, *(declared(option).param_decls or ())) if isinstance(each, str)
+    ]
+    names = names or [f"--{option.name.replace('_', '-')}"]
     (kind,) = [each for each in members(get_args(option.annotation)[0]) if each is not NoneType]
     if kind is bool:
         return f"`{names[0]}`"
