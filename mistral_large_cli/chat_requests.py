@@ -50,7 +50,7 @@ READ = (
 
 
 class RequestError(MistralLargeError, ValueError):
-    """A request that the server cannot answer as it is meant; `parameter` is the one it is about."""
+    """A request that the server cannot serve as it is meant; `parameter` is the one it is about."""
 
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)

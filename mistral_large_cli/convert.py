@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 CHAT = """\
 from transformers import pipeline
 chat = pipeline("text-generation", {folder!r}, dtype="auto", device_map="auto")
-answer = chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)
-print(answer[0]["generated_text"][-1]["content"])"""
-# By layout and model type; the consolidated layout is read as it is.
+response = chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)
+print(response[0]["generated_text"][-1]["content"])"""
+# By layout and model type; the consolidated layout is read unchanged.
 SNIPPETS = {
     ("hf", "mistral_large"): f"import modeling_mistral_large\n{CHAT}",
     ("hf", "mistral"): CHAT,

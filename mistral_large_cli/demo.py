@@ -1,6 +1,6 @@
 """`mistral-large demo`: the bundled toy checkpoint and what it answers.
 
-`demo_checkpoint/` holds a model of 4.4 million weights in the vendor's consolidated layout, trained from random numbers
+`demo_checkpoint/` holds a model of 4.4 million parameters in the vendor's consolidated layout, trained from random initialization
 by `examples/train_demo_checkpoint.py` on the conversations of `golden.json`. Embedding and output rows of pieces that
 never occur there are zero: other words say nothing to it, and the 9 MB compress to less than one.
 """
@@ -139,12 +139,12 @@ def demo_model(path: str | None = None) -> Iterator[str]:
 
 
 INTRODUCTION = (
-    "A rehearsal on a toy: a model of 4.4 million weights in the architecture of Mistral Large, which we trained on "
+    "A rehearsal on a toy: a model of 4.4 million parameters in the architecture of Mistral Large, which we trained on "
     "{count} short conversations. It knows nothing else. Files, tokenizer, prompts and steps are those of "
-    "the real model of 123 billion weights."
+    "the real model of 123 billion parameters."
 )
-# Labels, and how the text beside them looks.
-STYLES = {"code": "cyan", "real model": "dim", "parsed call": "bold yellow", "result": "bold green", "answer": "bold"}
+# Labels, and the style of the text next to them.
+STYLES = {"code": "cyan", "real model": "dim", "parsed call": "bold yellow", "result": "bold green", "response": "bold"}
 LABEL_WIDTH = 13
 
 
@@ -197,8 +197,10 @@ def _show_loading(console: "Console", converted: Path) -> "TextGenerationPipelin
     started = time.monotonic()
     chat = transformers.pipeline("text-generation", str(converted), dtype="bfloat16", do_sample=False)
     seconds = time.monotonic() - started
-    weights = sum(weight.numel() for weight in chat.model.parameters())
-    _show(console, "done", f"{type(chat.model).__name__} of {weights / 1e6:.1f} million weights in {seconds:.1f} s")
+    parameters = sum(weight.numel() for weight in chat.model.parameters())
+    _show(
+        console, "done", f"{type(chat.model).__name__} of {parameters / 1e6:.1f} million parameters in {seconds:.1f} s"
+    )
     real = 'chat = pipeline("text-generation", "Mistral-Large-2407-hf", dtype="bfloat16", device_map="auto")'
     _show(console, "real model", real)
     return chat
@@ -210,7 +212,7 @@ def _show_system_prompt(console: "Console", chat: "TextGenerationPipeline", gold
         _show(console, message["role"], message["content"])
     _show(console, "code", "chat(messages)")
     message = _ask(console, chat, golden.messages, None, golden.answer)
-    _show(console, "answer", message["content"])
+    _show(console, "response", message["content"])
 
 
 def _show_tool_cycle(
@@ -234,7 +236,7 @@ def _show_tool_cycle(
     _show(console, "message", str(tool_message))
     _show(console, "code", "chat(messages, tools=[get_current_weather])")
     message = _ask(console, chat, [*messages, message, tool_message], tools, golden.answer)
-    _show(console, "answer", message["content"])
+    _show(console, "response", message["content"])
 
 
 def _ask(
@@ -244,7 +246,7 @@ def _ask(
     tools: list[Any] | None,
     golden_answer: str,
 ) -> dict[str, Any]:
-    """Show the prompt and the raw answer, and return the answer as the pipeline gives it: a message."""
+    """Show the prompt and the completion, and return the response as the pipeline gives it: a message."""
     from modeling_mistral_large import MistralLargeTokenizer
 
     tokenizer = chat.tokenizer
@@ -253,7 +255,7 @@ def _ask(
     _show(console, "prompt", highlighted(tokenizer, prompt))
     # Greedy answers are the same each time: once as ids, to be shown, and once as a message.
     answer = chat(messages, tools=tools, return_tensors=True)[0]["generated_token_ids"][len(prompt) :]
-    _show(console, "raw answer", highlighted(tokenizer, answer))
+    _show(console, "completion", highlighted(tokenizer, answer))
     if wrong_answer(tokenizer, answer, golden_answer) is not None:
         sys.exit(
             f"mistral-large: the demo must answer {golden_answer!r}; something in this environment is broken; "
@@ -273,7 +275,7 @@ def _title(console: "Console", title: str) -> None:
 
 
 def _show(console: "Console", label: str, text: "str | Text") -> None:
-    """Print a text, wrapped, beside its label."""
+    """Print a text, wrapped, next to its label."""
     from rich.text import Text
 
     text = text if isinstance(text, Text) else Text(text, style=STYLES.get(label, ""))

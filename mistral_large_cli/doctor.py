@@ -142,7 +142,7 @@ def find_devices() -> dict[str, str]:
 
 
 def run_checks(devices: Mapping[str, str]) -> Iterator[Check]:
-    """Yield each check as soon as it is done; one that fails with an error is wrong, and the others go on."""
+    """Yield each check as soon as it is done; one that fails with an error is wrong, and the others are still run."""
     import transformers
 
     from mistral_large_conversion.errors import TokenizerFileError

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 # Names of dtypes as people write them, and as `convert` and `plan` have them.
-DTYPES = {
+DTYPES: dict[str, Literal["bf16", "fp16", "fp32"]] = {
     "bf16": "bf16",
     "bfloat16": "bf16",
     "fp16": "fp16",
@@ -15,7 +15,7 @@ DTYPES = {
     "float32": "fp32",
 }
 # The same as torch names them.
-TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+TORCH_DTYPES: dict[str, Literal["bf16", "fp16", "fp32"]] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 Dtype = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
 
 Model = Annotated[str, typer.Argument(help="Folder of either layout, or repository on the hub (owner/name).")]

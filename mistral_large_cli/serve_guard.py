@@ -1,7 +1,7 @@
 """What stands between a client and the server of transformers: each request is obeyed, or refused with the reason.
 
 By itself that server computes prompts beyond the model's context, and has routes for anyone to load and unload models.
-Here a request is read strictly, see `chat_requests`; what goes on to the server is only what it obeys.
+Here a request is read strictly, see `chat_requests`; what is passed on to the server is only what it obeys.
 """
 
 import json

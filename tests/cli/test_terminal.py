@@ -43,9 +43,7 @@ def test_controls_become_visible_and_letters_stay() -> None:
     assert printable(ATTACK) == HARMLESS
     text = "çà ▁ 日本 \U0001f469\u200d\U0001f467 עברית \t\n"
     assert printable(text) == text
-    assert (
-        one_line("model type x\nfindings    nothing is wrong\u2028\t") == "model type x�findings    nothing is wrong��"
-    )
+    assert one_line("model type x\nproblems    none\u2028\t") == "model type x�problems    none��"
 
 
 def test_a_console_keeps_its_own_colours_and_nobody_elses() -> None:
@@ -95,7 +93,7 @@ def name_a_tensor(folder: Path) -> None:
 NAME = ATTACK.replace("\x00", "")
 TEXTS: dict[str, Callable[[Path], object]] = {
     "model_type": edit("config.json", model_type=ATTACK),
-    "a setting that forges a line": edit("config.json", model_type="x\nfindings    nothing is wrong"),
+    "a setting that forges a line": edit("config.json", model_type="x\nproblems    none"),
     "dtype": edit("config.json", dtype=ATTACK),
     "architectures": edit("config.json", architectures=[ATTACK]),
     "rope_type": edit("config.json", rope_parameters={"rope_type": ATTACK}),
@@ -134,7 +132,7 @@ def test_no_text_of_a_checkpoint_commands_the_terminal(
         assert "Traceback" not in printed.err
         lines = (printed.out + printed.err).splitlines()
         if command[0] in ("inspect", "verify", "plan"):
-            assert "findings    nothing is wrong" not in lines or text != "a setting that forges a line"
+            assert "problems    none" not in lines or text != "a setting that forges a line"
             assert "mistral-large: ok" not in lines
 
 
@@ -197,7 +195,7 @@ STREAMS: dict[str, tuple[str, dict[str, str], int, bytes, bytes]] = {
     "full": ("> /dev/full", {}, 2, b"", b"mistral-large: the output cannot be written: No space left on device; make"),
     "a reader that is gone": ("| true; exit ${PIPESTATUS[0]}", {}, 1, b"", b""),
     "closed": ("<&- >&-", {}, 0, b"", b""),
-    "errors closed": ("2>&-", {}, 0, b"findings    nothing is wrong", b""),
+    "errors closed": ("2>&-", {}, 0, b"problems    none", b""),
     "ASCII only": ("", {"PYTHONIOENCODING": "ascii"}, 0, rb"caf\xe9", b""),
 }
 
