@@ -1,7 +1,7 @@
 """`mistral-large demo`: the bundled toy checkpoint and what it answers.
 
-`demo_checkpoint/` holds a model of 4.4 million parameters in the vendor's consolidated layout, trained from random initialization
-by `examples/train_demo_checkpoint.py` on the conversations of `golden.json`. Embedding and output rows of pieces that
+`demo_checkpoint/` holds a model of 4.4 million parameters in the vendor's consolidated layout, trained from scratch by
+`examples/train_demo_checkpoint.py` on the conversations of `golden.json`. Embedding and output rows of pieces that
 never occur there are zero: other words say nothing to it, and the 9 MB compress to less than one.
 """
 
