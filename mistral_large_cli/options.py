@@ -15,7 +15,7 @@ DTYPES: dict[str, Literal["bf16", "fp16", "fp32"]] = {
     "float32": "fp32",
 }
 # The same as torch names them.
-TORCH_DTYPES: dict[str, Literal["bf16", "fp16", "fp32"]] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 Dtype = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
 
 Model = Annotated[str, typer.Argument(help="Folder of either layout, or repository on the hub (owner/name).")]
