@@ -2,8 +2,29 @@
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .tools_file import Tool
+
+Message = dict[str, Any]
+
+
+@dataclass
+class Conversation:
+    """What can be saved and loaded, and the functions that the model may call."""
+
+    messages: list[Message] = field(default_factory=list)
+    system: Any = None  # text, or text chunks from a file
+    tools: list[Tool] = field(default_factory=list)
+    # Files this conversation was written to or read from: they may be written again.
+    own_files: set[Path] = field(default_factory=set)
+
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *messages]
 
 
 def read_conversation(path: Path) -> tuple[list[Any], list[Any] | None]:
@@ -12,8 +33,7 @@ def read_conversation(path: Path) -> tuple[list[Any], list[Any] | None]:
     Raises:
         ConversationError: no such file, or no conversation in it.
     """
-    from modeling_mistral_large.errors import ConversationError
-    from modeling_mistral_large.instruct.prompt import build_prompt
+    from mistral_large_conversion.errors import ConversationError
 
     try:
         content = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
@@ -24,5 +44,52 @@ def read_conversation(path: Path) -> tuple[list[Any], list[Any] | None]:
         raise ConversationError(f"{path}: no messages; a conversation is JSON as /save writes it; name one")
     if not isinstance(tools, list | None):
         raise ConversationError(f"{path}: tools is not a list; tools are definitions as OpenAI has them; pass a list")
+    from modeling_mistral_large.instruct import build_prompt
+
     build_prompt(messages, tools)
     return messages, tools
+
+
+def save_conversation(conversation: Conversation, name: str) -> Path:
+    """Write a conversation to a new file, or to one it was saved to or loaded from, and return its path.
+
+    Raises:
+        DestinationError: no name, the file is another one's, or it cannot be written.
+    """
+    from mistral_large_conversion.checkpoint.atomic_write import whole_file
+    from mistral_large_conversion.errors import DestinationError
+
+    if not name:
+        raise DestinationError("/save: no name of a file; pass one")
+    path = Path(name).absolute()
+    if path.exists() and path not in conversation.own_files:
+        raise DestinationError(f"{path}: exists, and is not of this conversation; choose another name")
+    messages = conversation.with_system(conversation.messages)
+    try:
+        with whole_file(path) as out:
+            out.write(json.dumps({"messages": messages}, ensure_ascii=False, indent=2).encode())
+    except OSError as error:
+        raise DestinationError(f"{path}: cannot be written: {error.strerror}; choose another name") from error
+    conversation.own_files.add(path)
+    return path
+
+
+def load_conversation(conversation: Conversation, path: Path) -> None:
+    """Take over the messages of a file; tools are kept.
+
+    Raises:
+        ConversationError: no such file, no conversation in it, or definitions of tools, which nobody could run.
+    """
+    from mistral_large_conversion.errors import ConversationError
+
+    messages, tools = read_conversation(path)
+    if tools:
+        raise ConversationError(
+            f"{path}: has definitions of tools; the chat calls Python functions; remove them and pass a tools file"
+        )
+    system = None
+    if isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        system, *messages = messages
+    conversation.messages = messages
+    conversation.system = system["content"] if system else None
+    conversation.own_files.add(path.absolute())

@@ -1,26 +1,25 @@
-"""Printing of `mistral-large convert`: the plan, the progress, and what to do with the result."""
+"""`mistral-large convert`: the plan, the progress, and what to do with the result."""
 
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .marks import one_line
+import typer
+
+from .options import DTYPES, AsJson, CacheDir, Dtype, Revision, Source, Token, hub_options
 from .terminal import console as safe_console
-from .terminal import print_json
+from .terminal import one_line, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mistral_large_conversion import Conversion
     from mistral_large_conversion.destination import State
 
 CHAT = """\
 from transformers import pipeline
 chat = pipeline("text-generation", {folder!r}, dtype="auto", device_map="auto")
-answer = chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)
-print(answer[0]["generated_text"][-1]["content"])"""
-# By layout and model type; the consolidated layout is read as it is.
+response = chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)
+print(response[0]["generated_text"][-1]["content"])"""
+# By layout and model type; the consolidated layout is read unchanged.
 SNIPPETS = {
     ("hf", "mistral_large"): f"import modeling_mistral_large\n{CHAT}",
     ("hf", "mistral"): CHAT,
@@ -30,49 +29,60 @@ print(MistralLargeForCausalLM.from_pretrained({folder!r}, dtype="auto"))""",
 }
 STATES: dict["State", str] = {
     "new": "a new folder",
-    "unfinished": "an interrupted conversion, to be continued",
+    "unfinished": "an interrupted conversion, to be resumed",
     "finished": "a finished conversion, to be compared with the source",
 }
 
 
 def convert(
-    source: str,
-    destination: Path,
-    *,
-    to: Literal["consolidated", "hf"],
-    model_type: Literal["mistral_large", "mistral"] | None,
-    max_shard_size: str,
-    dtype: Literal["bf16", "fp16", "fp32"] | None,
-    quantize: Literal["fp8", "int4"] | None,
-    jobs: int | None,
-    dry_run: bool,
-    as_json: bool,
+    source: Source,
+    destination: Annotated[Path, typer.Argument(file_okay=False, help="Folder to write, new or empty.")],
+    to: Annotated[Literal["hf", "consolidated"], typer.Option(help="Layout to write, from the other one.")] = "hf",
+    as_: Annotated[
+        Literal["mistral_large", "mistral"] | None,
+        typer.Option(
+            "--as",
+            help="Model type of the HF layout. mistral: for engines without this package.",
+            show_default="mistral_large",
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of an output file, such as 5GB.")] = "5GB",
+    dtype: Annotated[Dtype | None, typer.Option(help="Round the weights; without it, every bit is kept.")] = None,
+    quantize: Annotated[
+        Literal["fp8", "int4"] | None,
+        typer.Option(help="Quantize the linear layers to 8 or 4 bits, round to nearest, without calibration."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes are the same with any number.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source and print the plan only.")] = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Convert `source` into `destination` and say so; with `dry_run` only check and print the plan.
+    """Convert a checkpoint between the vendor's layout and that of transformers, a few megabytes in memory at a time.
 
-    model_type: None for that of our classes.
-
-    Raises:
-        MistralLargeError: the reasons of `convert_checkpoint`, or an option without effect.
+    Run an interrupted conversion again to resume it; a finished one is compared with its source.
     """
     from mistral_large_conversion.errors import SettingError
 
-    if to == "consolidated" and model_type is not None:
-        raise SettingError(f"--as {model_type} with --to consolidated: that layout has no model type; leave it out")
+    if to == "consolidated" and as_ is not None:
+        raise SettingError(f"--as {as_} with --to consolidated: that layout has no model type; leave it out")
     if dry_run and jobs is not None:
         raise SettingError(f"--jobs {jobs} with --dry-run: nothing is written; leave one out")
-    model_type = model_type or "mistral_large"
+    model_type = as_ or "mistral_large"
+    hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion import prepare_conversion
+    from mistral_large_conversion.checkpoint.hub import CONSOLIDATED_FILES, HF_FILES, resolve_source
     from mistral_large_conversion.quantize import ConstantTensor
 
     # With JSON, people read standard error.
     console = safe_console(soft_wrap=True, stderr=as_json)
     conversion = prepare_conversion(
-        source,
+        resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES, **hub),
         destination,
         to=to,
         model_type=model_type,
-        dtype=dtype,
+        dtype=None if dtype is None else DTYPES[dtype],
         quantize=quantize,
         max_shard_size=max_shard_size,
     )
@@ -113,7 +123,8 @@ def convert(
             console.print("The source is complete and the destination has room; nothing was written.")
     else:
         started = time.monotonic()
-        is_new = _run(conversion, jobs, console)
+        with progress_bar("converting", plan.tensor_bytes, console) as advance:
+            is_new = conversion.run(jobs=jobs, progress=advance)
         seconds = time.monotonic() - started
         report |= {"result": "converted" if is_new else "complete", "seconds": round(seconds, 3)}
         if not as_json:
@@ -127,13 +138,3 @@ def convert(
             console.print(f"python -c {shlex.quote(snippet)}")
     if as_json:
         print_json(report)
-
-
-def _run(conversion: "Conversion", jobs: int | None, console: "Console") -> bool:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    # A bar that is redrawn makes no sense in a file or a pipe.
-    with Progress(TextColumn("converting"), *columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("converting", total=conversion.plan.tensor_bytes)
-        return conversion.run(jobs=jobs, progress=lambda count: bar.advance(task, count))

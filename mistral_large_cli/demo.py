@@ -1,7 +1,7 @@
-"""The bundled toy checkpoint and what it answers.
+"""`mistral-large demo`: the bundled toy checkpoint and what it answers.
 
-`demo_checkpoint/` holds a model of 4.4 million weights in the vendor's consolidated layout, trained from random numbers
-by `examples/train_demo_checkpoint.py` on the conversations of `golden.json`. Embedding and output rows of pieces that
+`demo_checkpoint/` holds a model of 4.4 million parameters in the vendor's consolidated layout, trained from scratch by
+`examples/train_demo_checkpoint.py` on the conversations of `golden.json`. Embedding and output rows of pieces that
 never occur there are zero: other words say nothing to it, and the 9 MB compress to less than one.
 """
 
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .marks import with_marks
+import typer
+
+from .highlighting import highlighted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,22 +139,23 @@ def demo_model(path: str | None = None) -> Iterator[str]:
 
 
 INTRODUCTION = (
-    "A rehearsal on a toy: a model of 4.4 million weights in the architecture of Mistral Large, which we trained on "
+    "A rehearsal on a toy: a model of 4.4 million parameters in the architecture of Mistral Large, which we trained on "
     "{count} short conversations. It knows nothing else. Files, tokenizer, prompts and steps are those of "
-    "the real model of 123 billion weights."
+    "the real model of 123 billion parameters."
 )
-# Labels, and how the text beside them looks.
-STYLES = {"code": "cyan", "real model": "dim", "parsed call": "bold yellow", "result": "bold green", "answer": "bold"}
+# Labels, and the style of the text next to them.
+STYLES = {"code": "cyan", "real model": "dim", "parsed call": "bold yellow", "result": "bold green", "response": "bold"}
 LABEL_WIDTH = 13
 
 
-def run_demo(keep: Path | None = None) -> None:
-    """Convert and load the demo checkpoint, chat with it, let it call a tool, and show each step.
-
-    keep: the folder to convert into, new or empty; without it, a temporary one.
-
-    Exits with 1 when an answer is not the golden one.
-    """
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Convert into this folder and keep it, new or empty.")
+    ] = None,
+) -> None:
+    """Convert the bundled toy checkpoint, chat with it and let it call a tool; exit code 1 on a wrong response."""
+    # Before anything is printed, as the demo cannot do without.
+    tokenizer_model_file()
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -197,8 +200,10 @@ def _show_loading(console: "Console", converted: Path) -> "TextGenerationPipelin
     started = time.monotonic()
     chat = transformers.pipeline("text-generation", str(converted), dtype="bfloat16", do_sample=False)
     seconds = time.monotonic() - started
-    weights = sum(weight.numel() for weight in chat.model.parameters())
-    _show(console, "done", f"{type(chat.model).__name__} of {weights / 1e6:.1f} million weights in {seconds:.1f} s")
+    parameters = sum(weight.numel() for weight in chat.model.parameters())
+    _show(
+        console, "done", f"{type(chat.model).__name__} of {parameters / 1e6:.1f} million parameters in {seconds:.1f} s"
+    )
     real = 'chat = pipeline("text-generation", "Mistral-Large-2407-hf", dtype="bfloat16", device_map="auto")'
     _show(console, "real model", real)
     return chat
@@ -210,7 +215,7 @@ def _show_system_prompt(console: "Console", chat: "TextGenerationPipeline", gold
         _show(console, message["role"], message["content"])
     _show(console, "code", "chat(messages)")
     message = _ask(console, chat, golden.messages, None, golden.answer)
-    _show(console, "answer", message["content"])
+    _show(console, "response", message["content"])
 
 
 def _show_tool_cycle(
@@ -234,7 +239,7 @@ def _show_tool_cycle(
     _show(console, "message", str(tool_message))
     _show(console, "code", "chat(messages, tools=[get_current_weather])")
     message = _ask(console, chat, [*messages, message, tool_message], tools, golden.answer)
-    _show(console, "answer", message["content"])
+    _show(console, "response", message["content"])
 
 
 def _ask(
@@ -244,16 +249,16 @@ def _ask(
     tools: list[Any] | None,
     golden_answer: str,
 ) -> dict[str, Any]:
-    """Show the prompt and the raw answer, and return the answer as the pipeline gives it: a message."""
+    """Show the prompt and the completion, and return the response as the pipeline gives it: a message."""
     from modeling_mistral_large import MistralLargeTokenizer
 
     tokenizer = chat.tokenizer
     assert isinstance(tokenizer, MistralLargeTokenizer)
     prompt = tokenizer.apply_chat_template(messages, tools, return_dict=False)
-    _show(console, "prompt", with_marks(tokenizer, prompt))
+    _show(console, "prompt", highlighted(tokenizer, prompt))
     # Greedy answers are the same each time: once as ids, to be shown, and once as a message.
     answer = chat(messages, tools=tools, return_tensors=True)[0]["generated_token_ids"][len(prompt) :]
-    _show(console, "raw answer", with_marks(tokenizer, answer))
+    _show(console, "completion", highlighted(tokenizer, answer))
     if wrong_answer(tokenizer, answer, golden_answer) is not None:
         sys.exit(
             f"mistral-large: the demo must answer {golden_answer!r}; something in this environment is broken; "
@@ -273,7 +278,7 @@ def _title(console: "Console", title: str) -> None:
 
 
 def _show(console: "Console", label: str, text: "str | Text") -> None:
-    """Print a text, wrapped, beside its label."""
+    """Print a text, wrapped, next to its label."""
     from rich.text import Text
 
     text = text if isinstance(text, Text) else Text(text, style=STYLES.get(label, ""))

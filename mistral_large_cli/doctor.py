@@ -1,4 +1,4 @@
-"""What is installed, and whether it gives right results: the golden answers of the demo checkpoint on every device."""
+"""`mistral-large doctor`: what is installed, and whether every device gives the golden answers of the demo."""
 
 import platform
 import time
@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import typer
+
 from .demo import (
     GoldenConversation,
     convert_demo_checkpoint,
@@ -20,8 +22,8 @@ from .demo import (
     golden_conversations,
     wrong_answer,
 )
-from .marks import one_line
-from .terminal import print_json
+from .options import AsJson
+from .terminal import one_line, print_json
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "huggingface-hub", "safetensors", "accelerate", "sentencepiece"),
@@ -66,11 +68,11 @@ class Package:
     is_in_range: bool | None
 
 
-MARKS = {True: "ok", False: "WRONG", None: "not run"}
+RESULTS = {True: "ok", False: "WRONG", None: "not run"}
 
 
-def doctor(*, as_json: bool) -> bool:
-    """Print what is installed and what was tried, and return whether every check was run and is right."""
+def doctor(as_json: AsJson = False) -> None:
+    """Print what is installed and check that it computes right, on every device; exit code 1 if anything is wrong."""
     packages, devices = find_packages(), find_devices()
     if not as_json:
         _print_environment(packages, devices)
@@ -78,7 +80,7 @@ def doctor(*, as_json: bool) -> bool:
     for check in run_checks(devices):
         checks.append(check)
         if not as_json:
-            print(f"{MARKS[check.is_ok]:8} {check.name:34} {one_line(check.detail)}".rstrip(), flush=True)
+            print(f"{RESULTS[check.is_ok]:8} {check.name:34} {one_line(check.detail)}".rstrip(), flush=True)
     is_ok = all(check.is_ok for check in checks)
     if as_json:
         report = {
@@ -91,7 +93,7 @@ def doctor(*, as_json: bool) -> bool:
         print_json(report)
     else:
         print(f"\n{_summary(checks, packages)}")
-    return is_ok
+    raise typer.Exit(not is_ok)
 
 
 def find_packages() -> list[Package]:
@@ -140,7 +142,7 @@ def find_devices() -> dict[str, str]:
 
 
 def run_checks(devices: Mapping[str, str]) -> Iterator[Check]:
-    """Yield each check as soon as it is done; one that fails with an error is wrong, and the others go on."""
+    """Yield each check as soon as it is done; one that fails with an error is wrong, and the others are still run."""
     import transformers
 
     from mistral_large_conversion.errors import TokenizerFileError

@@ -1,20 +1,23 @@
-"""Printing of `mistral-large inspect`: what a folder is, what it holds, what loads it, what is wrong with it."""
+"""`mistral-large inspect`."""
 
 from dataclasses import asdict
 
-from .marks import one_line
-from .terminal import console, print_json
+from .options import AsJson, CacheDir, Revision, Source, Token, hub_options
+from .terminal import console, one_line, print_json
 
 
-def inspect(source: str, as_json: bool) -> None:
-    """Inspect a folder or a repository and say what it is.
-
-    Raises:
-        MistralLargeError: the reasons of `inspect_checkpoint`.
-    """
+def inspect(
+    source: Source,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a checkpoint holds, what loads it and what is wrong with it; of weights, only headers are read."""
+    hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion.inspect import inspect_checkpoint
 
-    inspection = inspect_checkpoint(source)
+    inspection = inspect_checkpoint(source, **hub)
     if as_json:
         print_json(asdict(inspection))
         return
@@ -33,11 +36,11 @@ def inspect(source: str, as_json: bool) -> None:
         "tokenizer": [", ".join(inspection.tokenizer) or "none"],
         "licence": [inspection.licence or "none in the folder"],
         "loads with": list(inspection.loads_with) or ["nothing"],
-        "findings": list(inspection.findings) or ["nothing is wrong"],
+        "problems": list(inspection.findings) or ["none"],
     }
     out = console(soft_wrap=True)
     for label, lines in rows.items():
-        style = "bold red" if label == "findings" and inspection.findings else ""
+        style = "bold red" if label == "problems" and inspection.findings else ""
         for line in lines:
             # A value with a line of its own could deny what the next one says.
             out.print(Text.assemble((f"{label:12}", "dim"), (one_line(line), style)))

@@ -1,12 +1,14 @@
-"""Printing of `mistral-large plan`: what fits where, how fast it can be, and how to run it."""
+"""`mistral-large plan`: what fits where, how fast it can be, and how to run it."""
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from .marks import one_line
-from .terminal import console, print_json, write_picture
+import typer
+
+from .options import DTYPES, TORCH_DTYPES, AsJson, CacheDir, Dtype, Kv, PrefillChunk, Revision, Token, hub_options
+from .terminal import console, one_line, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,97 +25,121 @@ PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
 PARTS = {"weights": ("█", "blue"), "cache": ("▓", "green"), "activations": ("▒", "yellow"), "reserve": ("░", "magenta")}
 BAR_WIDTH = 40
 CONVERT = "mistral-large convert {model} {folder} --quantize {weights}"
-TALK = "mistral-large chat {model} --device-map cuda{options}"
-PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{options}"
+CHAT = "mistral-large chat {model} --device-map {device}{chat_options}"
+PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{chat_options}"
 MAPPED = """\
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from mistral_large_conversion.sharding import detect_devices, device_map_for
 
 config = MistralLargeConfig.from_pretrained({model!r})
-device_map = device_map_for(config, detect_devices(), {demand})
+device_map = device_map_for(config, detect_devices(), {plan_options})
 model = MistralLargeForCausalLM.from_pretrained({model!r}, dtype={dtype!r}, device_map=device_map)
-model.generate(...{options})"""
-# For quantized weights, activations.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16", "int4": "bfloat16"}
+model.generate(...{generate_options})"""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is to be run, under the names of `plan_sharding`, which see."""
+
+    context: int
+    batch: int = 1
+    weights: str = "bf16"
+    kv: str = "auto"
+    prefill_chunk: int = 2048
+    host_memory: int = 0
+
+    def plans(self, geometry: "ModelSizes", devices: "Sequence[Device]") -> "list[ShardingPlan]":
+        """Return the strategies for it, the best first."""
+        from mistral_large_conversion.sharding.plan import plan_sharding
+
+        return plan_sharding(geometry, devices, **asdict(self))
+
+    def keywords(self, *left_out: str) -> dict[str, Any]:
+        """Return it as keyword arguments, without those that are `left_out`."""
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def plan(
-    model: str | None,
-    gpus: str,
-    *,
-    context: int,
-    batch: int,
-    weights: str | None,
-    kv: str,
-    chunk: int,
-    host: str,
-    svg: Path | None,
-    as_json: bool,
-) -> bool:
-    """Print the ways to run a model and return whether one of them fits.
-
-    model: a folder or repository, of which the geometry is read; None is the published model.
-    weights: None for those that the folder has, bf16 where they are not quantized.
-
-    Raises:
-        PlanError, CheckpointError: what is asked for makes no sense, or the model has no geometry of ours.
-    """
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder or repository on the hub; without it, Mistral-Large-Instruct-2407."),
+    ] = None,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            help="8xA100-80GB, H200, 4x4090, 2xA100+1x24GB, 4x95GiB@3.9 (TB/s), cpu, mac-192GB; auto: those here."
+        ),
+    ] = "auto",
+    context: Annotated[int, typer.Option(min=1, help="Context length: tokens of prompt and completion.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    weights: Annotated[
+        Literal[Dtype, "fp8", "int4"] | None,
+        typer.Option(help="Dtype of the weights; the folder's, or bf16. fp8, int4: as convert --quantize writes them."),
+    ] = None,
+    kv: Kv = "auto",
+    prefill_chunk: PrefillChunk = 2048,
+    host: Annotated[str, typer.Option(help="Host memory for offloaded weights, as 512GB; 0: no offloading.")] = "0",
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan how a model fits on GPUs, how fast it can be and how to run it; exit code 1 if it does not fit."""
+    hub = hub_options(model, revision, token, cache_dir)
     from mistral_large_conversion.errors import PlanError
     from mistral_large_conversion.sharding.devices import detect_devices, parse_devices
     from mistral_large_conversion.sharding.memory import QUANTIZED, Demand, Sizes, cache_bytes_of_layer
-    from mistral_large_conversion.sharding.plan import plan_sharding
 
-    if svg is not None and as_json:
-        raise PlanError("--svg with --json: the picture is of what is printed, and JSON is not; leave one out")
-    geometry, found = read_model_geometry(model)
-    if found is not None and weights not in (None, found.scheme):
+    geometry, found = read_model_geometry(model, hub)
+    dtype: str | None = None if weights is None else DTYPES.get(weights, weights)
+    if found is not None and dtype not in (None, found.scheme):
         raise PlanError(f"{model} has {found.scheme} weights, not {weights}; leave --weights out")
-    weights = weights or (found.scheme if found else "bf16")
+    dtype = dtype or (found.scheme if found else "bf16")
     devices = detect_devices() if gpus == "auto" else parse_devices(gpus)
     host_memory = parse_host(host)
-    if host_memory and weights in QUANTIZED:
-        raise PlanError(f"--host with {weights} weights: quantized weights are not offloaded; leave --host out")
-    options: dict[str, Any] = {
-        "batch": batch,
-        "weights": weights,
-        "kv": kv,
-        "prefill_chunk": chunk,
-        "host_memory": host_memory,
-    }
-    plans = plan_sharding(geometry, devices, context=context, **options)
+    if host_memory and dtype in QUANTIZED:
+        raise PlanError(f"--host with {dtype} weights: quantized weights are not offloaded; leave --host out")
+    if host_memory and devices[0].kind != "cuda":
+        raise PlanError(f"--host with {devices[0].name}: its memory is the host's; leave --host out")
+    if devices[0].kind == "mps" and "fp8" in (dtype, kv):
+        raise PlanError(f"fp8 on {devices[0].name}: torch has no FP8 on Apple GPUs; take --weights int4 and --kv auto")
+    options = PlanOptions(context, batch, dtype, kv, prefill_chunk, host_memory)
+    plans = options.plans(geometry, devices)
     best = plans[0]
-    smaller = QUANTIZED if weights not in QUANTIZED else ()
-    # What could be asked for instead is shown beside it.
-    of_others = {**options, "host_memory": 0}
-    others = [
-        plan_sharding(geometry, devices, context=context, **{**of_others, "weights": each})[0] for each in smaller
-    ]
+    # What could be asked for instead is listed, too.
+    smaller = quantized_on(devices) if dtype not in QUANTIZED else ()
+    others = [replace(options, weights=each, host_memory=0).plans(geometry, devices)[0] for each in smaller]
     plans += [plan for plan in others if plan.fits]
-    changes = {} if best.fits else smallest_changes(geometry, devices, context, options)
-    cache = geometry.num_hidden_layers * cache_bytes_of_layer(geometry, Demand(context, batch, weights, kv))
-    weight_bytes = Sizes.of(geometry, weights).weights
+    changes = {} if best.fits else smallest_changes(geometry, devices, options)
+    cache_bytes = geometry.num_hidden_layers * cache_bytes_of_layer(geometry, Demand(context, batch, dtype, kv))
+    weight_bytes = Sizes.of(geometry, dtype).weights
     command = None
     if best.fits:
-        command = how_to_run(best, model or PUBLISHED_NAME, context, options, is_converted=found is not None)
+        command = how_to_run(best, model or PUBLISHED_NAME, options, is_converted=found is not None)
+    assumptions = [assumption for assumption in dict.fromkeys(device.assumption for device in devices) if assumption]
     if as_json:
-        report = {
-            "weights_bytes": weight_bytes,
-            "cache_bytes": cache,
-            "context": context,
-            **options,
-            "fits": best.fits,
-            "ways": [{**asdict(way), "fits": way.fits} for way in plans],
-            "run": command,
-            "changes": changes,
-        }
-        print_json(report)
-        return best.fits
-    out = console(soft_wrap=True, record=svg is not None)
+        print_json(
+            {
+                "weight_bytes": weight_bytes,
+                "cache_bytes": cache_bytes,
+                **options.keywords("host_memory"),
+                "host_memory_bytes": host_memory,
+                "fits": best.fits,
+                "strategies": [strategy_report(plan) for plan in plans],
+                "assumptions": assumptions,
+                "run": command,
+                "changes": changes,
+            }
+        )
+        raise typer.Exit(not best.fits)
+    out = console(soft_wrap=True)
     out.print(
-        f"{one_line(model or PUBLISHED_NAME)}: {gib(weight_bytes)} of weights in {weights}, {gib(cache)} of cache for "
-        f"{batch} × {context:,} positions, prompts read {min(chunk, context):,} positions at a time"
+        f"{one_line(model or PUBLISHED_NAME)}: {gib(weight_bytes)} of weights in {dtype}, {gib(cache_bytes)} of cache "
+        f"for {batch} × {context:,} tokens, prefill chunks of {min(prefill_chunk, context):,} tokens"
     )
-    out.print(ways_table(plans))
+    for assumption in assumptions:
+        out.print(f"assumed: {assumption}", style="dim")
+    out.print(strategies_table(plans))
     for number, load in enumerate(best.loads):
         out.print(bar(number, load))
     if best.host_weights:
@@ -124,15 +150,39 @@ def plan(
         out.print("\nRun it:\n")
         out.print(command)
     else:
-        out.print(f"\nIt does not fit: no room for {gib(best.missing)}. What would fit:")
+        out.print(f"\nIt does not fit: {gib(best.missing)} short. What would fit:")
         for change in changes.values() or ["nothing on such devices; take larger ones"]:
             out.print(f"  {change}")
-    if svg is not None:
-        write_picture(svg, out.export_svg(title="mistral-large plan"))
-    return best.fits
+    raise typer.Exit(not best.fits)
 
 
-def read_model_geometry(model: str | None) -> "tuple[Geometry, Quantization | None]":
+def strategy_report(plan: "ShardingPlan") -> dict[str, Any]:
+    """Return a plan as JSON has it: every number of bytes with its unit in the name."""
+    return {
+        "strategy": plan.way,
+        "weights": plan.weights,
+        "fits": plan.fits,
+        "shortfall_bytes": plan.missing,
+        "tokens_per_second": plan.tokens_per_second,
+        "host_weight_bytes": plan.host_weights,
+        "devices": [
+            {
+                "name": load.device.name,
+                "memory_bytes": load.device.memory,
+                "bandwidth_bytes_per_second": load.device.bandwidth,
+                "weight_bytes": load.weights,
+                "cache_bytes": load.cache,
+                "activation_bytes": load.activations,
+                "reserve_bytes": load.reserve,
+                "free_bytes": load.free,
+            }
+            for load in plan.loads
+        ],
+        "device_map": plan.device_map,
+    }
+
+
+def read_model_geometry(model: str | None, hub: dict[str, Any]) -> "tuple[Geometry, Quantization | None]":
     """Return the geometry and quantization of a folder or repository, or those of the published one.
 
     Raises:
@@ -146,7 +196,7 @@ def read_model_geometry(model: str | None) -> "tuple[Geometry, Quantization | No
 
     if model is None:
         return PUBLISHED, None
-    folder = resolve_source(model, patterns=(*CONFIG_NAMES.values(), ADAPTER_CONFIG_NAME))
+    folder = resolve_source(model, patterns=(*CONFIG_NAMES.values(), ADAPTER_CONFIG_NAME), **hub)
     return read_geometry(folder, next(iter(layouts_of(folder)), "hf"))
 
 
@@ -157,41 +207,42 @@ def parse_host(size: str) -> int:
     return 0 if size == "0" else parse_size(size, "host memory")
 
 
-def smallest_changes(
-    geometry: "ModelSizes", devices: "Sequence[Device]", context: int, options: dict[str, Any]
-) -> dict[str, str]:
+def quantized_on(devices: "Sequence[Device]") -> tuple[str, ...]:
+    """Return the quantized weights that run on these devices."""
+    return ("int4",) if devices[0].kind == "mps" else ("fp8", "int4")
+
+
+def smallest_changes(geometry: "ModelSizes", devices: "Sequence[Device]", options: PlanOptions) -> dict[str, str]:
     """Return what could be asked for instead, one thing changed at a time, by its name."""
     from mistral_large_conversion.sharding.memory import QUANTIZED
-    from mistral_large_conversion.sharding.plan import (
-        LARGEST,
-        fewest_devices,
-        largest_batch,
-        largest_context,
-        plan_sharding,
-    )
+    from mistral_large_conversion.sharding.plan import LARGEST, fewest_devices, largest_batch, largest_context
 
     changes = {}
 
     def add_first_that_fits(name: str, values: "Iterable[Any]") -> None:
         for value in values:
             # Quantized weights are not offloaded.
-            changed = {**options, name: value, "host_memory": 0 if name == "weights" else options["host_memory"]}
-            if plan_sharding(geometry, devices, context=context, **changed)[0].fits:
+            host_memory = 0 if name == "weights" else options.host_memory
+            changed = replace(options, **{"host_memory": host_memory, name: value})
+            if changed.plans(geometry, devices)[0].fits:
                 changes[name] = f"--{name.replace('_', '-')} {value}"
                 return
 
-    add_first_that_fits("kv", ["fp8"])
-    add_first_that_fits("weights", QUANTIZED if options["weights"] not in QUANTIZED else [])
-    if length := largest_context(geometry, devices, **options):
+    add_first_that_fits("kv", ["fp8"] if "fp8" in quantized_on(devices) else [])
+    add_first_that_fits("weights", quantized_on(devices) if options.weights not in QUANTIZED else [])
+    if length := largest_context(geometry, devices, **options.keywords("context")):
         changes["context"] = f"--context {length}"
-    if batch := largest_batch(geometry, devices, context=context, **options):
+    if batch := largest_batch(geometry, devices, **options.keywords()):
         changes["batch"] = f"--batch {batch}"
-    add_first_that_fits("prefill_chunk", [chunk for chunk in (1024, 512, 256) if chunk < options["prefill_chunk"]])
-    if count := fewest_devices(geometry, devices[0], context=context, **options):
-        changes["gpus"] = f"--gpus {count}x{devices[0].name}"
+    add_first_that_fits("prefill_chunk", [chunk for chunk in (1024, 512, 256) if chunk < options.prefill_chunk])
+    if devices[0].kind != "cuda":
+        # One of these is all that a machine has.
+        return changes
+    if count := fewest_devices(geometry, devices[0], **options.keywords()):
+        changes["gpus"] = f"--gpus {shlex.quote(f'{count}x{devices[0].name}')}"
     unlimited = []
-    if options["weights"] not in QUANTIZED:
-        unlimited = plan_sharding(geometry, devices, context=context, **{**options, "host_memory": LARGEST})
+    if options.weights not in QUANTIZED:
+        unlimited = replace(options, host_memory=LARGEST).plans(geometry, devices)
     offloaded = next((plan for plan in unlimited if plan.fits), None)
     if offloaded is not None:
         rate = offloaded.tokens_per_second
@@ -200,57 +251,57 @@ def smallest_changes(
     return changes
 
 
-def how_to_run(plan: "ShardingPlan", model: str, context: int, options: dict[str, Any], *, is_converted: bool) -> str:
+def how_to_run(plan: "ShardingPlan", model: str, options: PlanOptions, *, is_converted: bool) -> str:
     """Return the commands or the code that run a plan; `is_converted` if the model has its quantized weights."""
-    from mistral_large_conversion.sharding.memory import PREFILL_CHUNK, QUANTIZED
+    from mistral_large_conversion.sharding.memory import QUANTIZED
 
     steps = []
     if plan.weights in QUANTIZED and not is_converted:
         folder = f"{Path(model).name}-{plan.weights}"
         steps.append(CONVERT.format(model=shlex.quote(model), folder=shlex.quote(folder), weights=plan.weights))
         model = folder
-    kv = " --kv fp8" if options["kv"] == "fp8" else ""
-    chunk = options["prefill_chunk"]
-    chat_options = kv + (f" --prefill-chunk {chunk}" if chunk != PREFILL_CHUNK else "")
+    usual = PlanOptions(options.context)
+    kv = " --kv fp8" if options.kv == "fp8" else ""
+    chunk = f" --prefill-chunk {options.prefill_chunk}" if options.prefill_chunk != usual.prefill_chunk else ""
     if plan.way == "tensor parallel":
-        steps.append(PARALLEL.format(count=len(plan.loads), model=shlex.quote(model), options=chat_options))
+        steps.append(PARALLEL.format(count=len(plan.loads), model=shlex.quote(model), chat_options=kv + chunk))
     elif plan.way == "one device":
-        steps.append(TALK.format(model=shlex.quote(model), options=chat_options))
+        device = plan.loads[0].device.kind
+        steps.append(CHAT.format(model=shlex.quote(model), device=device, chat_options=kv + chunk))
     else:
-        wanted = {name: options[name] for name in ("weights", "kv", "prefill_chunk", "host_memory")}
-        usual = {"weights": "bf16", "kv": "auto", "prefill_chunk": PREFILL_CHUNK, "host_memory": 0}
-        demand = {"context": context, "batch": options["batch"]}
-        demand |= {name: value for name, value in wanted.items() if value != usual[name]}
-        generate = ""
-        if kv:
-            generate += ", past_key_values=Fp8Cache(config)"
-        if chunk != PREFILL_CHUNK:
-            generate += f", prefill_chunk_size={chunk}"
+        wanted = {
+            name: value
+            for name, value in asdict(options).items()
+            if name in ("context", "batch") or value != getattr(usual, name)
+        }
+        generate = ", past_key_values=Fp8Cache(config)" if kv else ""
+        generate += f", prefill_chunk_size={options.prefill_chunk}" if chunk else ""
         code = MAPPED.format(
             model=model,
-            demand=", ".join(f"{name}={value!r}" for name, value in demand.items()),
-            dtype=DTYPES[plan.weights],
-            options=generate,
+            plan_options=", ".join(f"{name}={value!r}" for name, value in wanted.items()),
+            # Of quantized weights, the activations'.
+            dtype=TORCH_DTYPES.get(plan.weights, "bfloat16"),
+            generate_options=generate,
         )
         if kv:
-            code = f"from modeling_mistral_large.kv_cache import Fp8Cache\n{code}"
+            code = f"from modeling_mistral_large.inference.kv_cache import Fp8Cache\n{code}"
         steps.append(code)
     return "\n\n".join(steps)
 
 
-def ways_table(plans: "Sequence[ShardingPlan]") -> Any:
+def strategies_table(plans: "Sequence[ShardingPlan]") -> Any:
     from rich.table import Table
 
-    table = Table("way", "weights", "devices", "fits", "tokens/s", "fullest device", box=None, pad_edge=False)
-    for way in plans:
-        fullest = min(way.loads, key=lambda load: load.free)
-        rate = "?" if way.tokens_per_second is None and way.fits else f"{way.tokens_per_second or 0:.3g}"
+    table = Table("strategy", "weights", "devices", "fits", "tokens/s", "fullest device", box=None, pad_edge=False)
+    for plan in plans:
+        fullest = min(plan.loads, key=lambda load: load.free)
+        rate = "?" if plan.tokens_per_second is None and plan.fits else f"{plan.tokens_per_second or 0:.3g}"
         table.add_row(
-            way.way,
-            way.weights,
-            str(len(way.loads)),
-            "yes" if way.fits else f"no, by {gib(way.missing)}",
-            rate if way.fits else "",
+            plan.way,
+            plan.weights,
+            str(len(plan.loads)),
+            "yes" if plan.fits else f"no, by {gib(plan.missing)}",
+            rate if plan.fits else "",
             f"{fullest.total / 2**30:.1f} of {gib(fullest.device.memory)}",
         )
     return table

@@ -1,23 +1,23 @@
-"""Printing of `mistral-large retag`: the files that were changed."""
+"""`mistral-large retag`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
-from .marks import one_line
-from .terminal import print_line
+import typer
 
-if TYPE_CHECKING:
-    from mistral_large_conversion.model_card import ModelType
+from .terminal import one_line, print_line
 
 
-def retag(folder: Path, model_type: "ModelType") -> None:
-    """Retag a folder and say which files were changed.
-
-    Raises:
-        MistralLargeError: the reasons of `retag_checkpoint`.
-    """
+def retag(
+    folder: Annotated[Path, typer.Argument(help="Folder of the HF layout; its weights are not changed.")],
+    as_: Annotated[
+        Literal["mistral_large", "mistral"],
+        typer.Option("--as", help="Model type to write. mistral: for engines without this package."),
+    ],
+) -> None:
+    """Switch a converted checkpoint to the other model type without touching its weights."""
     from mistral_large_conversion.retag import retag_checkpoint
 
-    changed = retag_checkpoint(folder, model_type)
-    done = f"changed {', '.join(changed)}" if changed else "as it was"
-    print_line(f"{one_line(str(folder))}: model type {model_type}; {done}")
+    changed = retag_checkpoint(folder, as_)
+    done = f"changed {', '.join(changed)}" if changed else "unchanged"
+    print_line(f"{one_line(str(folder))}: model type {as_}; {done}")

@@ -1,4 +1,4 @@
-"""The servers of others on our checkpoints."""
+"""`mistral-large serve`: vLLM or `transformers serve` with what a Mistral Large checkpoint needs."""
 
 import inspect
 import json
@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from .options import CacheDir, Model, Revision, Token, hub_options
 
 Engine = Literal["auto", "vllm", "transformers"]
 
@@ -20,28 +22,38 @@ TOOL_OPTIONS = (
     "--exclude-tools-when-tool-choice-none",
 )
 CONSOLIDATED_OPTIONS = ("--load-format", "mistral", "--config-format", "mistral", "--tokenizer-mode", "mistral")
-# What `transformers serve` needs beside transformers.
+# What `transformers serve` needs next to transformers.
 SERVER_LIBRARIES = ("fastapi", "uvicorn", "openai", "pydantic")
 
 
-def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence[str]) -> None:
-    """Serve a checkpoint with OpenAI's API until stopped, with vLLM or, without that, with `transformers serve`.
-
-    options: go to the engine's own command unchanged.
-
-    Raises:
-        MissingLibraryError: the engine is not installed, or none is.
-        CheckpointError: a layout that the engine does not read, or no checkpoint.
-        SettingError: an option that the engine does not know, or that would have no effect.
-    """
+def serve(
+    context: typer.Context,
+    model: Model,
+    engine: Annotated[Engine, typer.Option(help="auto: vLLM if it is installed.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Serve a model with OpenAI's API; further options are the engine's own and are passed on unchanged."""
+    hub = hub_options(model, revision, token, cache_dir)
+    # Engines have no options of their own for these, or another one each.
+    os.environ.update(
+        {name: str(value) for name, value in {"HF_TOKEN": token, "HF_HUB_CACHE": cache_dir}.items() if value}
+    )
     from mistral_large_conversion.checkpoint.hub import reachable_options, refuse_adapter
     from mistral_large_conversion.checkpoint.layout import is_consolidated
     from mistral_large_conversion.errors import CheckpointError
-    from modeling_mistral_large.adapter_loading import adapter_folder
 
-    adapter = adapter_folder(model, reachable_options(model, {}))
-    if adapter is not None:
-        refuse_adapter(adapter, name=model)
+    options = reachable_options(model, hub)
+    # Only a repository has to be looked for with the library.
+    adapter = Path(model)
+    if not adapter.is_dir():
+        from modeling_mistral_large.adapter_loading import adapter_folder
+
+        adapter = adapter_folder(model, options) or adapter
+    refuse_adapter(adapter, name=model)
     chosen = choose_engine(engine)
     has_consolidated = Path(model).is_dir() and is_consolidated(Path(model))
     if chosen == "transformers" and has_consolidated:
@@ -54,10 +66,16 @@ def serve(model: str, *, engine: Engine, host: str, port: int, options: Sequence
     typer.echo(f"curl http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{request}'\n")
     sys.stdout.flush()
     if chosen == "transformers":
-        serve_with_transformers(model, host=host, port=port, options=options)
+        serve_with_transformers(model, host=host, port=port, revision=revision, options=context.args)
         return
-    command = vllm_command(model, host=host, port=port, has_consolidated=has_consolidated, options=options)
-    # In the place of this process: signals reach it, and its memory is not held twice.
+    layout = CONSOLIDATED_OPTIONS if has_consolidated else ()
+    version = () if revision is None else ("--revision", revision, "--tokenizer-revision", revision)
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
+        *("--host", host, "--port", str(port)),
+        *(*TOOL_OPTIONS, *layout, *version, *context.args),
+    ]
+    # Instead of this process: signals reach it, and its memory is not held twice.
     os.execv(command[0], command)
 
 
@@ -77,25 +95,12 @@ def choose_engine(engine: Engine) -> Literal["vllm", "transformers"]:
     raise MissingLibraryError(f"serve: {finding}")
 
 
-def vllm_command(model: str, *, host: str, port: int, has_consolidated: bool, options: Sequence[str]) -> list[str]:
-    """Return the command that has vLLM serve a folder of either layout, or a repository."""
-    layout = CONSOLIDATED_OPTIONS if has_consolidated else ()
-    address = ("--host", host, "--port", str(port))
-    return [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        model,
-        *address,
-        *TOOL_OPTIONS,
-        *layout,
-        *options,
-    ]
-
-
-def serve_with_transformers(checkpoint: str, *, host: str, port: int, options: Sequence[str] = ()) -> None:
+def serve_with_transformers(
+    checkpoint: str, *, host: str, port: int, revision: str | None = None, options: Sequence[str] = ()
+) -> None:
     """Run `transformers serve` on a checkpoint of ours until it is stopped; `options` are that command's.
+
+    revision: of a repository on the hub.
 
     It loads the class that config.json names out of the module `transformers`, and imports no other package. What it
     would drop of a request is refused, and so are its other routes; see `serve_guard`.
@@ -105,7 +110,7 @@ def serve_with_transformers(checkpoint: str, *, host: str, port: int, options: S
         SettingError: an option that it does not know, or that would have no effect.
         CheckpointError: no such checkpoint, or one that cannot be loaded.
     """
-    # It puts a new module `transformers` in the place of the old one when it is imported, so that comes first.
+    # It puts a new module `transformers` instead of the old one when it is imported, so that comes first.
     import transformers.processing_utils  # noqa: F401
     from transformers.cli.serving import server
     from transformers.cli.transformers import app
@@ -129,14 +134,17 @@ def serve_with_transformers(checkpoint: str, *, host: str, port: int, options: S
             chat_handler=given["chat_handler"],
             loaded=loaded,
             name=checkpoint,
+            revision=revision,
             host=host,
             allows_all_origins=given.get("enable_cors", False),
         )
         return built
 
     server.build_server = build_guarded_server
+    # transformers' own notation.
+    wanted = checkpoint if revision is None else f"{checkpoint}@{revision}"
     try:
-        app(["serve", checkpoint, "--host", host, "--port", str(port), *options])
+        app(["serve", wanted, "--host", host, "--port", str(port), *options])
     except MistralLargeError:
         raise
     # transformers raises these for whatever it does not find, and torch for a device that is not there.

@@ -1,14 +1,17 @@
-"""A conversation as the model reads it: the exact prompt, its control tokens coloured by role."""
+"""`mistral-large show`: a conversation as the model reads it, the exact prompt, its control tokens coloured by role."""
 
 import json
 import re
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from .conversation_file import read_conversation
-from .marks import COLOURS, ROLES, control_style, one_line, printable
-from .terminal import console, write_picture
+from .highlighting import COLOURS, ROLES, control_style
+from .options import CacheDir, HtmlFile, Revision, SvgFile, Token, hub_options
+from .terminal import console, one_line, printable, write_picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from modeling_mistral_large.instruct.prompt import Segment
+    from modeling_mistral_large.instruct import Segment
 
 PICTURE_WIDTH = 100
 MASK_STYLE = "underline"
@@ -25,33 +28,34 @@ _WEB_FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 
 def show(
-    conversation: Path,
-    *,
-    model: str | None,
-    tools: Path | None,
-    ids: bool,
-    mask: bool,
-    html: Path | None,
-    svg: Path | None,
+    conversation: Annotated[
+        Path, typer.Argument(help="JSON as /save of the chat and clients of OpenAI's API write it; - reads stdin.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or repository on the hub whose tokenizer counts the tokens.")
+    ] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="Tools instead of the file's own: functions in a Python file, or JSON.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Print token ids; needs --model.")] = False,
+    mask: Annotated[bool, typer.Option("--mask", help="Underline the assistant tokens, which training uses.")] = False,
+    html: HtmlFile = None,
+    svg: SvgFile = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
 ) -> None:
-    """Print the prompt of a conversation, and write it to the files that are named.
-
-    model: a folder or a repository whose tokenizer counts the tokens and gives their ids.
-    tools: a Python file with functions, or JSON with definitions; those of the conversation's own file stand back.
-    mask: underline what the assistant says, which is what a model is trained on.
-
-    Raises:
-        MistralLargeError: no such file, no conversation in it, one that the format refuses, ids without a tokenizer,
-            or a file that cannot be written.
-    """
-    from modeling_mistral_large.errors import ConversationError
-    from modeling_mistral_large.instruct.prompt import build_prompt
+    """Print the exact prompt of a conversation, its control tokens coloured by role."""
+    from mistral_large_conversion.errors import ConversationError
 
     if ids and model is None:
         raise ConversationError("--ids: no tokenizer; ids are those of a model's; name its folder with --model")
+    hub = hub_options(model, revision, token, cache_dir)
     messages, own_tools = read_conversation(conversation)
+    from modeling_mistral_large.instruct import build_prompt
+
     prompt = build_prompt(messages, own_tools if tools is None else read_tools(tools))
-    segment_ids = None if model is None else encode(model, prompt)
+    segment_ids = None if model is None else encode(model, prompt, hub)
 
     def print_on(out: "Console") -> None:
         if segment_ids is not None and ids:
@@ -79,7 +83,7 @@ def read_tools(path: Path) -> "Sequence[Any]":
     Raises:
         ConversationError: no such file, or no tools in it.
     """
-    from modeling_mistral_large.errors import ConversationError
+    from mistral_large_conversion.errors import ConversationError
 
     if path.suffix != ".json":
         from .tools_file import load_tools
@@ -95,8 +99,8 @@ def read_tools(path: Path) -> "Sequence[Any]":
     return tools
 
 
-def encode(model: str, prompt: "Sequence[Segment]") -> list[list[int]]:
-    """Return the ids of each segment.
+def encode(model: str, prompt: "Sequence[Segment]", hub: dict[str, Any]) -> list[list[int]]:
+    """Return the ids of each segment; `hub` are the options of `hub_options`.
 
     Raises:
         TokenizerFileError: no tokenizer of ours in the folder or repository.
@@ -104,20 +108,20 @@ def encode(model: str, prompt: "Sequence[Segment]") -> list[list[int]]:
     from mistral_large_conversion.vocabulary import CONTROL_TOKENS
     from modeling_mistral_large import MistralLargeTokenizer
 
-    tokenizer = MistralLargeTokenizer.from_pretrained(model)
+    tokenizer = MistralLargeTokenizer.from_pretrained(model, **hub)
     texts = iter(tokenizer.encode_texts([segment.text for segment in prompt if not segment.is_control]))
     return [[CONTROL_TOKENS[segment.text]] if segment.is_control else next(texts) for segment in prompt]
 
 
 def flowing(prompt: "Sequence[Segment]", *, mask: bool) -> "Text":
-    """The prompt as one text, as `apply_chat_template(…, tokenize=False)` gives it."""
+    """Return the prompt as one text, as `apply_chat_template(…, tokenize=False)` gives it."""
     from rich.text import Text
 
     return Text.assemble(*((_written(segment), style) for segment, style in styled(prompt, mask=mask)))
 
 
 def with_ids(prompt: "Sequence[Segment]", segment_ids: "Sequence[Sequence[int]]", *, mask: bool) -> "RenderableType":
-    """The prompt as a table: a row for each control token and for each text that is encoded on its own."""
+    """Return the prompt as a table: a row for each control token and for each text that is encoded on its own."""
     from rich.table import Table
     from rich.text import Text
 
@@ -131,20 +135,20 @@ def legend(token_count: int | None, *, mask: bool) -> "Text":
     from rich.text import Text
 
     parts = [(f"{role}  ", colour) for role, colour in COLOURS.items()]
-    parts += [("underlined: what the assistant says  ", MASK_STYLE)] if mask else []
+    parts += [("underlined: assistant tokens  ", MASK_STYLE)] if mask else []
     parts += [] if token_count is None else [(f"{token_count:,} tokens", "dim")]
     return Text.assemble(*parts)
 
 
 def styled(prompt: "Sequence[Segment]", *, mask: bool) -> "Iterator[tuple[Segment, str]]":
-    """Each segment and how it looks: texts have the colour of the control token before them."""
+    """Yield each segment and its style: texts have the colour of the control token before them."""
     role = "prompt"
     for segment in prompt:
         if segment.is_control:
             style = control_style(segment.text)
             role = ROLES[segment.text]
             if segment.text.startswith("[/"):
-                # What follows the instruction or the results, and is not in marks itself, is the assistant's.
+                # What follows the instruction or the results, and is no control token, is the assistant's.
                 role = "assistant"
         else:
             style = COLOURS[role]
@@ -152,5 +156,5 @@ def styled(prompt: "Sequence[Segment]", *, mask: bool) -> "Iterator[tuple[Segmen
 
 
 def _written(segment: "Segment") -> str:
-    """As a rendered prompt has it: a text, unless it is empty, comes after the space that its dummy ▁ is."""
+    """Return a segment as a rendered prompt has it: a text that is not empty follows the space of its dummy ▁."""
     return segment.text if segment.is_control or not segment.text else f" {printable(segment.text)}"

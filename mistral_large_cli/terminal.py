@@ -9,15 +9,14 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-
-from .marks import printable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -25,8 +24,23 @@ if TYPE_CHECKING:
     import typer
     from rich.console import Console
 
+# Everything that can move the cursor, change the terminal or turn the order of letters around, and what no terminal can
+# print: what is left are line ends and tabs.
+_TERMINAL_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What begins another line or column.
+_BREAKS = re.compile("[\t\n\u2028\u2029]")
 # A stream that is full, gone, or never was.
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+def printable(text: str) -> str:
+    """Return a text that nobody has checked as it may be printed: escape sequences and the like become �."""
+    return _TERMINAL_CONTROLS.sub("\ufffd", text)
+
+
+def one_line(text: str) -> str:
+    """Return a text that nobody has checked as it may be printed in a line that says something of it."""
+    return _BREAKS.sub("\ufffd", printable(text))
 
 
 def console(**options: Any) -> "Console":
@@ -42,6 +56,21 @@ def console(**options: Any) -> "Console":
                 yield segment if segment.control else segment._replace(text=printable(segment.text))
 
     return SafeConsole(**{"highlight": False, "markup": False, **options})
+
+
+@contextmanager
+def progress_bar(label: str, total: int, console: "Console") -> Iterator[Callable[[int], None]]:
+    """Show a bar of `total` bytes on a terminal, and yield what is told the bytes that are done."""
+    # A bar that is redrawn makes no sense in a file or a pipe.
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn(label), *columns, console=console) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def print_json(content: Any) -> None:
@@ -89,7 +118,6 @@ def run(app: "typer.Typer") -> NoReturn:
 
 def _exit_code(app: "typer.Typer") -> int:
     import typer
-    from typer.rich_utils import rich_format_error
 
     try:
         try:
@@ -119,6 +147,8 @@ def _exit_code(app: "typer.Typer") -> int:
             # typer has a copy of click whose classes have no public name.
             usage_error: Any = error
             usage_error.message = printable(usage_error.message)
+            from typer.rich_utils import rich_format_error
+
             with suppress(OSError):
                 rich_format_error(usage_error)
             return int(usage_error.exit_code)

@@ -33,7 +33,7 @@ def load_tools(path: Path) -> list[Tool]:
         ConversationError: no such file, it fails, it defines no tool, one that no schema can be made of, or two of one
             name. The tools file that was in use stays in use.
     """
-    from modeling_mistral_large.errors import ConversationError
+    from mistral_large_conversion.errors import ConversationError
 
     if path.suffix != ".py" or not path.is_file():
         raise ConversationError(f"{path}: no Python file; tools are functions in one; name such a file")
@@ -100,7 +100,7 @@ def _is_in(folder: Path, module: ModuleType) -> bool:
 
 def _run(path: Path) -> tuple[ModuleType, set[str]]:
     """Run a file as a module, and return it with the names that its statements bind, those of imports left out."""
-    from modeling_mistral_large.errors import ConversationError
+    from mistral_large_conversion.errors import ConversationError
 
     try:
         source = path.read_bytes()
@@ -129,7 +129,7 @@ def _run(path: Path) -> tuple[ModuleType, set[str]]:
 
 def _check_module_names(path: Path, tree: ast.Module) -> None:
     """Refuse a file whose own module, or one next to it that it imports, Python would take from elsewhere."""
-    from modeling_mistral_large.errors import ConversationError
+    from mistral_large_conversion.errors import ConversationError
 
     folder = path.resolve().parent
     imported = set()
@@ -148,7 +148,7 @@ def _check_module_names(path: Path, tree: ast.Module) -> None:
 
 def _find_tools(path: Path, module: ModuleType, assigned: set[str]) -> dict[str, Tool]:
     """Return the tools of a file by the names it gives them."""
-    from modeling_mistral_large.errors import ConversationError
+    from mistral_large_conversion.errors import ConversationError
 
     values = vars(module)
     if "__all__" in values:
@@ -175,7 +175,7 @@ def _may_be_tool(value: Any) -> bool:
 
 
 def _check_descriptions(path: Path, tools: dict[str, Tool]) -> None:
-    from modeling_mistral_large.errors import ConversationError
+    from mistral_large_conversion.errors import ConversationError
     from modeling_mistral_large.instruct.tool_schemas import describe_function
 
     described: dict[str, str] = {}

@@ -1,35 +1,37 @@
-"""Printing of `mistral-large verify`: one row for each check."""
+"""`mistral-large verify`: one row for each check."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
-from .marks import one_line
-from .terminal import console, print_json
+import typer
 
-MARKS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not proven", "yellow")}
+from .options import AsJson, CacheDir, Revision, Token, hub_options
+from .terminal import console, one_line, print_json, progress_bar
+
+RESULTS = {True: ("ok", "green"), False: ("wrong", "bold red"), None: ("not proven", "yellow")}
 
 
-def verify(folder: Path, source: str | None, as_json: bool) -> None:
-    """Check `folder`, compare it with `source`, say so, and exit with 1 if anything is wrong.
-
-    Raises:
-        MistralLargeError: the reasons of `verify_checkpoint` and `resolve_source`.
-    """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder with a checkpoint, of either layout.")],
+    source: Annotated[
+        str | None, typer.Argument(help="Folder or repository on the hub it was converted from, of either layout.")
+    ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a checkpoint, and compare every bit with its source; exit code 1 if anything is wrong."""
+    hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion import verify_checkpoint
     from mistral_large_conversion.checkpoint.hub import resolve_source
 
-    origin = None if source is None else resolve_source(source)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    stderr = console(stderr=True)
-    with Progress(TextColumn("verifying"), *columns, console=stderr, disable=not stderr.is_terminal) as bar:
-        # A folder with both layouts makes this too much, and the bar end early.
-        task = bar.add_task(
-            "verifying", total=sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
-        )
-        checks = verify_checkpoint(folder, origin, progress=lambda count: bar.advance(task, count))
+    origin = None if source is None else resolve_source(source, **hub)
+    # In a folder with both layouts one of them is read, and the bar ends early.
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+    with progress_bar("verifying", total, console(stderr=True)) as advance:
+        checks = verify_checkpoint(folder, origin, progress=advance)
     is_ok = all(check.is_ok is not False for check in checks)
     if as_json:
         print_json(
@@ -46,7 +48,7 @@ def verify(folder: Path, source: str | None, as_json: bool) -> None:
 
         table = Table("check", "result", "detail", box=None, pad_edge=False)
         for check in checks:
-            mark, style = MARKS[check.is_ok]
-            table.add_row(check.name, Text(mark, style=style), Text(one_line(check.detail)))
+            result, style = RESULTS[check.is_ok]
+            table.add_row(check.name, Text(result, style=style), Text(one_line(check.detail)))
         console().print(table)
-    sys.exit(not is_ok)
+    raise typer.Exit(not is_ok)

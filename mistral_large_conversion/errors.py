@@ -17,6 +17,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """No folder of a checkpoint, and no repository that can be had."""
 
 
+class ConversationError(MistralLargeError, ValueError):
+    """A conversation, tool or tool call that has no place in the v3 instruct format."""
+
+
 class PlanError(MistralLargeError, ValueError):
     """Devices or a demand that no plan can be made for."""
 

@@ -89,8 +89,16 @@ class Inspection:
     findings: tuple[str, ...]
 
 
-def inspect_checkpoint(source: Path | str) -> Inspection:
+def inspect_checkpoint(
+    source: Path | str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
+) -> Inspection:
     """Say what a folder or a repository on the hub holds; what is wrong is a finding, not an error.
+
+    revision, token, cache_dir: of a repository, as `resolve_source` has them.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be read.
@@ -100,9 +108,10 @@ def inspect_checkpoint(source: Path | str) -> Inspection:
     if Path(source).exists() or not is_repository_id(str(source)):
         return _inspect(resolve_source(source), str(source))
     if is_out_of_reach(str(source)):
-        return _inspect(resolve_source(source, local_files_only=True), str(source))
+        cached = resolve_source(source, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        return _inspect(cached, str(source))
     with TemporaryDirectory() as folder:
-        fetch_headers(str(source), Path(folder))
+        fetch_headers(str(source), Path(folder), revision=revision, token=token, cache_dir=cache_dir)
         return _inspect(Path(folder), str(source))
 
 

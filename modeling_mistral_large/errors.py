@@ -7,6 +7,7 @@ usual; the command line prints the message alone and exits with 2. Those of chec
 from mistral_large_conversion.errors import (
     CheckpointError,
     CheckpointNotFoundError,
+    ConversationError,
     DestinationError,
     MissingLibraryError,
     MistralLargeError,
@@ -29,10 +30,6 @@ __all__ = [
     "SettingError",
     "TokenizerFileError",
 ]
-
-
-class ConversationError(MistralLargeError, ValueError):
-    """A conversation, tool or tool call that has no place in the v3 instruct format."""
 
 
 class SchemaError(MistralLargeError, ValueError):

@@ -7,8 +7,6 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
-
 from mistral_large_conversion.chat_templates.response_template import RESPONSE_TEMPLATE
 
 __all__ = [
@@ -37,8 +35,6 @@ CHAT_TEMPLATES_SHA256 = {
 }
 RESPONSE_TEMPLATES_SHA256 = {"87b45630ea095aa497f8863d3d6b0837e455c6655f0210d594c26f6bfb3c35b1": "v3"}
 
-# The settings transformers renders chat templates with; they decide which white space is text.
-_JINJA = Environment(trim_blocks=True, lstrip_blocks=True)
 _NOT_RENDERED = ("comment_begin", "comment", "comment_end", "whitespace")
 
 
@@ -55,6 +51,8 @@ def prompt_format_of(template: object) -> str | None:
 def _known_format(template: str) -> str | None:
     if template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE):
         return PROMPT_FORMAT
+    from jinja2 import TemplateSyntaxError
+
     try:
         return CHAT_TEMPLATES_SHA256.get(template_sha256(template))
     except TemplateSyntaxError:
@@ -63,8 +61,13 @@ def _known_format(template: str) -> str | None:
 
 def template_sha256(template: str) -> str:
     """Return the hash of what a chat template renders: its tags and its text, without what has no effect."""
+    # Most templates are known by their text, and an import of jinja2 takes as long as all other work on a small folder.
+    from jinja2 import Environment
+
+    # The settings transformers renders chat templates with; they decide which white space is text.
+    lexer = Environment(trim_blocks=True, lstrip_blocks=True)
     hashed: list[tuple[str, str]] = []
-    for _, kind, value in _JINJA.lex(template.removeprefix("\ufeff").strip()):
+    for _, kind, value in lexer.lex(template.removeprefix("\ufeff").strip()):
         if kind in _NOT_RENDERED:
             continue
         if kind == "data" and hashed and hashed[-1][0] == "data":

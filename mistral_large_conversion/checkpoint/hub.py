@@ -142,7 +142,14 @@ def is_out_of_reach(repository: str) -> bool:
     return False
 
 
-def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = None) -> None:
+def fetch_headers(
+    repository: str,
+    folder: Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
+) -> None:
     """Fill a folder with the small files of a repository, and with files of weights that have headers and no data.
 
     These are as long as those of the repository and take no room.
@@ -152,14 +159,15 @@ def fetch_headers(repository: str, folder: Path, *, token: str | bool | None = N
     """
     try:
         api, files = huggingface_hub.HfApi(token=token), huggingface_hub.HfFileSystem(token=token)
-        commit = api.repo_info(repository).sha
+        commit = api.repo_info(repository, revision=revision).sha
         entries = api.list_repo_tree(repository, revision=commit)
         sizes = {entry.path: entry.size for entry in entries if isinstance(entry, huggingface_hub.hf_api.RepoFile)}
         # A listing is not to be trusted with places outside of the folder.
         wanted = [name for name in sizes if "/" not in name]
         names = {name for name in wanted if any(fnmatchcase(name, part) for part in (*CONSOLIDATED_FILES, *HF_FILES))}
         weights = {name for name in names if name.endswith(".safetensors")}
-        snapshot = resolve_source(repository, patterns=sorted(names - weights), revision=commit, token=token)
+        small = sorted(names - weights)
+        snapshot = resolve_source(repository, patterns=small, revision=commit, token=token, cache_dir=cache_dir)
         for name in names - weights:
             shutil.copyfile(snapshot / name, folder / name)
         for name in weights:

@@ -20,9 +20,10 @@ import pytest
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
-from mistral_large_cli.chat import Sampling, Speaker
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
-from mistral_large_cli.marks import printable, with_marks
+from mistral_large_cli.generation_session import GenerationSession, Sampling
+from mistral_large_cli.highlighting import highlighted
+from mistral_large_cli.terminal import printable
 from mistral_large_cli.tools_file import load_tools
 from mistral_large_conversion.errors import MistralLargeError, SettingError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
@@ -204,7 +205,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         messages.append(history[-1]["content"])
         return {"role": "assistant", "content": "Yes."}, False
 
-    monkeypatch.setattr(Speaker, "answer", answer)
+    monkeypatch.setattr(GenerationSession, "respond", answer)
     return messages
 
 
@@ -293,38 +294,38 @@ def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
 
 
 def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file: Path) -> None:
-    speaker = Speaker(
+    session = GenerationSession(
         str(demo_folder), Sampling(64, 0, None, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
     )
     (tool,) = load_tools(tools_file)
     messages = GOLDEN["weather_call"].messages
     before = signal.getsignal(signal.SIGINT)
-    message, was_stopped = speaker.answer(messages, [tool], lambda _: signal.raise_signal(signal.SIGINT))
+    message, was_stopped = session.respond(messages, [tool], lambda _: signal.raise_signal(signal.SIGINT))
     assert (message, was_stopped) == ({"role": "assistant", "content": ""}, True)
     assert signal.getsignal(signal.SIGINT) is before
     # What was computed for it is still right.
-    message, was_stopped = speaker.answer(messages, [tool], lambda _: None)
+    message, was_stopped = session.respond(messages, [tool], lambda _: None)
     assert not was_stopped
     assert message["tool_calls"][0]["function"]["arguments"] == {"location": "Paris, France", "format": "celsius"}
 
 
 def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Path) -> None:
-    speaker = Speaker(
+    session = GenerationSession(
         str(demo_folder), Sampling(64, 0, None, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
     )
     golden = GOLDEN["window_cleaner_follow_up"]
     passes = []
 
     def interrupt(*_: Any) -> None:
-        passes.append(speaker._cache.get_seq_length())
+        passes.append(session._cache.get_seq_length())
         if len(passes) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    handle = speaker._model.register_forward_hook(interrupt)
-    message, was_stopped = speaker.answer(golden.messages, [], lambda _: None)
+    handle = session._model.register_forward_hook(interrupt)
+    message, was_stopped = session.respond(golden.messages, [], lambda _: None)
     handle.remove()
     assert (message, was_stopped, passes) == ({"role": "assistant", "content": ""}, True, [7, 14, 21])
-    assert speaker.answer(golden.messages, [], lambda _: None)[0]["content"] == golden.answer
+    assert session.respond(golden.messages, [], lambda _: None)[0]["content"] == golden.answer
 
 
 @pytest.mark.parametrize(
@@ -356,7 +357,7 @@ def test_a_device_map_under_torchrun_is_refused(demo_folder: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "option",
     [
-        ("--dtype", "bf16"),
+        ("--dtype", "bf17"),
         ("--seed", "1e3"),
         ("--sede", "1"),
         ("--seed", str(2**64)),
@@ -385,7 +386,7 @@ def test_terminals_are_not_told_what_to_do(tokenizer: MistralLargeTokenizer) -> 
     text = "a\x1b[2J\x07\r\x9b5A\tb\nc\x7f"
     assert printable(text) == "a�[2J��\ufffd5A\tb\nc�"
     ids = [1, 3, *tokenizer.encode_texts([text])[0], 4]
-    assert with_marks(tokenizer, ids).plain == f"<s> [INST] {printable(text)} [/INST]"
+    assert highlighted(tokenizer, ids).plain == f"<s> [INST] {printable(text)} [/INST]"
 
 
 # As programs of their own

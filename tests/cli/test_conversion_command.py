@@ -105,7 +105,7 @@ def test_a_rerun_says_that_it_goes_on_or_that_all_is_there(
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, destination, progress=stop)
     assert run(monkeypatch, "convert", source, destination) == 0
-    assert "which is an interrupted conversion, to be continued\n" in capsys.readouterr().out
+    assert "which is an interrupted conversion, to be resumed\n" in capsys.readouterr().out
     assert run(monkeypatch, "convert", source, destination) == 0
     printed = capsys.readouterr().out
     assert "which is a finished conversion, to be compared with the source\n" in printed

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from mistral_large_cli.demo import (
     GoldenConversation,
     assemble_demo_checkpoint,
+    demo,
     get_current_weather,
     golden_conversations,
-    run_demo,
 )
 from mistral_large_conversion.errors import DestinationError, TokenizerFileError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
@@ -208,26 +208,26 @@ def test_the_control_tokens_are_coloured_on_a_terminal(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    run_demo()
+    demo()
     coloured = capsys.readouterr().out
     # In the colour of the role, whose text the token begins or ends.
     for token, colour in {"[INST]": 32, "[TOOL_CALLS]": 35, "[/TOOL_RESULTS]": 36, "</s>": 35}.items():
         assert f"{ESCAPE}1;{colour}m{token}" in coloured
     monkeypatch.setenv("NO_COLOR", "1")
-    run_demo()
+    demo()
     assert not re.search(rf"{re.escape(ESCAPE)}1;3\dm", capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("_noise_as_before")
 def test_the_converted_checkpoint_is_kept_where_asked(tmp_path: Path) -> None:
-    run_demo(tmp_path / "kept")
+    demo(tmp_path / "kept")
     assert (tmp_path / "kept" / "config.json").is_file()
     # What is there already is as good, and anything else is in the way.
-    run_demo(tmp_path / "kept")
+    demo(tmp_path / "kept")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(DestinationError):
-        run_demo(tmp_path / "other")
+        demo(tmp_path / "other")
 
 
 @pytest.mark.usefixtures("_noise_as_before")
@@ -235,7 +235,7 @@ def test_an_answer_that_is_not_the_golden_one_fails(monkeypatch: pytest.MonkeyPa
     golden = {**GOLDEN, "weather_answer": replace(GOLDEN["weather_answer"], answer="It is 23 °C in Paris right now.")}
     monkeypatch.setattr("mistral_large_cli.demo.golden_conversations", lambda: golden)
     with pytest.raises(SystemExit, match="the demo must answer 'It is 23"):
-        run_demo()
+        demo()
 
 
 def training_script() -> ModuleType:

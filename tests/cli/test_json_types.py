@@ -54,7 +54,7 @@ def read_in_every_way(folder: Path, to: Any) -> list[str]:
     """What the readers of a folder say; any other exception than ours comes through."""
     calls: list[Callable[[], object]] = [
         lambda: prepare_conversion(folder, folder.parent / "out", to=to),
-        lambda: read_model_geometry(str(folder)),
+        lambda: read_model_geometry(str(folder), {}),
     ]
     said = list(inspect_checkpoint(folder).findings)
     json.dumps(said)
@@ -83,13 +83,13 @@ def test_integers_are_real_numbers_and_booleans_are_none(folders: dict[str, tupl
     folder, _ = folders["params.json"]
     params = json.loads((folder / "params.json").read_text())
     (folder / "params.json").write_text(json.dumps({**params, "norm_eps": 1, "rope_theta": 1000000}))
-    geometry, _ = read_model_geometry(str(folder))
+    geometry, _ = read_model_geometry(str(folder), {})
     assert (geometry.rms_norm_eps, geometry.rope_theta) == (1.0, 1e6)
     assert (type(geometry.rms_norm_eps), type(geometry.rope_theta)) == (float, float)
     for key in ("norm_eps", "n_layers", "rope_theta"):
         (folder / "params.json").write_text(json.dumps({**params, key: True}))
         with pytest.raises(CheckpointError, match=f"{key} is True: must be"):
-            read_model_geometry(str(folder))
+            read_model_geometry(str(folder), {})
 
 
 GEOMETRY = {

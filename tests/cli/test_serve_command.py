@@ -13,15 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
+from mistral_large_cli.chat_requests import RequestError, generation_options, read_chat_request
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_cli.serve import choose_engine
-from mistral_large_cli.serve_guard import (
-    RequestError,
-    check_options,
-    generation_options,
-    is_own_origin,
-    read_chat_request,
-)
+from mistral_large_cli.serve_guard import check_options, is_own_origin
 from mistral_large_conversion.errors import CheckpointError, MissingLibraryError, SettingError
 
 SERVE = sys.modules[choose_engine.__module__]
@@ -78,7 +73,9 @@ def test_transformers_serves_without_vllm(
 ) -> None:
     install(monkeypatch, *SERVER)
     printed = run(str(demo_folder), "--engine", engine, "--device", "cpu")
-    assert started == [(str(demo_folder), {"host": "127.0.0.1", "port": 8000, "options": ["--device", "cpu"]})]
+    assert started == [
+        (str(demo_folder), {"host": "127.0.0.1", "port": 8000, "revision": None, "options": ["--device", "cpu"]})
+    ]
     (line,) = re.findall("^curl .+$", printed, re.MULTILINE)
     command = shlex.split(line)
     assert command[1] == "http://127.0.0.1:8000/v1/chat/completions"

@@ -13,7 +13,7 @@ import pytest
 
 from mistral_large_cli import main
 from mistral_large_cli.demo import golden_conversations
-from mistral_large_cli.marks import COLOURS, ROLES
+from mistral_large_cli.highlighting import COLOURS, ROLES
 from mistral_large_cli.show import styled
 from mistral_large_conversion.vocabulary import CONTROL_TOKENS
 from modeling_mistral_large import MistralLargeTokenizer

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mistral_large_cli import main
-from mistral_large_cli.marks import one_line, printable
-from mistral_large_cli.terminal import console, print_json, write_picture
+from mistral_large_cli.terminal import console, one_line, print_json, printable, write_picture
 from mistral_large_conversion.errors import DestinationError
 
 # Titles, clearing of the screen, the clipboard, a line to be overwritten, 8-bit controls, letters turned around.
@@ -45,9 +43,7 @@ def test_controls_become_visible_and_letters_stay() -> None:
     assert printable(ATTACK) == HARMLESS
     text = "çà ▁ 日本 \U0001f469\u200d\U0001f467 עברית \t\n"
     assert printable(text) == text
-    assert (
-        one_line("model type x\nfindings    nothing is wrong\u2028\t") == "model type x�findings    nothing is wrong��"
-    )
+    assert one_line("model type x\nproblems    none\u2028\t") == "model type x�problems    none��"
 
 
 def test_a_console_keeps_its_own_colours_and_nobody_elses() -> None:
@@ -97,7 +93,7 @@ def name_a_tensor(folder: Path) -> None:
 NAME = ATTACK.replace("\x00", "")
 TEXTS: dict[str, Callable[[Path], object]] = {
     "model_type": edit("config.json", model_type=ATTACK),
-    "a setting that forges a line": edit("config.json", model_type="x\nfindings    nothing is wrong"),
+    "a setting that forges a line": edit("config.json", model_type="x\nproblems    none"),
     "dtype": edit("config.json", dtype=ATTACK),
     "architectures": edit("config.json", architectures=[ATTACK]),
     "rope_type": edit("config.json", rope_parameters={"rope_type": ATTACK}),
@@ -136,7 +132,7 @@ def test_no_text_of_a_checkpoint_commands_the_terminal(
         assert "Traceback" not in printed.err
         lines = (printed.out + printed.err).splitlines()
         if command[0] in ("inspect", "verify", "plan"):
-            assert "findings    nothing is wrong" not in lines or text != "a setting that forges a line"
+            assert "problems    none" not in lines or text != "a setting that forges a line"
             assert "mistral-large: ok" not in lines
 
 
@@ -154,7 +150,7 @@ def test_what_was_typed_is_quoted_without_its_commands(
 def test_logs_and_warnings_of_libraries_are_harmless_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def talk(*_: Any) -> None:
+    def talk(*_: Any) -> tuple[str, ...]:
         handler = logging.StreamHandler(sys.stderr)
         logger = logging.getLogger("library")
         logger.addHandler(handler)
@@ -163,10 +159,10 @@ def test_logs_and_warnings_of_libraries_are_harmless_too(
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             sys.stderr.write(warnings.formatwarning(ATTACK, UserWarning, "file", 1))
+        return ()
 
     factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
-    # Of the package, the name is the command's function.
-    monkeypatch.setattr(import_module("mistral_large_cli.retag"), "retag", talk)
+    monkeypatch.setattr("mistral_large_conversion.retag.retag_checkpoint", talk)
     assert run(monkeypatch, "retag", "folder", "--as", "mistral") == 0
     printed = capsys.readouterr().err
     assert is_harmless(printed)
@@ -228,7 +224,7 @@ STREAMS: dict[str, tuple[str, dict[str, str], int, bytes, bytes]] = {
     "full": ("> /dev/full", {}, 2, b"", b"mistral-large: the output cannot be written: No space left on device; make"),
     "a reader that is gone": ("| true; exit ${PIPESTATUS[0]}", {}, 1, b"", b""),
     "closed": ("<&- >&-", {}, 0, b"", b""),
-    "errors closed": ("2>&-", {}, 0, b"findings    nothing is wrong", b""),
+    "errors closed": ("2>&-", {}, 0, b"problems    none", b""),
     "ASCII only": ("", {"PYTHONIOENCODING": "ascii"}, 0, rb"caf\xe9", b""),
 }
 

@@ -243,7 +243,7 @@ def test_the_command_prints_lines_that_can_be_copied_and_json(
     assert f"what        {HF}" in lines
     assert "tensors     30 tensors, 4,440,512 parameters, BF16 × 30" in lines
     assert "files       1 × *.safetensors, 8,884,200 bytes" in lines
-    assert "findings    nothing is wrong" in lines
+    assert "problems    none" in lines
     inspection = inspect_checkpoint(spaced)
     assert f"loads with  {inspection.loads_with[0]}" in lines
     assert f"vllm serve '{spaced}'" in inspection.loads_with[1]

@@ -322,7 +322,7 @@ def test_an_unknown_folder_is_refused_and_stays_as_it_is(
 def test_the_command_says_what_it_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for expected in (f"changed {', '.join(CHANGED_TO['mistral'])}", "as it was"):
+    for expected in (f"changed {', '.join(CHANGED_TO['mistral'])}", "unchanged"):
         monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
         with pytest.raises(SystemExit) as exit_:
             main()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from inspect import signature
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app, main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from mistral_large_cli.plan import smallest_changes
+from mistral_large_cli.plan import PlanOptions, smallest_changes
 from mistral_large_conversion.checkpoint.quantization import Scheme
 from mistral_large_conversion.errors import PlanError
 from mistral_large_conversion.sharding.devices import Device, detect_devices, parse_devices
@@ -369,7 +370,7 @@ def test_devices_as_people_write_them(text: str, expected: list[tuple[str, float
 
 @pytest.mark.parametrize("text", ["", "8x", "0x80GB", "80", "0GB", "card", "2x80GB+", "80GB@", "-1x80GB", "8x80GB@x"])
 def test_what_names_no_devices(text: str) -> None:
-    with pytest.raises(PlanError, match=r"neither a known card .* nor a size; write 8x80GB"):
+    with pytest.raises(PlanError, match=r"neither a known GPU .* nor a size; write 8x80GB"):
         parse_devices(text)
 
 
@@ -426,12 +427,7 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
 def test_a_plan_takes_time_with_the_size_of_what_is_asked() -> None:
     deep = MistralLargeConfig(num_hidden_layers=10_000, hidden_size=256, intermediate_size=512)
     started = time.process_time()
-    smallest_changes(
-        deep,
-        parse_devices("8x24GB"),
-        131072,
-        {"batch": 10**9, "weights": "bf16", "kv": "auto", "prefill_chunk": 2048, "host_memory": 0},
-    )
+    smallest_changes(deep, parse_devices("8x24GB"), PlanOptions(131072, batch=10**9))
     # One by one, a thousand million batches.
     assert time.process_time() - started < 30
 
@@ -455,6 +451,56 @@ def test_device_maps_for_from_pretrained() -> None:
         device_map_for(CONFIG, parse_devices("141GB"), context=1)
 
 
+# By name: how many, GiB as the driver reports them, and GB/s on the vendor's sheet.
+NAMED: dict[str, tuple[int, float, float]] = {
+    "8xA100-80GB": (8, 79.6, 2039),
+    "A100-PCIe-40GB": (1, 39.6, 1555),
+    "4x4090": (4, 24, 1008),
+    "RTX 4090": (1, 24, 1008),
+    "2 x rtx4090": (2, 24, 1008),
+    "NVIDIA GeForce RTX 4090": (1, 24, 1008),
+    "3090": (1, 24, 936),
+    "RTX 3090Ti": (1, 24, 1008),
+    "2xH100-SXM": (2, 79.6, 3350),
+    "NVIDIA H100 80GB HBM3": (1, 79.6, 3350),
+    "H100-PCIe": (1, 79.6, 2000),
+    "h100 nvl": (1, 93.6, 3900),
+    "a6000": (1, 48, 768),
+    "RTX 6000 Ada": (1, 48, 960),
+    "L4": (1, 22.5, 300),
+    "T4": (1, 15, 320),
+    "V100": (1, 32, 900),
+    "Tesla V100-SXM2-16GB": (1, 16, 900),
+    "MI300X": (1, 192, 5300),
+    # Three quarters of the memory, which is in GiB.
+    "mac-192GB": (1, 144, 800),
+    "mac-512GB@0.7": (1, 384, 700),
+    "CPU-512GiB@0.2": (1, 512, 200),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_devices_have_the_figures_of_their_sheets(name: str) -> None:
+    count, memory_gib, bandwidth = NAMED[name]
+    devices = parse_devices(name)
+    assert len(devices) == count
+    assert (devices[0].memory, round((devices[0].bandwidth or 0) / 1e9)) == (int(memory_gib * GIB), bandwidth)
+    # As it is written in a command that a plan prints.
+    assert parse_devices(devices[0].name)[0].memory == devices[0].memory
+
+
+def test_this_machine_is_a_device_of_unknown_bandwidth() -> None:
+    (device,) = parse_devices("cpu")
+    assert (device.kind, device.bandwidth, device.memory > GIB) == ("cpu", None, True)
+    assert device.assumption == "cpu: the memory of this machine"
+
+
+@pytest.mark.parametrize("name", ["A100-60GB", "NVIDIA GeForce RTX 4090 Laptop GPU", "mac-100GB", "cpu-lots", "GB"])
+def test_an_unknown_device_is_refused_with_those_that_are_known(name: str) -> None:
+    with pytest.raises(PlanError, match=r"neither a known GPU .*H100, .*4090.* a Mac .*mac-192GB.* nor a size; write"):
+        parse_devices(name)
+
+
 # The command
 
 
@@ -463,13 +509,12 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.stdout
 
 
-def test_the_command_says_how_to_run_what_fits(tmp_path: Path) -> None:
-    code, printed = run("--gpus", "4x80GB", "--context", "32768", "--svg", str(tmp_path / "plan.svg"))
+def test_the_command_says_how_to_run_what_fits() -> None:
+    code, printed = run("--gpus", "4x80GB", "--context", "32768")
     assert code == 0
-    assert "228.4 GiB of weights in bf16, 11.0 GiB of cache for 1 × 32,768 positions" in printed
+    assert "228.4 GiB of weights in bf16, 11.0 GiB of cache for 1 × 32,768 tokens" in printed
     assert "torchrun --nproc-per-node 4 --no-python mistral-large chat mistralai/Mistral-Large-Instruct-2407" in printed
     assert printed.count("80GB") == 4
-    assert (tmp_path / "plan.svg").read_text(encoding="utf-8").startswith("<svg")
 
 
 def test_the_command_says_what_would_fit() -> None:
@@ -509,15 +554,33 @@ def test_the_command_prints_every_figure() -> None:
     code, printed = run("--gpus", "8x80GB", "--context", "4096", "--json")
     report = json.loads(printed)
     assert code == 0
-    assert (report["weights_bytes"], report["cache_bytes"], report["fits"]) == (245220139008, 360448 * 4096, True)
-    ways = [(way["way"], way["weights"]) for way in report["ways"]]
+    assert (report["weight_bytes"], report["cache_bytes"], report["fits"]) == (245220139008, 360448 * 4096, True)
+    strategies = [(each["strategy"], each["weights"]) for each in report["strategies"]]
     parallel = "tensor parallel"
-    assert ways == [(parallel, "bf16"), ("device_map", "bf16"), (parallel, "fp8"), (parallel, "int4")]
-    assert len(report["ways"][1]["device_map"]) == len(MODULES)
+    assert strategies == [(parallel, "bf16"), ("device_map", "bf16"), (parallel, "fp8"), (parallel, "int4")]
+    assert len(report["strategies"][1]["device_map"]) == len(MODULES)
     code, printed = run("--gpus", "80GB", "--json")
     report = json.loads(printed)
     assert (code, report["fits"], report["run"]) == (1, False, None)
     assert report["changes"]["gpus"] == "--gpus 4x80GB"
+
+
+def test_a_plan_for_a_mac_or_a_cpu_is_for_one_machine() -> None:
+    # 61.8 GiB of 4-bit weights and a cache of 2.8 GiB at 0.9 × 800 GB/s, the embedding not read.
+    code, printed = run("--gpus", "mac-192GB", "--weights", "int4", "--json")
+    report = json.loads(printed)
+    read = report["weight_bytes"] - 805306368 + report["cache_bytes"]
+    assert code == 0
+    assert report["strategies"][0]["tokens_per_second"] == pytest.approx(0.9 * 800e9 / read)
+    assert report["run"].endswith("-int4 --device-map mps")
+    assert report["assumptions"] == [parse_devices("mac-192GB")[0].assumption]
+    # Apple GPUs have no FP8, and nobody adds another Mac.
+    code, printed = run("--gpus", "mac-192GB")
+    assert code == 1
+    assert re.findall("  (--.*)", printed) == ["--weights int4"]
+    code, printed = run("--gpus", "cpu-512GB@0.2", "--weights", "bfloat16")
+    assert code == 0
+    assert "mistral-large chat mistralai/Mistral-Large-Instruct-2407 --device-map cpu\n" in printed
 
 
 def test_the_command_reads_geometries(tmp_path: Path) -> None:
@@ -525,7 +588,7 @@ def test_the_command_reads_geometries(tmp_path: Path) -> None:
     code, printed = run(str(folder), "--gpus", "24GB", "--json")
     assert code == 0
     sizes = Sizes.of(MistralLargeConfig.from_pretrained(folder), "bf16")
-    assert json.loads(printed)["weights_bytes"] == sizes.weights < 10**7
+    assert json.loads(printed)["weight_bytes"] == sizes.weights < 10**7
     code, printed = run(str(folder), "--gpus", "24GB", "--kv", "fp8")
     assert f"mistral-large chat {folder} --device-map cuda --kv fp8\n" in printed
 
@@ -540,7 +603,7 @@ def test_the_code_it_prints_makes_the_plan(monkeypatch: pytest.MonkeyPatch) -> N
     found["detect_devices"] = lambda: parse_devices("5x80GB")
     exec(planned, found)
     report = json.loads(run(*asked, "--json")[1])
-    assert found["device_map"] == report["ways"][0]["device_map"]
+    assert found["device_map"] == report["strategies"][0]["device_map"]
     assert lines[-1] == "model.generate(..., past_key_values=Fp8Cache(config), prefill_chunk_size=512)"
     compile("\n".join(lines), "printed", "exec")
 
@@ -578,7 +641,13 @@ def test_errors_of_the_command_are_one_line(
         ["--gpus", "80GB", "--prefill-chunk", "1" * 400],
         # Options without effect.
         ["--gpus", "24GB", "--weights", "int4", "--host", "999GB"],
-        ["--gpus", "80GB", "--json", "--svg", str(tmp_path / "plan.svg")],
+        ["--gpus", "cpu-512GB", "--host", "999GB"],
+        ["--gpus", "mac-192GB", "--weights", "fp8"],
+        ["--gpus", "mac-192GB", "--kv", "fp8"],
+        ["--gpus", "2xmac-192GB"],
+        ["--gpus", "80GB+cpu"],
+        ["--gpus", "80GB", "--token", "hf_x"],
+        [str(tmp_path), "--gpus", "80GB", "--revision", "main"],
     ):
         monkeypatch.setattr("sys.argv", ["mistral-large", "plan", *arguments])
         with pytest.raises(SystemExit) as stopped:

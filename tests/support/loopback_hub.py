@@ -36,11 +36,15 @@ class LoopbackHub:
     broken: set[str] = field(default_factory=set)
     # Names that the listing has besides those of the files.
     listed: list[str] = field(default_factory=list)
+    # Names of its commit besides main.
+    revisions: set[str] = field(default_factory=set)
     url: str = ""
     # Name of a file, and the Range header, for each GET of one.
     downloads: list[tuple[str, str | None]] = field(default_factory=list)
     # Method and path of each request.
     asked: list[str] = field(default_factory=list)
+    # The Authorization header of each request that had one.
+    authorizations: set[str] = field(default_factory=set)
 
     @property
     def downloaded(self) -> set[str]:
@@ -95,16 +99,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.served, unquote(urlsplit(self.path).path)
         hub.asked.append(f"{self.command} {path}")
+        if token := self.headers.get("Authorization"):
+            hub.authorizations.add(token)
+        revision = "|".join(map(re.escape, ("main", COMMIT, *hub.revisions)))
         if hub.refuse is not None:
             self._error(hub.refuse, "")
-        elif re.fullmatch(rf"/api/models/{REPOSITORY}(/revision/(main|{COMMIT}))?", path):
+        elif re.fullmatch(rf"/api/models/{REPOSITORY}(/revision/({revision}))?", path):
             self._json({"id": REPOSITORY, "sha": COMMIT, "gated": hub.gated and "auto", "siblings": []})
-        elif re.fullmatch(rf"/api/models/{REPOSITORY}/tree/(main|{COMMIT})/?", path):
+        elif re.fullmatch(rf"/api/models/{REPOSITORY}/tree/({revision})/?", path):
             self._json(self._tree())
-        elif re.fullmatch(rf"/api/models/{REPOSITORY}/tree/(main|{COMMIT})/.+", path):
+        elif re.fullmatch(rf"/api/models/{REPOSITORY}/tree/({revision})/.+", path):
             # No repository here has folders.
             self._error(HTTPStatus.NOT_FOUND, "EntryNotFound")
-        elif match := re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/(.+)", path):
+        elif match := re.fullmatch(rf"/{REPOSITORY}/resolve/(?:{revision})/(.+)", path):
             self._file(match[1])
         elif path.startswith((f"/api/models/{REPOSITORY}/", f"/{REPOSITORY}/")):
             self._error(HTTPStatus.NOT_FOUND, "RevisionNotFound")
