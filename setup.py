@@ -26,7 +26,8 @@ def index_page(readme: str) -> str:
     return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", rf"[\1]({REPOSITORY}/blob/main/\2)", readme)
 
 
-demo = ["mistral-common>=1.13"]
+# 1.12 is the last one for Python 3.10.
+demo = ["mistral-common>=1.12"]
 quantized = ["compressed-tensors>=0.15"]
 structured = ["llguidance>=1.3,<2"]
 test = [

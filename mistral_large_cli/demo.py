@@ -188,6 +188,8 @@ def _show_loading(console: "Console", converted: Path) -> "TextGenerationPipelin
     _show(console, "code", f'chat = pipeline("text-generation", "{converted.name}", dtype="bfloat16")')
     import transformers
 
+    import modeling_mistral_large  # noqa: F401  # registers the architecture
+
     # Its progress bars and hints would stand between our lines.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
