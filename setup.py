@@ -62,7 +62,7 @@ setup(
         "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
         "Issues": f"{REPOSITORY}/issues",
     },
-    keywords="mistral, mistral-large, transformers, llm, function-calling, tokenizer, checkpoint-conversion, quantization",
+    keywords="mistral, mistral-large, transformers, llm, function-calling, tokenizer, conversion, quantization",
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Console",

@@ -31,7 +31,10 @@ WORDS = {
     r"what the assistant says": "assistant tokens",
 }
 # Quotations, and words that mean something else: a model card is no GPU.
-ALLOWED = re.compile(r"model card|card\.py|the card(’|')s|gpu-CARD|files that cannot be had|the card (does|gives)|published after the model card")
+ALLOWED = re.compile(
+    r"model card|card\.py|the card's|the card (does|gives)|published after the model card|gpu-CARD"
+    r"|files that cannot be had"  # the campaign's own table
+)
 
 
 def offences(text: str, source: str) -> list[str]:
