@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import setuptools
+import setuptools  # type: ignore[import-untyped]  # it has no types of its own
 
 import modeling_mistral_large
 
