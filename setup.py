@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# Where the project is published; mkdocs.yml, CITATION.cff and .github/ have it too, and a test compares them.
+REPOSITORY = "https://github.com/OWNER/modeling-mistral-large"
 
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "modeling_mistral_large/__init__.py").read_text(), re.MULTILINE)
 assert version is not None
@@ -17,7 +19,15 @@ supported = dict(
 major, minor = supported["NEWEST_TRANSFORMERS"].split(".")
 transformers_range = f">={supported['OLDEST_TRANSFORMERS']},<{major}.{int(minor) + 1}"
 
-demo = ["mistral-common>=1.13"]
+
+def index_page(readme: str) -> str:
+    """The README as an index shows it: links and pictures by their address instead of their path."""
+    readme = re.sub(r"!\[([^\]]*)\]\((?!https?:)([^)]+)\)", rf"![\1]({REPOSITORY}/raw/main/\2)", readme)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", rf"[\1]({REPOSITORY}/blob/main/\2)", readme)
+
+
+# 1.12 is the last one for Python 3.10.
+demo = ["mistral-common>=1.12"]
 quantized = ["compressed-tensors>=0.15"]
 structured = ["llguidance>=1.3,<2"]
 test = [
@@ -25,6 +35,7 @@ test = [
     *quantized,
     *structured,
     "hypothesis>=6.100",
+    "import-linter>=2.3",
     "jsonschema>=4.21",
     "mypy>=1.15",
     "optimum-quanto>=0.2.7",
@@ -33,8 +44,9 @@ test = [
     "protobuf>=5",
     "psutil>=6",
     "pytest>=8",
+    "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
-    "regex",
+    "regex>=2024.4.16",
     "ruff>=0.12",
     "setuptools>=77",
 ]
@@ -43,9 +55,34 @@ setup(
     name="modeling-mistral-large",
     version=version[1],
     description="Mistral-Large-Instruct-2407 for Hugging Face transformers: exact prompts, exact weights",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=index_page((ROOT / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    url=REPOSITORY,
+    project_urls={
+        "Documentation": f"{REPOSITORY}/tree/main/docs",
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
+    keywords="mistral, mistral-large, transformers, llm, function-calling, tokenizer, conversion, quantization",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Software Development :: Libraries :: Python Modules",
+        "Typing :: Typed",
+    ],
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["modeling_mistral_large*", "mistral_large_conversion*", "mistral_large_cli*"]),
@@ -61,13 +98,13 @@ setup(
         "jinja2>=3.1",
         "numpy>=1.26",
         "packaging>=23",
+        "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.22",
         "torch>=2.5",
         f"transformers{transformers_range}",
         "typer>=0.12",
-        "rich>=13",
         "xxhash>=3",
     ],
     extras_require={"demo": demo, "quantized": quantized, "structured": structured, "test": test},

@@ -1,4 +1,4 @@
-"""Links out of docs/: pictures come with the site, and of anything else the name is left, as it is no page of it."""
+"""Links out of docs/: pictures come with the site, and anything else is linked in the repository."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-LINK_OUT = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)]+)\)")
+LINK_OUT = re.compile(r"(!?)\[([^\]]*)\]\((?:\.\./)+([^)]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -19,6 +19,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Let a page show the pictures of the site, and name the rest."""
-    return LINK_OUT.sub(lambda link: f"![{link[2]}]({link[3]})" if link[1] else link[2], markdown)
+def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
+    """Let a page show the pictures of the site, and link the rest where it is published."""
+
+    def link(match: re.Match[str]) -> str:
+        is_picture, text, name = match.groups()
+        return f"![{text}]({name})" if is_picture else f"[{text}]({config['repo_url']}/blob/main/{name})"
+
+    return LINK_OUT.sub(link, markdown)

@@ -12,7 +12,7 @@ from transformers import pipeline
 
 import modeling_mistral_large  # noqa: F401  # registers the architecture with transformers
 from mistral_large_cli.demo import demo_model, get_current_weather
-from modeling_mistral_large.generation.tool_loop import run_tool_loop
+from modeling_mistral_large.generation import run_tool_loop
 
 QUESTIONS = ["What's the weather like in Paris and in London?", "And in New York?"]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from mistral_large_cli.demo import GoldenConversation, golden_conversations, tokenizer_model_file
 from mistral_large_conversion import export_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.instruct.tool_call_ids import new_tool_call_id
+from modeling_mistral_large.instruct import new_tool_call_id
 
 GEOMETRY = MistralLargeConfig(
     hidden_size=64,

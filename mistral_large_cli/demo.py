@@ -191,8 +191,7 @@ def _show_loading(console: "Console", converted: Path) -> "TextGenerationPipelin
     _show(console, "code", f'chat = pipeline("text-generation", "{converted.name}", dtype="bfloat16")')
     import transformers
 
-    # Registers the classes with the Auto classes.
-    import modeling_mistral_large  # noqa: F401
+    import modeling_mistral_large  # noqa: F401  # registers the architecture
 
     # Its progress bars and hints would stand between our lines.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -96,7 +96,7 @@ class Conversion:
             raise
         except OSError as error:
             raise DestinationError(
-                f"{self.destination}: not finished: {error}; when that is mended, run it again"
+                f"{self.destination}: not finished: {error}; when that is fixed, run it again"
             ) from error
 
     def _write(self, jobs: int, progress: Progress) -> None:

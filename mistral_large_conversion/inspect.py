@@ -42,6 +42,7 @@ from mistral_large_conversion.model_card import (
     LICENCE_NAMES,
     is_research_licence,
 )
+from mistral_large_conversion.notebook import html_table
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", TOKENIZER_NAME)
 ADAPTER_KIND = "an adapter (PEFT)"
@@ -87,6 +88,22 @@ class Inspection:
     licence: str | None
     loads_with: tuple[str, ...]
     findings: tuple[str, ...]
+
+    def _repr_html_(self) -> str:
+        sizes = [size for size in self.file_bytes.values() if size is not None]
+        rows = [
+            ("name", self.name),
+            ("kind", self.kind),
+            *(self.geometry or {}).items(),
+            ("tensors", f"{self.tensors}, {', '.join(self.dtypes)}"),
+            ("parameters", f"{self.parameters:,}"),
+            ("weights", f"{len(self.file_bytes)} files, {sum(sizes):,} bytes"),
+            ("tokenizer", ", ".join(self.tokenizer) or "none"),
+            ("licence", self.licence or "none"),
+            *(("loads with", call) for call in self.loads_with),
+            *(("problem", finding) for finding in self.findings),
+        ]
+        return html_table(rows)
 
 
 def inspect_checkpoint(

@@ -63,7 +63,7 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
         for name in removed:
             (folder / name).unlink()
     except OSError as error:
-        raise DestinationError(f"{folder}: not retagged: {error}; when that is mended, run it again") from error
+        raise DestinationError(f"{folder}: not retagged: {error}; when that is fixed, run it again") from error
     return [*changed, *removed]
 
 

@@ -184,7 +184,7 @@ def _read_exactly(stream: BinaryIO, chunk: memoryview, source: StoredTensor) -> 
             count = stream.readinto(chunk[filled:])  # type: ignore[attr-defined]  # every stream of ours is raw or BytesIO
         except OSError as error:
             raise CheckpointError(
-                f"tensor {source.name!r} cannot be read: {error}; mend that and run it again"
+                f"tensor {source.name!r} cannot be read: {error}; fix that and run it again"
             ) from error
         if not count:
             raise CheckpointError(

@@ -160,7 +160,7 @@ def refuse(findings: Sequence[str], what: str) -> None:
     listed = [f"  {' '.join(finding.splitlines())[:LONGEST_FINDING]}" for finding in findings[:MOST_FINDINGS]]
     if len(findings) > MOST_FINDINGS:
         listed.append(f"  and {len(findings) - MOST_FINDINGS} more")
-    raise CheckpointError("\n".join([f"{what}; nothing was done, mend or download it again:", *listed]))
+    raise CheckpointError("\n".join([f"{what}; nothing was done, fix or download it again:", *listed]))
 
 
 def _read_params(

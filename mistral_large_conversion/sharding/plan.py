@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mistral_large_conversion.checkpoint.geometry import ModelSizes
 from mistral_large_conversion.checkpoint.source_files import shown
 from mistral_large_conversion.errors import PlanError
+from mistral_large_conversion.notebook import html_table
 from mistral_large_conversion.sharding.devices import Device
 from mistral_large_conversion.sharding.memory import (
     BYTES_OF_NUMBER,
@@ -83,6 +84,20 @@ class ShardingPlan:
     @property
     def fits(self) -> bool:
         return self.missing == 0
+
+    def _repr_html_(self) -> str:
+        speed = "" if self.tokens_per_second is None else f", at most {self.tokens_per_second:.3g} tokens/s"
+        fit = "fits" if self.fits else f"{self.missing / GIB:.1f} GiB short"
+        head = (f"{self.way}, {self.weights}: {fit}{speed}", "weights", "cache", "activations", "total", "GiB")
+        rows = [
+            (load.device.name, *(f"{size / GIB:.1f}" for size in _sizes_of(load)), f"of {load.device.memory / GIB:.1f}")
+            for load in self.loads
+        ]
+        return html_table(rows, head=head)
+
+
+def _sizes_of(load: DeviceLoad) -> tuple[int, int, int, int]:
+    return load.weights, load.cache, load.activations, load.total
 
 
 def plan_sharding(

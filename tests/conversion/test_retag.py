@@ -184,7 +184,7 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
             return original(path)
 
         monkeypatch.setattr(retag_module, "whole_file", stopping)
-        with pytest.raises(DestinationError, match="No space left on device; when that is mended, run it again"):
+        with pytest.raises(DestinationError, match="No space left on device; when that is fixed, run it again"):
             retag_checkpoint(folder, model_type)
         assert AutoConfig.from_pretrained(folder).hidden_size == 64
         assert AutoTokenizer.from_pretrained(folder).encode("a  b   c") == expected_ids

@@ -245,7 +245,7 @@ def test_a_missing_shard_without_an_index_never_becomes_random_weights(damaged: 
     with pytest.raises(CheckpointError) as error:
         load(damaged)
     assert str(error.value).splitlines() == [
-        f"{damaged} is not a complete consolidated checkpoint; nothing was done, mend or download it again:",
+        f"{damaged} is not a complete consolidated checkpoint; nothing was done, fix or download it again:",
         "  consolidated-00002-of-00002.safetensors is missing",
     ]
 

@@ -18,8 +18,7 @@ from modeling_mistral_large.transformers_api import warn_outside_range
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-LINKS = ("conversion", "chat_templates")
-FOLDERS = (*LINKS, "conversion/licence", "inference", "demo_checkpoint")
+PACKAGES = ("modeling_mistral_large", "mistral_large_conversion", "mistral_large_cli")
 
 
 def python(code: str, *arguments: str, cwd: Path, path: Path | None = None) -> str:
@@ -32,51 +31,41 @@ def python(code: str, *arguments: str, cwd: Path, path: Path | None = None) -> s
     return result.stdout
 
 
-def build_wheel(folder: Path, *, links_as_text: bool) -> Path:
-    """Build a wheel from a copy of the checkout, in which the links may be text files as git makes them on Windows."""
-    source = folder / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that was built from a copy of the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=unwanted)
-    if links_as_text:
-        for name in LINKS:
-            link = source / "modeling_mistral_large" / name
-            target = os.readlink(link)
-            link.unlink()
-            link.write_text(target)
+    shutil.copytree(ROOT, folder / "source", ignore=unwanted)
     (folder / "dist").mkdir()
-    python(BUILD, str(folder / "dist"), cwd=source)
+    python(BUILD, str(folder / "dist"), cwd=folder / "source")
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("wheel"), links_as_text=False)
-
-
-def test_the_wheel_installs_two_names_of_our_own_and_nothing_generic(wheel: Path) -> None:
+def test_the_wheel_installs_three_names_of_our_own_and_nothing_generic(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
     top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"mistral_large_cli", "modeling_mistral_large"}
+    assert {name for name in top if not name.endswith(".dist-info")} == set(PACKAGES)
 
 
 def test_the_wheel_holds_every_module_and_every_data_file_once(wheel: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
-        for folder in ("modeling_mistral_large", "mistral_large_cli")
-        for pattern in ("*", *(f"{name}/*" for name in FOLDERS))
-        for path in (ROOT / folder).glob(pattern)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    assert "modeling_mistral_large/chat_templates/mistral_large_2407.jinja" in expected
+    assert "mistral_large_conversion/chat_templates/mistral_large_2407.jinja" in expected
+    assert "mistral_large_conversion/licence/Notice" in expected
     assert any(name.startswith("mistral_large_cli/demo_checkpoint/consolidated-00001-of-") for name in expected)
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 
 
-def test_a_checkout_whose_links_became_text_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    other = build_wheel(tmp_path, links_as_text=True)
-    assert sorted(zipfile.ZipFile(other).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+def test_a_checkout_has_no_links(wheel: Path) -> None:
+    # git makes text files of them on Windows.
+    assert not [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_symlink()]
 
 
 def test_the_wheel_imports_from_where_it_lies(wheel: Path, tmp_path: Path) -> None:
@@ -85,10 +74,10 @@ def test_the_wheel_imports_from_where_it_lies(wheel: Path, tmp_path: Path) -> No
     found = python(
         """
 import importlib.resources, importlib.util
-import mistral_large_cli, modeling_mistral_large, modeling_mistral_large.conversion
-for module in (mistral_large_cli, modeling_mistral_large, modeling_mistral_large.conversion):
+import mistral_large_cli, mistral_large_conversion, modeling_mistral_large
+for module in (mistral_large_cli, mistral_large_conversion, modeling_mistral_large):
     print(module.__file__)
-templates = importlib.resources.files("modeling_mistral_large") / "chat_templates"
+templates = importlib.resources.files("mistral_large_conversion") / "chat_templates"
 assert "[INST]" in (templates / "mistral_large_2407.jinja").read_text()
 for name in ("conversion", "chat_templates"):
     assert importlib.util.find_spec(name) is None, name
@@ -117,9 +106,9 @@ def test_importing_the_package_loads_nothing_else_than_stock_mistral_does(tmp_pa
             "import modeling_mistral_large",
         )
     )
-    more = {name for name in ours - stock if not name.startswith(("modeling_mistral_large", "transformers"))}
+    more = {name for name in ours - stock if not name.startswith((*PACKAGES, "transformers"))}
     assert more == set()
-    assert "modeling_mistral_large.conversion" not in ours
+    assert "mistral_large_conversion.convert" not in ours
 
 
 @pytest.mark.parametrize(
