@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mistral_large_conversion.sharding.memory import Demand, activation_bytes, cache_bytes_of_layer
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.inference.attention import masked_attention_forward
+from modeling_mistral_large.inference.attention import sdpa_attention
 from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
 from modeling_mistral_large.transformers_api import cache_argument
 from tests.support.models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
@@ -140,7 +140,7 @@ def test_masked_attention_is_transformers_bit_for_bit(dtype: torch.dtype, mask_h
     if is_added:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     asked: tuple[Any, Any, Any, Any, Any] = (module, query, key, value, mask)
-    found, _ = masked_attention_forward(*asked, scaling=0.2)
+    found, _ = sdpa_attention(*asked, scaling=0.2)
     assert torch.equal(found, sdpa_attention_forward(*asked, scaling=0.2)[0])
 
 
@@ -150,7 +150,7 @@ def test_masked_attention_does_not_repeat_the_cache() -> None:
     module, mask = SimpleNamespace(num_key_value_groups=12), torch.ones(1, 1, 64, 4096).bool()
     asked: tuple[Any, Any, Any, Any, Any] = (module, query, key, value, mask)
     peaks = []
-    for attention in (masked_attention_forward, sdpa_attention_forward):
+    for attention in (sdpa_attention, sdpa_attention_forward):
         with PeakMemory() as memory:
             attention(*asked, scaling=0.2)
         peaks.append(memory.peak)
