@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import ItemsView, KeysView, Mapping, Sequence, Set, ValuesView
 from datetime import date, time
 from decimal import Decimal
@@ -12,13 +11,13 @@ from pathlib import PurePath
 from typing import Any, TypeGuard
 from uuid import UUID
 
+from mistral_large_conversion.vocabulary import SURROGATE
 from modeling_mistral_large.errors import ConversationError
 
 SHOWN_CHARACTERS = 100
 # Digits that Python reads of a whole number.
 LONGEST_NUMBER = 4300
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -186,7 +185,7 @@ def _not_json(value: Any, where: str, rule: str) -> ConversationError:
 
 def check_unicode(text: str, where: str) -> str:
     """Return the text, or raise if it cannot be encoded."""
-    if not text.isascii() and (found := _SURROGATE.search(text)):
+    if not text.isascii() and (found := SURROGATE.search(text)):
         raise ConversationError(
             f"{where}: lone surrogate {found[0]!r} at character {found.start()}; text must be Unicode; "
             "decode it again or replace the character"
