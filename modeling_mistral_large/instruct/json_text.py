@@ -195,5 +195,10 @@ def check_unicode(text: str, where: str) -> str:
 
 def show(value: Any) -> str:
     """Return a value as an error can quote it: in one line that is not too long."""
-    text = repr(value).replace("\n", " ")
+    return shorten(repr(value))
+
+
+def shorten(text: str) -> str:
+    """Return a text in one line that is not too long for an error."""
+    text = text.replace("\n", " ")
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
