@@ -691,7 +691,7 @@ REFUSED_TOOLS: dict[str, tuple[Any, str]] = {
     "parameters": ({"function": {"name": "f", "parameters": []}}, r"tool 0 \(f\): parameters \[\]"),
     "schema": (
         {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "text"}}}}},
-        r"tool 0 \(f\): parameters.properties.a.type: 'text' is not one of \['array', 'boolean',.*; the parameters must be",
+        r"tool 0 \(f\): parameters.properties.a.type: 'text' is not one of \['array', .*; the parameters must be",
     ),
     "schema in a list": (
         {"function": {"name": "f", "parameters": {"anyOf": [{}, {"minLength": -1}]}}},
