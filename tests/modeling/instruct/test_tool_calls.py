@@ -428,7 +428,7 @@ def test_reading_is_linear(name: str, is_streamed: bool, monkeypatch: pytest.Mon
         for pattern in patterns:
             monkeypatch.setattr(module, pattern, scan.pattern(getattr(module, pattern)))
     scan.copies(AnswerStream, "_give_up", monkeypatch)
-    scan.copies(tool_calls.CallList, "keep", monkeypatch)
+    scan.copies(call_list.CallList, "keep", monkeypatch)
     text = REPEATED[name](2000)
     stream = AnswerStream()
     for part in text if is_streamed else [text]:
