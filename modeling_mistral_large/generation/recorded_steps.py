@@ -151,8 +151,8 @@ def weights_of(*linears: Any) -> Weights:
     first = linears[0]
     if isinstance(first, Int4Linear):
         for linear in linears:
-            if linear.form is not None:
-                linear.use_file_form_()
+            if linear.layout is not None:
+                linear.use_packed_layout_()
         weights = tuple(linear.weight_packed.detach() for linear in linears)
         scales = tuple(linear.weight_scale.detach() for linear in linears)
         return Weights("int4", first.columns, first.group_size, weights, scales)

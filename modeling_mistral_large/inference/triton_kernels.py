@@ -5,7 +5,6 @@ import os
 import triton
 import triton.language as tl
 
-MOST_ROWS = 16
 # Least size of a side of `tl.dot`.
 LEAST_SIDE = 16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,7 +47,7 @@ def wide_fp8(codes, BITS: tl.constexpr):
 
 @triton.jit
 def two_codes(words, PAIR: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Codes PAIR and PAIR + 4 of words of eight, less 8, as BF16 numbers in the lower and the upper half of 32 bits."""
+    """Codes PAIR and PAIR + 4 of words of eight, less 8, as BF16 values in the lower and the upper half of 32 bits."""
     moved = words >> (4 * PAIR)
     if ASSEMBLY:
         # A code in the lowest bits of the BF16 number 128 is 128 + code; 136 is taken off both halves at once.

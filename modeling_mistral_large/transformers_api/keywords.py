@@ -68,7 +68,7 @@ def _host_signature(forward: Callable[..., Any], own_name: str) -> inspect.Signa
 
 
 def layer_forward(forward: Any) -> Any:
-    """Decorator: let the `forward` of a part of the model take the cache by the names transformers gives it."""
+    """Decorator: let the `forward` of a submodule take the cache by the names transformers gives it."""
     own_name = _own_cache_name(forward)
     if CACHE_NAME == OLD_CACHE_NAME == own_name:
         return forward

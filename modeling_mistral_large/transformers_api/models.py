@@ -30,7 +30,7 @@ class HostedModel(PreTrainedModel):  # type: ignore[no-untyped-call]  # transfor
 
 
 class HeadedModel:
-    """How ranks share the output matrix `lm_head`; without it every rank computes all logits."""
+    """How the output matrix `lm_head` is sharded over ranks; without it every rank computes all logits."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
