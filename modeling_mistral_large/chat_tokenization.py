@@ -102,7 +102,7 @@ class ChatTokenizer(TokenizerHook):
         says so once. Control strings in texts stay text all the same, unless `sanitize_control_tokens` is False. Other
         keywords are variables of such a template.
 
-        Raises ConversationError with the message index, the finding, the rule and the way out; KeywordError for a
+        Raises ConversationError with the message index, the problem, the rule and the way out; KeywordError for a
         keyword that neither this method nor the template takes.
         """
         template = self.get_chat_template(chat_template, tools)
@@ -200,19 +200,19 @@ class ChatTokenizer(TokenizerHook):
         ]
         if not tokenize:
             return ["".join(map(_render, prompt)) for prompt in prompts]
-        texts = [part.text for prompt in prompts for part in prompt if not part.is_control]
+        texts = [segment.text for prompt in prompts for segment in prompt if not segment.is_control]
         text_ids = iter(self.encode_texts(texts, reference_documents_as_text=reference_documents_as_text))
-        part_ids = [
-            [[CONTROL_TOKENS[part.text]] if part.is_control else next(text_ids) for part in prompt]
+        segment_ids = [
+            [[CONTROL_TOKENS[segment.text]] if segment.is_control else next(text_ids) for segment in prompt]
             for prompt in prompts
         ]
         masks = [
-            [int(part.is_generated) for part, ids in zip(prompt, parts, strict=True) for _ in ids]
+            [int(segment.is_generated) for segment, ids in zip(prompt, ids_of, strict=True) for _ in ids]
             if return_assistant_tokens_mask
             else []
-            for prompt, parts in zip(prompts, part_ids, strict=True)
+            for prompt, ids_of in zip(prompts, segment_ids, strict=True)
         ]
-        return [(list(chain.from_iterable(parts)), mask) for parts, mask in zip(part_ids, masks, strict=True)]
+        return [(list(chain.from_iterable(ids_of)), mask) for ids_of, mask in zip(segment_ids, masks, strict=True)]
 
     def _custom_prompts(
         self,
@@ -371,6 +371,6 @@ def _ends_in_text(prompt: str | Sequence[int]) -> bool:
     return bool(prompt) and prompt[-1] not in CONTROL_IDS
 
 
-def _render(part: Segment) -> str:
+def _render(segment: Segment) -> str:
     """Return a segment as a rendered prompt writes it: a text, unless it is empty, after the space its dummy ▁ is."""
-    return part.text if part.is_control or not part.text else f" {part.text}"
+    return segment.text if segment.is_control or not segment.text else f" {segment.text}"

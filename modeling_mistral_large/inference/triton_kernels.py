@@ -218,7 +218,7 @@ def rotate_and_store(part_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, length_ptr
     """Take query, key and value from their product [m, (HEADS + 2 * KV_HEADS) * D]; a program for each head and row.
 
     Queries are rotated into q [m, HEADS, D], keys rotated into the cache [m, KV_HEADS, room, D] at `length`, values
-    stored beside them. A row's position is length - start. The angles' table is [room, D], both halves alike.
+    stored next to them. A row's position is length - start. The angles' table is [room, D], both halves alike.
     """
     head, row = tl.program_id(0), tl.program_id(1)
     length = tl.load(length_ptr)

@@ -68,7 +68,7 @@ def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 def json_value(value: Any, where: str) -> Any:
     """Return a value as `json` can write it.
 
-    value: beside JSON's own types, numbers and arrays of numpy, pandas and torch, dataclasses, pydantic and attrs
+    value: besides JSON's own types, numbers and arrays of numpy, pandas and torch, dataclasses, pydantic and attrs
         models, enums, dates and times (ISO 8601), UUIDs, paths, tuples and sets (sorted), at every depth. A Decimal
         that no JSON number is equal to becomes text, any other such number is refused. NaN and infinity stay, as the
         reference writes them.

@@ -8,7 +8,7 @@ ConversationError, except for what transformers users send every day; `strict=Tr
 | a tool call id that is not 9 letters or digits, or no id     | mapped, the same on the call and on its result |
 | text next to tool calls in one answer                        | both kept: text, then calls                    |
 | a final assistant message that is not to be continued        | rendered with `</s>`, as for training          |
-| `content` that is null or absent beside a role that needs it | empty text                                     |
+| `content` that is null or absent where a role needs it        | empty text                                     |
 | a tool result that is any JSON value but text                | that JSON value                                |
 | a tool call without `arguments`                              | `{}`                                           |
 | `function_call`, and the role `function`                     | a tool call, and its result                    |
@@ -35,9 +35,9 @@ from modeling_mistral_large.instruct.tool_schemas import ToolDefinition, list_to
 
 
 class Segment(NamedTuple):
-    """A part of a prompt: one control token, or a text that is encoded on its own and holds no control token.
+    """A segment of a prompt: one control token, or a text that is encoded on its own and holds no control token.
 
-    `is_generated` marks what the assistant says: its text, its tool calls and `</s>`, unless its weight is 0.
+    `is_generated` marks assistant tokens: its text, its tool calls and `</s>`, unless its weight is 0.
     """
 
     text: str
@@ -81,7 +81,7 @@ def build_prompt(
     finetuning: the conversation is a training sample: refuse one that does not end with a complete assistant message,
         that has results without a call, or a call without an id anywhere else than in its last message.
 
-    Raises ConversationError with the index of the message or tool, the finding, the rule and the way out.
+    Raises ConversationError with the index of the message or tool, the problem, the rule and the way out.
     """
     messages, tools, is_continued = read_request(messages, tools)
     continue_final_message = continue_final_message or is_continued
@@ -165,9 +165,9 @@ def _check_results(conversation: Sequence[Message]) -> None:
             awaited -= 1
         elif message.role == "assistant":
             if awaited != 0:
-                finding = "results are missing" if awaited > 0 else "results have no call"
+                problem = "results are missing" if awaited > 0 else "results have no call"
                 raise ConversationError(
-                    f"{message.where}: {abs(awaited)} tool {finding} before it; every tool call has one tool message "
+                    f"{message.where}: {abs(awaited)} tool {problem} before it; every tool call has one tool message "
                     "before the next answer; add or remove tool messages"
                 )
             awaited = len(message.calls)
@@ -255,7 +255,7 @@ def _write_call(call: ToolCall, call_id: str) -> str:
 def _map_ids(conversation: Sequence[Message]) -> list[str]:
     """Return the id of every call and result, in the order of the prompt.
 
-    A call without an id has that of the result in its place, a result without one that of the call in its place.
+    A tool call without an id takes the id of the result at the same position, and vice versa.
     """
     given: list[Hashable] = []
     calls: list[Hashable] = []

@@ -63,8 +63,8 @@ def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, A
         parameters = {}
     if not isinstance(parameters, Mapping):
         raise ConversationError(f"{where} ({name}): parameters {show(parameters)}; they must be a JSON schema object")
-    if finding := find_schema_error(parameters, "parameters"):
-        raise ConversationError(f"{where} ({name}): {finding}; the parameters must be a JSON schema (draft 7)")
+    if problem := find_schema_error(parameters, "parameters"):
+        raise ConversationError(f"{where} ({name}): {problem}; the parameters must be a JSON schema (draft 7)")
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 

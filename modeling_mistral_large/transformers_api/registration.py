@@ -31,7 +31,7 @@ def export_names(classes: Iterable[type]) -> None:
     """Make classes attributes of the module `transformers`, where pipelines, TRL, `serve` and vLLM look for them.
 
     When its class of modules changes, those tools find no class of that name. They are set on the class, since
-    `import transformers.processing_utils` puts a new module in the place of the one that was imported before.
+    `import transformers.processing_utils` replaces the module that was imported before.
     """
     for each in classes:
         setattr(_LazyModule, each.__name__, _ExportedClass(each))
