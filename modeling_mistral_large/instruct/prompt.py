@@ -8,7 +8,7 @@ ConversationError, except for what transformers users send every day; `strict=Tr
 | a tool call id that is not 9 letters or digits, or no id     | mapped, the same on the call and on its result |
 | text next to tool calls in one answer                        | both kept: text, then calls                    |
 | a final assistant message that is not to be continued        | rendered with `</s>`, as for training          |
-| `content` that is null or absent where a role needs it        | empty text                                     |
+| `content` that is null or absent where a role needs it       | empty text                                     |
 | a tool result that is any JSON value but text                | that JSON value                                |
 | a tool call without `arguments`                              | `{}`                                           |
 | `function_call`, and the role `function`                     | a tool call, and its result                    |
