@@ -237,7 +237,7 @@ def test_offloaded_layers_give_the_same_logits(folder: Path, tmp_path: Path) -> 
     places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
     model = load(folder, device_map=places, offload_folder=tmp_path, dtype=torch.float32)
     assert all(tensor.is_meta for tensor in model.model.layers[0].mlp.parameters())
-    with pytest.raises(ValueError, match="offloaded or shared among ranks cannot be saved"):
+    with pytest.raises(ValueError, match="offloaded or sharded over ranks cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(logits(model), logits(load(folder, dtype=torch.float32)), rtol=1e-4, atol=1e-4)
 
@@ -287,7 +287,7 @@ def test_two_ranks_say_the_same_as_one(
 def test_shares_are_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(folder)
     monkeypatch.setattr(model, "_tp_size", 2)
-    with pytest.raises(ValueError, match="offloaded or shared among ranks cannot be saved; copy the folder"):
+    with pytest.raises(ValueError, match="offloaded or sharded over ranks cannot be saved; copy the folder"):
         model.save_pretrained(tmp_path / "saved")
 
 
