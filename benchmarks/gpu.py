@@ -242,7 +242,7 @@ def linear_error(kind: str, rows: int, columns: int, m: int, device: torch.devic
         layer.weight_scale.mul_(
             torch.rand_like(layer.weight_scale, dtype=torch.float32).to(layer.weight_scale.dtype) + 0.5
         )
-        dense = torch.cat(list(layer.expanded_rows(torch.float32))).double()
+        dense = torch.cat(list(layer.dequantized_rows(torch.float32))).double()
         if kind == "fp8":
             dense *= layer.weight_scale.double()
         layer.after_loading_()

@@ -103,7 +103,7 @@ def matrix_errors() -> dict[str, Any]:
             wanted = linear(hidden.float(), weight.float())
             for quantization in QUANTIZATIONS:
                 layer = quantized_layer(weight, quantization)
-                rows = torch.cat(list(layer.expanded_rows(torch.float32)))
+                rows = torch.cat(list(layer.dequantized_rows(torch.float32)))
                 if isinstance(layer, Fp8Linear):
                     rows *= layer.weight_scale
                 found[f"{quantization}, {kind}, {name}"] = {

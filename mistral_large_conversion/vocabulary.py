@@ -66,7 +66,8 @@ _NORMALIZER_FIELDS: dict[int, bytes | int] = {2: b"", 3: 1, 4: 1, 5: 1}
 
 _CONTROL_TYPE = 3
 
-_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+# No text holds one; `surrogateescape` decodes a byte that is not part of a character to one.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def known_vocabulary(file: Path | str) -> str | None:
@@ -142,6 +143,11 @@ def _proto_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
         position += length
 
 
+def piece_bytes(piece: str) -> bytes:
+    """Return the bytes of UTF-8 that a piece stands for."""
+    return bytes([BYTE_PIECES[piece]]) if piece in BYTE_PIECES else piece.replace("▁", " ").encode()
+
+
 def join_pieces(pieces: Iterable[str]) -> str:
     """Return the text of pieces as SentencePiece does: � for each byte that is not part of a character.
 
@@ -150,8 +156,5 @@ def join_pieces(pieces: Iterable[str]) -> str:
     pieces = list(pieces)
     if pieces:
         pieces[0] = pieces[0].removeprefix("▁")
-    encoded = (
-        bytes([BYTE_PIECES[piece]]) if piece in BYTE_PIECES else piece.replace("▁", " ").encode() for piece in pieces
-    )
-    text = b"".join(encoded).decode("utf-8", errors="surrogateescape")
-    return _ESCAPED_BYTE.sub("\ufffd", text)
+    text = b"".join(map(piece_bytes, pieces)).decode("utf-8", errors="surrogateescape")
+    return SURROGATE.sub("\ufffd", text)

@@ -2,7 +2,7 @@
 
 Importing this package registers `MistralLargeConfig`, the models and `MistralLargeTokenizer` with transformers' Auto
 classes, with the module `transformers` and with PEFT's defaults; it does nothing else. The converter is
-`modeling_mistral_large.conversion`.
+`mistral_large_conversion`.
 """
 
 from typing import Any

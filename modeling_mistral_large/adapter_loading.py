@@ -128,7 +128,7 @@ def _check_base(source: Any, base: str) -> None:
 
 
 def load_own_adapter(model: Any, folder: Path) -> None:
-    """Load the adapter that lies beside a checkpoint, if there is one, as transformers does in the HF layout."""
+    """Load the adapter next to a checkpoint, if there is one, as transformers does in the HF layout."""
     if (folder / ADAPTER_CONFIG_NAME).exists():
         needs_peft(folder)
         model.load_adapter(str(folder))

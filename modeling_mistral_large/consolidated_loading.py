@@ -1,4 +1,4 @@
-"""Loading of the vendor's consolidated layout as it is, without converting it first.
+"""Loading of the vendor's consolidated layout without converting it first.
 
 transformers renames and converts the tensors of a checkpoint one by one, by a table for each model type. Ours is
 computed from the table of names, and its one operation puts the rows of query and key weights into the HF order.
@@ -31,7 +31,7 @@ INTERLEAVED = "interleaved"
 class SplitRopePairs(ConversionOps):
     """Query or key rows from the consolidated into the HF order.
 
-    Heads are counted by the rows at hand: key weights have fewer than query weights, a rank's share fewer still.
+    Heads are counted by the rows at hand: key weights have fewer than query weights, a rank's shard fewer still.
     """
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class SplitRopePairs(ConversionOps):
 
 
 def weight_conversions() -> list[WeightRenaming | WeightConverter]:
-    """The way of each consolidated name to the name in the model, anchored: HF names pass through the table, too."""
+    """The renaming of consolidated names to those of the model, anchored: HF names pass through the table, too."""
     renamings = []
     for consolidated, hf in TO_HF.items():
         source = re.escape(consolidated).replace(re.escape("{layer}"), r"(\d+)")

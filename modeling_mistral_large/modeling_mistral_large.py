@@ -1,16 +1,13 @@
 """The Mistral Large decoder on transformers' primitives.
 
-Shapes are written as [batch, positions, features]; `heads` are the query heads, `kv_heads` the key-value heads, and
-`group = heads / kv_heads` query heads share one key-value head. State-dict keys are those of transformers' Mistral.
+Shapes are [batch, tokens, features]; `heads / kv_heads` query heads share one key-value head. Parameters have the names
+that transformers' Mistral gives them.
 """
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.hub_kernels import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
@@ -21,17 +18,15 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig, check_config
-from modeling_mistral_large.inference.attention import masked_attention_forward, takes_masked_attention
-from modeling_mistral_large.inference.chunked_prefill import LongPromptGenerationMixin
-from modeling_mistral_large.inference.cpu_decode import grouped_attention_forward, takes_grouped_attention
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
+from modeling_mistral_large.inference.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+from modeling_mistral_large.inference.chunked_prefill import ChunkedPrefillGenerationMixin
+from modeling_mistral_large.loading import LoadableModel
 from modeling_mistral_large.transformers_api import (
     HeadedModel,
-    HostedModel,
     attention_implementation,
     cache_argument,
     cache_in,
@@ -85,39 +80,14 @@ class MistralLargeRotaryEmbedding(nn.Module):
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         # Bare multiplication, so that autocast cannot round the angles of far positions.
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)  # [batch, positions, head_dim]
+        angles = torch.cat((angles, angles), dim=-1)  # [batch, tokens, head_dim]
         return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + head_dim / 2}) of [batch, heads, positions, head_dim] by its position's angle."""
+    """Turn each pair (x_i, x_{i + head_dim / 2}) of [batch, heads, tokens, head_dim] by the angle of its position."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention as written in the paper; the one implementation that returns its weights.
-
-    `query` is [batch, heads, queries, head_dim], `key` and `value` are [batch, kv_heads, keys, head_dim], the mask is
-    added to the scores [batch, heads, queries, keys]. Returns [batch, queries, heads, head_dim] and the weights.
-    """
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MistralLargeAttention(nn.Module):
@@ -147,35 +117,24 @@ class MistralLargeAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        batch_positions = hidden_states.shape[:-1]
-        # The number of heads is left open: a tensor-parallel rank holds only its share of them.
-        split = (*batch_positions, -1, self.head_dim)
-        cos, sin = (angles.unsqueeze(1) for angles in position_embeddings)  # [batch, 1, positions, head_dim]
+        batch_tokens = hidden_states.shape[:-1]
+        # The number of heads is left open: a tensor-parallel rank holds only its shard of them.
+        by_head = (*batch_tokens, -1, self.head_dim)
+        cos, sin = (angles.unsqueeze(1) for angles in position_embeddings)  # [batch, 1, tokens, head_dim]
 
-        query = rotate(self.q_proj(hidden_states).view(split).transpose(1, 2), cos, sin)
-        key = rotate(self.k_proj(hidden_states).view(split).transpose(1, 2), cos, sin)
-        value = self.v_proj(hidden_states).view(split).transpose(1, 2)
+        query = rotate(self.q_proj(hidden_states).view(by_head).transpose(1, 2), cos, sin)
+        key = rotate(self.k_proj(hidden_states).view(by_head).transpose(1, 2), cos, sin)
+        value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, **cache_update_options(kwargs))
 
-        attention_interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention_implementation(self.config), eager_attention_forward
+        implementation = attention_implementation(self.config)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attention(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        if takes_grouped_attention(self, query, kwargs):
-            attention_interface = grouped_attention_forward
-        elif takes_masked_attention(self, query, attention_mask, kwargs):
-            attention_interface = masked_attention_forward
-        attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(attended.reshape(*batch_positions, -1).contiguous()), weights
+        return self.o_proj(attended.reshape(*batch_tokens, -1).contiguous()), weights
 
 
 class MistralLargeMLP(nn.Module):
@@ -209,110 +168,13 @@ class MistralLargeDecoderLayer(GradientCheckpointingLayer):
 
 
 @records(hidden_states=MistralLargeDecoderLayer, attentions=MistralLargeAttention)
-class MistralLargePreTrainedModel(HostedModel):
-    """Loading, saving and sharding, which all Mistral Large models share."""
+class MistralLargePreTrainedModel(LoadableModel):
+    """What all Mistral Large models share."""
 
     config: MistralLargeConfig
     config_class = MistralLargeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        check_config(config)
-        super().__init__(config, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        *model_args: Any,
-        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a folder or a repository on the hub, of the HF layout or, as it is, of the vendor's consolidated layout.
-
-        Of an adapter of PEFT, the base model is loaded, of either layout, and then the adapter. All options are
-        transformers'. Where a folder has both layouts, the consolidated one is read. A checkpoint that `convert
-        --quantize` wrote stays quantized in memory, see `quantized`.
-
-        Raises:
-            CheckpointError: a consolidated checkpoint that is not complete and sound, or an adapter without its base,
-                where nothing was loaded; a quantization that transformers does not know, one that has quantized
-                nothing, or tensors of a linear layer that have no place in the model.
-            MissingLibraryError: a checkpoint quantized otherwise needs compressed-tensors.
-        """
-        # Imported here, because importing the package loads no more than stock Mistral does.
-        from mistral_large_conversion.checkpoint.hub import CONSOLIDATED_FILES, find_consolidated, reachable_options
-        from mistral_large_conversion.checkpoint.read import read_checkpoint
-        from modeling_mistral_large.adapter_loading import adapter_base, load_own_adapter, load_with_adapter
-        from modeling_mistral_large.consolidated_loading import (
-            default_generation_config,
-            index_of,
-            register_weight_conversions,
-        )
-        from modeling_mistral_large.quantization.loading import config_for_loading, refuse_unquantized
-
-        source = pretrained_model_name_or_path
-        wants_info = kwargs.pop("output_loading_info", False)
-        options = kwargs
-        kwargs = reachable_options(source, options)
-        folder = find_consolidated(source, kwargs, patterns=CONSOLIDATED_FILES)
-        if folder is None:
-            base = adapter_base(source, kwargs)
-            if base is not None:
-                return load_with_adapter(
-                    cls, base, source, *model_args, config=config, output_loading_info=wants_info, **options
-                )
-            config = config_for_loading(cls, source, config, kwargs)
-            loaded: Any = super().from_pretrained(
-                source, *model_args, config=config, output_loading_info=True, **kwargs
-            )
-        else:
-            register_weight_conversions()
-            checkpoint = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
-            kwargs.pop("subfolder", None)
-            if kwargs.get("generation_config") is None:
-                # Otherwise transformers looks for the config.json that is not there.
-                kwargs["generation_config"] = default_generation_config()
-            with index_of(list(checkpoint.tensors.values())) as index_folder:
-                loaded = super().from_pretrained(
-                    index_folder, *model_args, config=config or folder, output_loading_info=True, **kwargs
-                )
-            loaded[0].name_or_path = loaded[0].config.name_or_path = str(source)
-            load_own_adapter(loaded[0], folder)
-        model, info = loaded
-        refuse_unquantized(model, source, info["unexpected_keys"], info["missing_keys"])
-        return loaded if wants_info else model
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save in the HF layout, whatever layout the model was loaded from.
-
-        Raises:
-            ValueError: `save_original_format`, which is off unless it is asked for.
-            ConfigurationError: a config that was changed into one that cannot be loaded; nothing was written.
-        """
-        check_config(self.config)
-        if kwargs.setdefault("save_original_format", False):
-            raise ValueError(
-                "save_original_format=True: the consolidated layout has files of its own, which transformers does not "
-                "write; call mistral_large_conversion.export_checkpoint(model, folder)"
-            )
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    @classmethod
-    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Share a model among the ranks, as transformers does it.
-
-        Raises:
-            ValueError: key-value heads that cannot be shared evenly.
-        """
-        key_heads = model.config.num_key_value_heads
-        if distributed_config is not None and key_heads % (distributed_config.tp_size or 1):
-            raise ValueError(
-                f"tensor parallelism of {distributed_config.tp_size}: must divide the {key_heads} key-value heads, "
-                "which are not cut; use fewer ranks, or device_map in their place"
-            )
-        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
 
 class MistralLargeModel(MistralLargePreTrainedModel):
@@ -320,9 +182,8 @@ class MistralLargeModel(MistralLargePreTrainedModel):
 
     def __init__(self, config: MistralLargeConfig) -> None:
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(MistralLargeDecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
         self.norm = MistralLargeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MistralLargeRotaryEmbedding(config)
@@ -344,44 +205,33 @@ class MistralLargeModel(MistralLargePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
 
-        `input_ids` are [batch, positions] or `inputs_embeds` [batch, positions, hidden_size], exactly one of them;
-        `attention_mask` is [batch, cached + positions], 0 where padded. Raises ValueError for none or both inputs.
+        `input_ids` are [batch, tokens] or `inputs_embeds` [batch, tokens, hidden_size], exactly one of them;
+        `attention_mask` is [batch, cached + tokens], 0 where padded. Raises ValueError for none or both inputs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MistralLargeModel.forward: pass exactly one of input_ids and inputs_embeds")
         hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             cached = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0) + cached
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cache_argument(past_key_values),
+        shared = {"position_ids": position_ids, **cache_argument(past_key_values)}
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, **shared
         )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        rotary = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **cache_argument(past_key_values),
-                **kwargs,
+                hidden_states, attention_mask=mask, position_embeddings=rotary, use_cache=use_cache, **shared, **kwargs
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), **cache_argument(past_key_values if use_cache else None)
-        )
+        filled = cache_argument(past_key_values if use_cache else None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **filled)
 
 
 class MistralLargeForCausalLM(  # type: ignore[misc]  # transformers types plans of lists, and its own are tuples
-    HeadedModel, MistralLargePreTrainedModel, LongPromptGenerationMixin
+    HeadedModel, MistralLargePreTrainedModel, ChunkedPrefillGenerationMixin
 ):
     """The decoder with the output matrix that turns hidden states into logits over the vocabulary."""
 
@@ -406,32 +256,20 @@ class MistralLargeForCausalLM(  # type: ignore[misc]  # transformers types plans
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the decoder and the head; with `labels` [batch, positions] (-100 is ignored) also the mean loss in nats.
+        """Run the decoder and the head; with `labels` [batch, tokens] (-100 is ignored) also the mean loss in nats.
 
-        `logits_to_keep` is how many of the last positions get logits, 0 for all, or the positions themselves: at
-        131072 positions all of them are 8.6 GB, so `generate` asks for one.
+        `logits_to_keep`: how many of the last tokens get logits (0: all, 8.6 GB at 131072 tokens), or their indices.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **cache_argument(past_key_values),
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        options = {"position_ids": position_ids, "use_cache": use_cache, **cache_argument(past_key_values)}
+        outputs = self.model(**inputs, **options, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **cache_argument(cache_in(outputs)),
-        )
+        recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **cache_argument(cache_in(outputs)), **recorded)
 
 
 class MistralLargeForSequenceClassification(GenericForSequenceClassification, MistralLargePreTrainedModel):

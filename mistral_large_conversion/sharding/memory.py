@@ -16,7 +16,7 @@ GIB = 2**30
 PREFILL_CHUNK = 2048
 # Weights that are expanded at once where a product has no kernel: what stays in a processor's cache, and what keeps a
 # GPU busy.
-EXPANDED_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
+DEQUANTIZED_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 
 
 def run_time_bytes(shape: tuple[int, ...], scheme: Scheme, group_size: int = GROUP_SIZE) -> int:
@@ -149,7 +149,7 @@ def activation_bytes(config: ModelSizes, demand: Demand, *, ranks: int = 1) -> i
     expanded = 0
     if demand.weights == "int4":
         # At most, while some rows are expanded and those before are still there.
-        expanded = 8 * min(EXPANDED_AT_ONCE["cuda"], hidden * intermediate)
+        expanded = 8 * min(DEQUANTIZED_AT_ONCE["cuda"], hidden * intermediate)
     # The last position's logits, in fp32 too.
     logits = batch * config.vocab_size * (number + 2 * 4)
     return mask + expanded + number * batch * (angles + max(feed_forward, attention)) + logits

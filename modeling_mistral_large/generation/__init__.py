@@ -1,4 +1,4 @@
-"""What stands over the model: the tool loop, structured output, streaming, recorded and compiled steps."""
+"""What drives the model: the tool loop, structured output, streaming, recorded and compiled steps."""
 
 from modeling_mistral_large.generation.compiled_layers import compile_layers_
 from modeling_mistral_large.generation.recorded_steps import obstacle_to_recording, record_decoding

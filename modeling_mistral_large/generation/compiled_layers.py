@@ -1,4 +1,4 @@
-"""Decoder layers compiled once for all of them, as they are alike, in the place of a graph that grows with them."""
+"""Compile one decoder layer and reuse its graph for all layers, so compile time does not grow with depth."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from modeling_mistral_large.transformers_api import cache_argument, layer_forwar
 
 
 class _OneLayer:
-    """What a decoder layer sees of a cache: its own part, so that the number of the layer is not in the graph."""
+    """The layer of a cache that a decoder layer sees, so that its index is not in the graph."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -32,10 +32,10 @@ def _forward(layer: MistralLargeDecoderLayer, hidden_states: Tensor, cached: Any
 def compile_layers_(model: MistralLargePreTrainedModel, **options: Any) -> None:
     """Let all decoder layers of a model decode by one compiled graph; `options` are those of torch.compile.
 
-    Only steps of one position are compiled, anew for each batch size and each size of the cache; prompts are read as
-    before, and everything around the layers stays as it is. It needs a `StaticCache`, whose shape does not change; give
-    `generate` `disable_compile=True` with it, or transformers compiles the model around the layers. The model must lie
-    on one device, and nothing may be hooked to its layers.
+    Only steps of one token are compiled, anew for each batch size and each size of the cache; prompts are read as
+    before, and everything around the layers stays unchanged. It needs a `StaticCache`, whose shape does not change;
+    give `generate` `disable_compile=True` with it, or transformers compiles the model around the layers. The model must
+    lie on one device, and nothing may be hooked to its layers.
     """
     compiled = torch.compile(_forward, **{"fullgraph": True, "dynamic": False, **options})
     decoder = model if isinstance(model, MistralLargeModel) else model.get_submodule("model")

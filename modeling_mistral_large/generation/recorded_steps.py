@@ -82,7 +82,7 @@ def record_decoding(model: MistralLargeForCausalLM, context_length: int, batch: 
     """Record a decoding step of a model on one GPU.
 
     The cache for `batch` sequences (1 to 16) of `context_length` tokens, prompt and completion together, is allocated
-    at once. The model is used as it is; int4 weights are put back into the packed layout of their checkpoint, in place.
+    at once. The model is not copied; int4 weights are put back into the packed layout of their checkpoint, in place.
     Changing or moving the model afterwards is not noticed: record again.
 
     Raises:
@@ -151,8 +151,8 @@ def weights_of(*linears: Any) -> Weights:
     first = linears[0]
     if isinstance(first, Int4Linear):
         for linear in linears:
-            if linear.form is not None:
-                linear.use_file_form_()
+            if linear.layout is not None:
+                linear.use_packed_layout_()
         weights = tuple(linear.weight_packed.detach() for linear in linears)
         scales = tuple(linear.weight_scale.detach() for linear in linears)
         return Weights("int4", first.columns, first.group_size, weights, scales)

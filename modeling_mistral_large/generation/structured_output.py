@@ -148,12 +148,12 @@ class AnswerConstraint(LogitsProcessor):
         self._start: LLMatcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         _check_matcher(self._start)
         self._only_eos = (1 << EOS_ID).to_bytes(len(self._start.compute_bitmask()), "little")
-        self._prompts: Tensor | None = None  # [rows, positions]
+        self._prompts: Tensor | None = None  # [rows, tokens]
         self._longest = 0
         self._answers: list[_Answer] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override, unused-ignore]
-        """Return the scores of the next tokens [rows, vocabulary] after prompts and answers [rows, positions]."""
+        """Return the scores of the next tokens [rows, vocabulary] after prompts and completions [rows, tokens]."""
         size = self._vocabulary.vocab_size
         if scores.shape[1] < size:
             raise CheckpointError(
@@ -246,8 +246,8 @@ def _read_response_format(response_format: Mapping[str, Any] | None) -> Any:
             f'response_format {response_format!r}: it is {{"type": "text"}}, {{"type": "json_object"}} or '
             '{"type": "json_schema", "json_schema": {"schema": …}}; correct it'
         )
-    if isinstance(schema, Mapping) and (finding := find_schema_error(schema, "schema")):
-        raise SchemaError(f"response_format: {finding}; correct the schema")
+    if isinstance(schema, Mapping) and (problem := find_schema_error(schema, "schema")):
+        raise SchemaError(f"response_format: {problem}; correct the schema")
     return schema
 
 
@@ -306,9 +306,9 @@ def _write_schema(schema: Any, where: str) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     text = json.dumps({**_prepare_schema(schema, where), "x-guidance": JSON_STYLE})
-    finding = llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_json_schema(text))
-    if finding and not finding.startswith("WARNING"):
-        reason = " ".join(finding.partition("JSON schema: ")[2].split()) or finding
+    problem = llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_json_schema(text))
+    if problem and not problem.startswith("WARNING"):
+        reason = " ".join(problem.partition("JSON schema: ")[2].split()) or problem
         raise SchemaError(
             f"{where}: {reason}; output can be held to what the grammar library knows; "
             "simplify the schema, and check the rest in the answer"

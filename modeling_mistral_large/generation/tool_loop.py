@@ -177,7 +177,7 @@ def _run_call(name: str, arguments: Any, named: Mapping[str, _Tool], event_loop:
 
 
 def _as_content(text: str) -> str:
-    """Return the text, or, where no prompt can hold it as it is, the nearest that one can."""
+    """Return the text, or, where no prompt can hold it unchanged, the nearest that one can."""
     try:
         rewrite_json(text, "result")
     except ConversationError:
@@ -185,8 +185,8 @@ def _as_content(text: str) -> str:
     return text
 
 
-def _write_error(finding: str) -> str:
-    return _as_content(json.dumps({"error": finding}, ensure_ascii=False))
+def _write_error(problem: str) -> str:
+    return _as_content(json.dumps({"error": problem}, ensure_ascii=False))
 
 
 def _find_argument_error(arguments: Any, schema: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""What stands under the model: caches, attention, chunked prefill, products of few rows."""
+"""What the model runs on: caches, attention, chunked prefill, kernels for decoding."""
 
 from modeling_mistral_large.inference.cpu_decode import use_vector_products_
 from modeling_mistral_large.inference.kv_cache import Fp8Cache

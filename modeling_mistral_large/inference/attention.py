@@ -1,52 +1,104 @@
-"""sdpa attention with a mask, as the parts of a long prompt and padded prompts have one, without repeating the cache.
+"""The attention functions of the model: transformers' by name, with an `sdpa` for grouped-query attention.
 
-transformers repeats keys and values for every query head when there is a mask: for 131072 positions of 2407 that is
-6.4 GB in each layer. Here the heads of one key-value head at a time see it through a view. The results are the same
-bit for bit.
+transformers' sdpa repeats keys and values for every query head when there is a mask: at 131072 tokens of 2407 that is
+6.4 GB in each layer. For a single token in bf16 on the CPU, torch's own grouped attention reads the cache once for
+every query head. The `sdpa` here does neither.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as STOCK_FUNCTIONS
 
-from modeling_mistral_large.transformers_api import attention_implementation
-
-# Options of transformers' sdpa attention that are not known here.
-OTHER_OPTIONS = frozenset({"cache", "is_causal", "position_bias", "softcap"})
-
-
-def is_plain_sdpa(module: Any, options: Iterable[str]) -> bool:
-    """Whether an attention layer is to run transformers' sdpa attention, without options that only that one has."""
-    return attention_implementation(module.config) == "sdpa" and OTHER_OPTIONS.isdisjoint(options)
+# Options that only transformers' sdpa attention has.
+STOCK_OPTIONS = frozenset({"cache", "is_causal", "position_bias", "softcap"})
 
 
-def takes_masked_attention(module: Any, query: Tensor, attention_mask: Any, options: Iterable[str]) -> bool:
-    """Whether several positions [batch, heads, queries, head_dim] are to be masked by a tensor, in sdpa."""
-    # sdpa first, as other attentions may call with what is no tensor.
+def is_bf16_inference(module: nn.Module, states: Tensor) -> bool:
+    """Whether a module runs in bf16 on the CPU and in eval mode, without gradients or autocast."""
     return (
-        is_plain_sdpa(module, options)
-        and isinstance(attention_mask, Tensor)
-        and query.shape[2] > 1
-        and module.num_key_value_groups > 1
+        states.device.type == "cpu"
+        and states.dtype == torch.bfloat16
+        and not module.training
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
-def masked_attention_forward(
+def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend with the heads of one key-value head after those of another.
+) -> tuple[Tensor, Tensor]:
+    """Attention as written in the paper; the one implementation that returns its weights.
 
     `query` is [batch, heads, queries, head_dim], `key` and `value` are [batch, kv_heads, keys, head_dim], the mask is
-    [batch, 1 or heads, queries, keys]. Returns [batch, queries, heads, head_dim].
+    added to the scores [batch, heads, queries, keys]. Returns [batch, queries, heads, head_dim] and the weights.
     """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def sdpa_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention that never materializes repeated keys and values.
+
+    `query` is [batch, heads, queries, head_dim], `key` and `value` are [batch, kv_heads, keys, head_dim], the mask is
+    [batch, 1 or heads, queries, keys]. Returns [batch, queries, heads, head_dim]. Bit for bit what transformers
+    computes, but for single tokens in bf16 on the CPU, where sums are rounded in another order.
+    """
+    if STOCK_OPTIONS.isdisjoint(options):
+        if query.shape[2] == 1 and is_bf16_inference(module, query):
+            return _single_token_attention(query, key, value, attention_mask, scaling), None
+        if query.shape[2] > 1 and query.shape[1] > key.shape[1] and attention_mask is not None:
+            return _masked_attention(query, key, value, attention_mask, scaling, dropout), None
+    attended: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )
+    return attended
+
+
+def _single_token_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Attend with the query heads of a key-value head as if they were the tokens of one head."""
+    batch, heads, _, head_dim = query.shape
+    grouped = (batch, key.shape[1], heads // key.shape[1], -1)
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        attention_mask = attention_mask.reshape(grouped)
+    attended = nn.functional.scaled_dot_product_attention(
+        query.reshape(grouped), key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return attended.reshape(batch, 1, heads, head_dim)
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    """Attend by one key-value head after the other, whose query heads see it through a view."""
     batch, heads, queries, head_dim = query.shape
     group = heads // key.shape[1]
     attended = query.new_empty(batch, queries, heads, head_dim)
@@ -60,4 +112,16 @@ def masked_attention_forward(
             dropout_p=dropout,
             scale=scaling,
         ).transpose(1, 2)
-    return attended, None
+    return attended
+
+
+class _AttentionFunctions(AttentionInterface):
+    """transformers' attention functions, also those that an engine sets on `ALL_ATTENTION_FUNCTIONS`, with our sdpa."""
+
+    def __getitem__(self, key: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = sdpa_attention if key == "sdpa" else STOCK_FUNCTIONS[key]
+        return function
+
+
+# The name by which transformers sees that a model takes `set_attn_implementation`: it searches the model's source.
+ALL_ATTENTION_FUNCTIONS = _AttentionFunctions()  # type: ignore[no-untyped-call]  # transformers does not type it

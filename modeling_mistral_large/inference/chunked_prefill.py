@@ -1,4 +1,4 @@
-"""Reading a long prompt part by part, so that the memory for it does not grow with its square."""
+"""Chunked prefill, so that a prompt's activation memory does not grow with the square of its length."""
 
 from typing import Any
 
@@ -10,21 +10,22 @@ from mistral_large_conversion.sharding.memory import PREFILL_CHUNK
 from modeling_mistral_large.transformers_api import PrefillHook, mask_length
 
 
-class LongPromptGenerationMixin(PrefillHook):
-    """`generate` that reads a prompt of more than `PREFILL_CHUNK` positions in parts of so many.
+# transformers takes a class for one that generates by this end of its name.
+class ChunkedPrefillGenerationMixin(PrefillHook):
+    """`generate` that reads a prompt of more than `PREFILL_CHUNK` tokens in chunks of this size.
 
-    `prefill_chunk_size` gives another number. A prompt whose attentions or hidden states are asked for is read at once,
-    and so is one that is continued with an assistant's help. transformers' own parts are not used: those of 5.17 are
-    read as if the cache was empty.
+    `prefill_chunk_size` sets another size. A prompt whose attentions or hidden states are asked for is read at once,
+    and so is one of assisted generation. transformers' own chunks are not used: 5.17 reads them as if the cache was
+    empty.
     """
 
     def read_prompt_start(
         self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], cache: Cache
     ) -> Tensor:
-        """Read all of a prompt into the cache but its last part, and return the ids that `super` can go on with.
+        """Read all of a prompt but its last chunk into the cache, and return the ids that `super` goes on with.
 
-        `input_ids` [batch, positions] hold the cached positions too, or only what comes after them; the mask and the
-        positions are of all.
+        `input_ids` [batch, tokens] hold the cached tokens too, or only what comes after them; the mask and the
+        position ids are of all tokens.
         """
         chunk = generation_config.prefill_chunk_size or PREFILL_CHUNK
         embeds = model_kwargs.get("inputs_embeds") if model_kwargs["is_first_iteration"] else None
@@ -38,13 +39,13 @@ class LongPromptGenerationMixin(PrefillHook):
         starts = range(skipped, length - chunk, chunk)
         model: Any = self
         for start in starts:
-            part = slice(start, start + chunk)
-            seen = cached - skipped + part.stop
+            tokens = slice(start, start + chunk)
+            seen = cached - skipped + tokens.stop
             inputs = model.prepare_inputs_for_generation(
-                input_ids[:, part],
+                input_ids[:, tokens],
                 **{
                     **model_kwargs,
-                    "inputs_embeds": None if embeds is None else embeds[:, part],
+                    "inputs_embeds": None if embeds is None else embeds[:, tokens],
                     "attention_mask": None if mask is None else mask[:, :seen],
                     "position_ids": None if positions is None else positions[..., seen - chunk : seen],
                 },

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 FP8 = torch.float8_e4m3fn
-# Of the scale that follows the numbers of each head.
+# Of the scale that follows the elements of each head.
 SCALE = torch.bfloat16
 
 
@@ -18,28 +18,28 @@ def pack(states: Tensor) -> Tensor:
     # Rounded first, so that what is divided by is what will be multiplied with; a vector of zeros has a scale too.
     scale = (largest / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny).to(SCALE)
     limit = torch.finfo(FP8).max
-    numbers = (states.float() / scale.float()).clamp(-limit, limit).to(FP8)
-    return torch.cat((numbers.view(torch.uint8), scale.view(torch.uint8)), dim=-1)
+    values = (states.float() / scale.float()).clamp(-limit, limit).to(FP8)
+    return torch.cat((values.view(torch.uint8), scale.view(torch.uint8)), dim=-1)
 
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn [..., head_dim + 2] bytes into [..., head_dim] numbers of a dtype."""
-    numbers, scale = packed[..., : -SCALE.itemsize].view(FP8), packed[..., -SCALE.itemsize :].contiguous().view(SCALE)
-    return numbers.to(dtype) * scale.to(dtype)
+    """Turn [..., head_dim + 2] bytes into [..., head_dim] values of a dtype."""
+    values, scale = packed[..., : -SCALE.itemsize].view(FP8), packed[..., -SCALE.itemsize :].contiguous().view(SCALE)
+    return values.to(dtype) * scale.to(dtype)
 
 
 class Fp8Layer(DynamicLayer):
     """One layer's keys and values in 8 bits: what transformers does with a layer's tensors, it does with these."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [batch, kv_heads, positions, head_dim] and return all positions in the dtype they came in."""
+        """Append [batch, kv_heads, tokens, head_dim] and return those of all tokens in the dtype they came in."""
         dtype = key_states.dtype
         keys, values = super().update(pack(key_states), pack(value_states), *args, **kwargs)
         return unpack(keys, dtype), unpack(values, dtype)
 
 
 class Fp8Cache(Cache):
-    """A cache that keeps 8 bits a number, each head's vector at each position with a scale of its own.
+    """A cache that keeps 8 bits an element, the vector of each head at each token with a scale of its own.
 
     Pass it as `past_key_values` to `generate` or to the model. It takes 51 % of the memory of one in bf16: 178.75 KiB
     a token for 2407; a layer's keys and values are unpacked while it runs. `offloading` keeps all layers but the one at

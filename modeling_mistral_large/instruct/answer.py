@@ -1,13 +1,14 @@
-"""Tool calls: their 9-character ids, and the parser that turns the model's answer into a message."""
+"""The parser that turns a completion into a message."""
 
 import codecs
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from mistral_large_conversion.vocabulary import SURROGATE, piece_bytes
+from modeling_mistral_large.instruct.call_list import BRACE, JSON_SPACE, NO_CALL, Braces, CallList
 from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id, new_tool_call_id
 
 EOS_ID, EOS_TEXT = 2, "</s>"
@@ -30,18 +31,8 @@ _BEGUN_MARKER = re.compile(
 )
 _LONGEST_BEGINNING = len("[control_123")
 
-_BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-_JSON_SPACE = " \t\n\r"
-_BRACE = re.compile(r'["{}\[\]]')
-# Also finds what no JSON value has outside of its strings.
-_BRACE_OR_NO_JSON = re.compile(r'["{}\[\]]|[^-+.0-9eEtrufalsnNIiy,: \t\n\r]')
-_IN_STRING = re.compile(r'["\\]')
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
 _CUT_OFF = "the tool calls are cut off"
 _NESTED = "tool calls begin inside tool calls"
-_NO_LIST = "the tool calls are not a JSON list of objects"
-_NO_CALL = "a tool call is not an object with a name and arguments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +118,14 @@ class AnswerStream:
         self._begun = ""
         # White space after tool calls.
         self._gap: list[str] | None = None
-        self._open_list: _CallList | None = None
+        self._open_list: CallList | None = None
         self._events: list[AnswerEvent] = []
         self._content: list[str] = []
         self._tool_calls: list[dict[str, Any]] = []
         self._ids: set[str] = set()
         self._problem: str | None = None
         # What is still to decide the problem: the rest of the first call that was given up before its end.
-        self._undecided: _Braces | None = None
+        self._undecided: Braces | None = None
         self._is_finished = False
 
     def feed(self, part: str | Iterable[int]) -> list[AnswerEvent]:
@@ -195,12 +186,12 @@ class AnswerStream:
                 # The tokenizer puts a ▁ before every text; a space that is a byte is the model's own.
                 piece = piece.removeprefix("▁")
                 self._is_start = False
-            pieces.append(_BYTE_PIECES.get(piece) or piece.replace("▁", " ").encode())
+            pieces.append(piece_bytes(piece))
         self._read(self._decode(pieces))
 
     def _decode(self, pieces: Iterable[bytes], *, final: bool = False) -> str:
         """Return the complete characters, and � for each byte that is not part of one, as SentencePiece does."""
-        return _SURROGATE.sub("\ufffd", self._utf8.decode(b"".join(pieces), final))
+        return SURROGATE.sub("\ufffd", self._utf8.decode(b"".join(pieces), final))
 
     def _read(self, text: str) -> None:
         if self._undecided:
@@ -260,7 +251,7 @@ class AnswerStream:
 
     def _begin_calls(self, position: int) -> None:
         self._gap = None
-        self._open_list = _CallList(position)
+        self._open_list = CallList(position)
 
     def _add_call(self, call: dict[str, Any]) -> None:
         call_id = call.pop("id")
@@ -292,9 +283,9 @@ class AnswerStream:
 
     def _walk_on(self, text: str, position: int) -> None:
         assert self._undecided is not None
-        self._undecided.walk(text, position, _BRACE)
+        self._undecided.walk(text, position, BRACE)
         if self._undecided.depth == 0:
-            self._decide(_NO_CALL)
+            self._decide(NO_CALL)
 
     def _decide(self, problem: str) -> None:
         """Say what the problem of the call was that was given up before its end."""
@@ -305,138 +296,10 @@ class AnswerStream:
         if self._gap is not None:
             # White space between tool calls and the end is not something the assistant says.
             self._gap.append(text)
-            if not text.strip(_JSON_SPACE):
+            if not text.strip(JSON_SPACE):
                 return
             text, self._gap = "".join(self._gap), None
             self._note("there is text after the tool calls")
         if text:
             self._content.append(text)
             self._events.append(TextEvent(text))
-
-
-class _Braces:
-    """The braces and brackets of a JSON object that arrives in pieces: how many are open after each."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self.is_string = False
-        self.is_escaped = False
-
-    def walk(self, text: str, position: int, outside: re.Pattern[str]) -> int:
-        """Walk to the end of the object, of the text, or up to what `outside` finds and is neither brace nor quote."""
-        while self.depth > 0 and position < len(text):
-            if self.is_escaped:
-                self.is_escaped = False
-                position += 1
-                continue
-            found = (_IN_STRING if self.is_string else outside).search(text, position)
-            if found is None:
-                return len(text)
-            if found[0] == '"':
-                self.is_string = not self.is_string
-            elif self.is_string:
-                self.is_escaped = True
-            elif found[0] in "{[":
-                self.depth += 1
-            elif found[0] in "}]":
-                self.depth -= 1
-            else:
-                return found.start()
-            position = found.end()
-        return position
-
-
-class _CallList:
-    """A JSON list of tool calls that arrives in pieces.
-
-    parts, start: the text since the last complete call: whole earlier texts, and where in the one at hand it begins.
-    problem: why reading stopped before the end of the list, or None.
-    is_broken: whether it stopped inside of an object that no JSON object begins like.
-    """
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.parts: list[str] = []
-        self.has_calls = False
-        self.is_closed = False
-        self.is_broken = False
-        self.problem: str | None = None
-        self.braces = _Braces(0)
-        self._expected = "["
-
-    def read(self, text: str, position: int) -> tuple[dict[str, Any] | None, int]:
-        """Read on up to the end of a call, of the list or of the text, or to a problem; return the call and the place.
-
-        A broken object is left at once: where marks of tool calls stand in an object, outside of its strings, each
-        is a new beginning, and text would be walked as often as there are marks before it.
-        """
-        while position < len(text):
-            if self.braces.depth > 0:
-                position = self.braces.walk(text, position, _BRACE_OR_NO_JSON)
-                if self.braces.depth == 0:
-                    unread = "".join([*self.parts, text[self.start : position]])
-                    call = _read_call(unread[unread.index("{") :])
-                    if call is None:
-                        self.problem = _NO_CALL
-                        return None, position
-                    self.has_calls = True
-                    self.parts, self.start, self._expected = [], position, ",]"
-                    return call, position
-                if position < len(text):
-                    self.is_broken = True
-                    return None, position
-                continue
-            character = text[position]
-            if character not in _JSON_SPACE and character not in self._expected:
-                self.problem = _NO_LIST
-                return None, position
-            position += 1
-            if character == "{":
-                self.braces = _Braces(1)
-            elif character in "[,":
-                self._expected = "{"
-            elif character == "]":
-                self.is_closed = True
-                return None, position
-        return None, position
-
-    def keep(self, text: str) -> None:
-        """Take the end of the text at hand."""
-        if self.start < len(text):
-            self.parts.append(text[self.start :])
-        self.start = 0
-
-
-def _read_call(text: str) -> dict[str, Any] | None:
-    """Return the name, arguments and id of one call, or None if it is none, or none that a prompt could hold."""
-    value = _read_json(text)
-    if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
-        return None
-    try:
-        written = json.dumps(value, ensure_ascii=False)
-    # Writing needs more of the stack than reading.
-    except RecursionError:
-        return None
-    if _SURROGATE.search(written):
-        return None
-    arguments = value.get("arguments")
-    if arguments is None:
-        arguments = {}
-    elif isinstance(arguments, str):
-        # Some answers quote the object.
-        parsed = _read_json(arguments)
-        if isinstance(parsed, dict):
-            arguments = parsed
-        elif parsed is not None:
-            arguments = json.dumps(arguments, ensure_ascii=False)
-    elif not isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {"name": name, "arguments": arguments, "id": value.get("id")}
-
-
-def _read_json(text: str) -> Any:
-    """Return the value of a JSON text, or None; line breaks inside strings are let through."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return None

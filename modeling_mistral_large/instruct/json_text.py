@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import ItemsView, KeysView, Mapping, Sequence, Set, ValuesView
 from datetime import date, time
 from decimal import Decimal
@@ -12,13 +11,13 @@ from pathlib import PurePath
 from typing import Any, TypeGuard
 from uuid import UUID
 
+from mistral_large_conversion.vocabulary import SURROGATE
 from modeling_mistral_large.errors import ConversationError
 
 SHOWN_CHARACTERS = 100
 # Digits that Python reads of a whole number.
 LONGEST_NUMBER = 4300
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -69,7 +68,7 @@ def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 def json_value(value: Any, where: str) -> Any:
     """Return a value as `json` can write it.
 
-    value: beside JSON's own types, numbers and arrays of numpy, pandas and torch, dataclasses, pydantic and attrs
+    value: besides JSON's own types, numbers and arrays of numpy, pandas and torch, dataclasses, pydantic and attrs
         models, enums, dates and times (ISO 8601), UUIDs, paths, tuples and sets (sorted), at every depth. A Decimal
         that no JSON number is equal to becomes text, any other such number is refused. NaN and infinity stay, as the
         reference writes them.
@@ -208,7 +207,7 @@ def _not_json(value: Any, where: str, rule: str) -> ConversationError:
 
 def check_unicode(text: str, where: str) -> str:
     """Return the text, or raise if it cannot be encoded."""
-    if not text.isascii() and (found := _SURROGATE.search(text)):
+    if not text.isascii() and (found := SURROGATE.search(text)):
         raise ConversationError(
             f"{where}: lone surrogate {found[0]!r} at character {found.start()}; text must be Unicode; "
             "decode it again or replace the character"
@@ -218,5 +217,10 @@ def check_unicode(text: str, where: str) -> str:
 
 def show(value: Any) -> str:
     """Return a value as an error can quote it: in one line that is not too long."""
-    text = repr(value).replace("\n", " ")
+    return shorten(repr(value))
+
+
+def shorten(text: str) -> str:
+    """Return a text in one line that is not too long for an error."""
+    text = text.replace("\n", " ")
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeAlias, get_type_hints
 
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.instruct.json_text import as_mapping, is_list, show, write_json
+from modeling_mistral_large.instruct.json_text import as_mapping, is_list, shorten, show, write_json
 
 ToolDefinition: TypeAlias = Mapping[str, Any] | Callable[..., Any]
 
@@ -63,8 +63,8 @@ def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, A
         parameters = {}
     if not isinstance(parameters, Mapping):
         raise ConversationError(f"{where} ({name}): parameters {show(parameters)}; they must be a JSON schema object")
-    if finding := find_schema_error(parameters, "parameters"):
-        raise ConversationError(f"{where} ({name}): {finding}; the parameters must be a JSON schema (draft 7)")
+    if problem := find_schema_error(parameters, "parameters"):
+        raise ConversationError(f"{where} ({name}): {problem}; the parameters must be a JSON schema (draft 7)")
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
@@ -146,108 +146,35 @@ def _as_function(tool: Any, where: str) -> Callable[..., Any]:
     return function
 
 
-SIMPLE_TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+def find_schema_error(schema: Mapping[str, Any], name: str) -> str | None:
+    """Return where and why a schema called `name` breaks the meta-schema of draft 7, or None."""
+    # What differs in validity differs in this text: a tuple is no list, and True no number.
+    text = repr(schema)
+    if text not in _SCHEMA_ERRORS:
+        if len(_SCHEMA_ERRORS) >= MOST_SCHEMAS:
+            _SCHEMA_ERRORS.clear()
+        _SCHEMA_ERRORS[text] = _check_schema(schema)
+    error = _SCHEMA_ERRORS[text]
+    return None if error is None else f"{name}{error}"
 
-Check: TypeAlias = Callable[[Any, str], str | None]
+
+# Checking takes milliseconds, and requests come with the same tools again and again.
+MOST_SCHEMAS = 1024
+_SCHEMA_ERRORS: dict[str, str | None] = {}
 
 
-def find_schema_error(schema: Any, path: str) -> str | None:
-    """Return where and why `schema` breaks the meta-schema of draft 7, or None."""
-    if isinstance(schema, bool):
+def _check_schema(schema: Mapping[str, Any]) -> str | None:
+    # Slow to import, and only needed here.
+    from jsonschema import Draft7Validator, FormatChecker
+    from jsonschema.exceptions import best_match
+
+    # Only patterns: which other formats are checked depends on what is installed.
+    validator = Draft7Validator(Draft7Validator.META_SCHEMA, format_checker=FormatChecker(["regex"]))
+    error = best_match(validator.iter_errors(schema))
+    if error is None:
         return None
-    if not isinstance(schema, Mapping):
-        return _must_be(path, schema, "a schema")
-    findings = (KEYWORDS[name](value, f"{path}.{name}") for name, value in schema.items() if name in KEYWORDS)
-    return next(filter(None, findings), None)
-
-
-def _must_be(path: str, value: Any, rule: str) -> str:
-    return f"{path} is {show(value)} and must be {rule}"
-
-
-def _leaf(is_valid: Callable[[Any], bool], rule: str) -> Check:
-    return lambda value, path: None if is_valid(value) else _must_be(path, value, rule)
-
-
-def _check_list(value: Any, path: str) -> str | None:
-    if not isinstance(value, list) or not value:
-        return _must_be(path, value, "a list of schemas that is not empty")
-    return next(filter(None, (find_schema_error(item, f"{path}[{n}]") for n, item in enumerate(value))), None)
-
-
-def _check_table(value: Any, path: str) -> str | None:
-    if not isinstance(value, Mapping):
-        return _must_be(path, value, "an object of schemas")
-    return next(filter(None, (find_schema_error(item, f"{path}.{name}") for name, item in value.items())), None)
-
-
-def _check_patterns(value: Any, path: str) -> str | None:
-    wrong = [name for name in value if not _is_pattern(name)] if isinstance(value, Mapping) else []
-    return _must_be(path, wrong[0], "a regular expression") if wrong else _check_table(value, path)
-
-
-def _check_items(value: Any, path: str) -> str | None:
-    return _check_list(value, path) if isinstance(value, list) else find_schema_error(value, path)
-
-
-def _check_dependencies(value: Any, path: str) -> str | None:
-    if isinstance(value, Mapping):
-        value = {name: item for name, item in value.items() if not _is_text_set(item)}
-    return _check_table(value, path)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_set(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value)
-
-
-def _is_type(value: Any) -> bool:
-    types = [value] if isinstance(value, str) else value
-    return _is_text_set(types) and len(types) > 0 and SIMPLE_TYPES.issuperset(types)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_number(value) and value >= 0 and (isinstance(value, int) or value.is_integer())
-
-
-def _is_pattern(value: Any) -> bool:
-    try:
-        return _is_text(value) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
-# What the meta-schema asks of each keyword; any other keyword may hold anything.
-KEYWORDS: dict[str, Check] = {
-    **dict.fromkeys(
-        ("$id", "$schema", "$ref", "$comment", "title", "description", "format", "contentMediaType", "contentEncoding"),
-        _leaf(_is_text, "text"),
-    ),
-    **dict.fromkeys(("readOnly", "uniqueItems"), _leaf(lambda value: isinstance(value, bool), "true or false")),
-    **dict.fromkeys(("examples", "enum"), _leaf(lambda value: isinstance(value, list), "a list")),
-    **dict.fromkeys(("maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum"), _leaf(_is_number, "a number")),
-    **dict.fromkeys(
-        ("maxLength", "minLength", "maxItems", "minItems", "maxProperties", "minProperties"),
-        _leaf(_is_count, "a whole number of at least 0"),
-    ),
-    **dict.fromkeys(
-        ("additionalItems", "contains", "additionalProperties", "propertyNames", "if", "then", "else", "not"),
-        find_schema_error,
-    ),
-    **dict.fromkeys(("allOf", "anyOf", "oneOf"), _check_list),
-    **dict.fromkeys(("definitions", "properties"), _check_table),
-    "dependencies": _check_dependencies,
-    "items": _check_items,
-    "multipleOf": _leaf(lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "pattern": _leaf(_is_pattern, "a regular expression"),
-    "patternProperties": _check_patterns,
-    "required": _leaf(_is_text_set, "a list of different names"),
-    "type": _leaf(_is_type, f"one or several of {', '.join(sorted(SIMPLE_TYPES))}"),
-}
+    if error.context:
+        # A `type` that is neither a name nor a list of names; the first lists the names.
+        error = error.context[0]
+    path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in error.absolute_path)
+    return f"{path}: {shorten(error.message)}"

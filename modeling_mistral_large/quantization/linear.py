@@ -1,8 +1,8 @@
 """Linear layers that keep their weights in FP8 or in 4 bits.
 
-The checkpoints are those of `mistral_large_conversion.checkpoint.quantization`. transformers' own way for them
-expands all weights to BF16 where it has no kernel, which these layers never do: where there is no kernel, as on CPU
-for FP8, a few rows at a time are expanded for each product and forgotten.
+The checkpoints are those of `mistral_large_conversion.checkpoint.quantization`. transformers itself
+dequantizes all weights to BF16 where it has no kernel. These layers never do: without a kernel, as for FP8 on the CPU,
+each product dequantizes a few rows at a time and drops them.
 
 Bytes of a linear layer with a weight [out, in] at run time, see `mistral_large_conversion.sharding`: fp8 takes
 out * in + 4 * out, int4 takes out * in / 2 + 4 * out * in / group. While it is loaded, int4 holds one weight twice.
@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mistral_large_conversion.checkpoint.quantization import CODES_PER_WORD, GROUP_SIZE
 from mistral_large_conversion.quantize import LARGEST_FP8
-from mistral_large_conversion.sharding.memory import EXPANDED_AT_ONCE
+from mistral_large_conversion.sharding.memory import DEQUANTIZED_AT_ONCE
 from modeling_mistral_large.transformers_api import LocalShards
 
-# The kernel for 4 bits reads the weights anew for each few positions: for more of them, expanding is faster.
-MOST_POSITIONS_OF_KERNEL = 32
-# Bits of E4M3 moved to those of BF16 are a number that is smaller by the difference of the exponents' offsets.
+# The kernel for 4 bits reads the weights again for every few tokens: for more, dequantizing is faster.
+MOST_TOKENS_OF_KERNEL = 32
+# E4M3 bits shifted into BF16 keep a bias of 7 instead of 127: the value comes out 2**-120 too small.
 SIGN_AND_LOW_BITS = -0x7810
 FP8_TO_BF16 = 2.0**120
 
@@ -40,26 +40,26 @@ class QuantizedLinear(LocalShards, nn.Module):
         self.out_features = out_features
 
     def after_loading_(self) -> None:
-        """Bring what was loaded into the form that is used; a ValueError for a share that cannot be."""
+        """Bring what was loaded into the layout of the kernel; a ValueError for a shard that cannot be used."""
         raise NotImplementedError
 
     def file_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the layer."""
         raise NotImplementedError
 
-    def expanded_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def dequantized_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """All rows of the weight, some at a time, in `dtype`; those in FP8 without their scales."""
         raise NotImplementedError
 
-    def expanded_product(self, hidden: Tensor) -> Tensor:
-        """hidden @ weight.T by expanding the weight."""
-        return torch.cat([nn.functional.linear(hidden, rows) for rows in self.expanded_rows(hidden.dtype)], dim=-1)
+    def dequantized_product(self, hidden: Tensor) -> Tensor:
+        """hidden @ weight.T with dequantized rows of the weight."""
+        return torch.cat([nn.functional.linear(hidden, rows) for rows in self.dequantized_rows(hidden.dtype)], dim=-1)
 
     def rows_at_once(self) -> int:
         # A loop would make a compiled graph long.
         if torch.compiler.is_compiling():
             return self.out_features
-        weights = EXPANDED_AT_ONCE.get(next(self.parameters()).device.type, EXPANDED_AT_ONCE["cpu"])
+        weights = DEQUANTIZED_AT_ONCE.get(next(self.parameters()).device.type, DEQUANTIZED_AT_ONCE["cpu"])
         return -(-weights // self.in_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -75,32 +75,32 @@ class QuantizedLinear(LocalShards, nn.Module):
 
 
 class Fp8Linear(QuantizedLinear):
-    """Weights in FP8 with an FP32 scale for each row; activations are rounded to FP8 position by position.
+    """Weights in FP8 with an FP32 scale for each row; activations are quantized to FP8 token by token.
 
-    Both are so wherever it runs; of a share of the columns, a rank rounds the activations for itself. A kernel
-    multiplies FP8 with FP8 on GPUs that have one, for BF16 models.
+    W8A8 on every device. With row-parallel sharding, each rank quantizes its own slice of the activations. For BF16
+    models a kernel multiplies FP8 with FP8 on GPUs that have one.
     """
 
     def __init__(self, in_features: int, out_features: int, *, device: torch.device | str | None = None) -> None:
         super().__init__(in_features, out_features)
         codes = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
-        # BF16 in the file; the kernel wants it so.
+        # BF16 in the file; the kernel takes FP32.
         scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
         self.weight_scale = nn.Parameter(scales, requires_grad=False)
 
     def after_loading_(self) -> None:
         if isinstance(self.weight_scale, DTensor) and self.weight_scale.placements == (Shard(1),):
-            # Shares of columns have the scales of whole rows.
+            # Shards of columns have the scales of whole rows.
             self.weight_scale = nn.Parameter(self.weight_scale.full_tensor(), requires_grad=False)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach(), "weight_scale": self.weight_scale.detach().bfloat16()}
 
-    def expanded_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def dequantized_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
         step = self.rows_at_once()
         for start in range(0, self.weight.shape[0], step):
-            yield expand_fp8(self.weight[start : start + step]).to(dtype)
+            yield dequantize_fp8(self.weight[start : start + step]).to(dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         codes, scales = round_to_fp8(hidden.reshape(-1, hidden.shape[-1]))
@@ -112,25 +112,25 @@ class Fp8Linear(QuantizedLinear):
         else:
             # Sums of codes are too large for float16.
             wide = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
-            product = self.expanded_product(codes.to(wide)).float() * scales * weight_scales
+            product = self.dequantized_product(codes.to(wide)).float() * scales * weight_scales
         return product.to(hidden.dtype).reshape(*hidden.shape[:-1], -1)
 
 
-def round_to_fp8(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 codes of [positions, features] and FP32 scales [positions, 1]; a code times its scale is the number."""
-    scales = positions.abs().amax(-1, keepdim=True).float() / LARGEST_FP8
+def round_to_fp8(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 codes of [tokens, features] and FP32 scales [tokens, 1]; a code times its scale is the value."""
+    scales = tokens.abs().amax(-1, keepdim=True).float() / LARGEST_FP8
     # Nothing but zeros has the scale 1.
     scales = torch.where(scales > 0, scales, 1.0)
     # In place: this is the widest tensor of a long prompt.
-    wide = positions.to(torch.float32, copy=True).div_(scales).clamp_(-LARGEST_FP8, LARGEST_FP8)
+    wide = tokens.to(torch.float32, copy=True).div_(scales).clamp_(-LARGEST_FP8, LARGEST_FP8)
     return wide.to(torch.float8_e4m3fn), scales
 
 
-def expand_fp8(codes: Tensor) -> Tensor:
-    """The BF16 numbers of FP8 codes, which are all exact; NaN, which no checkpoint of ours holds, becomes 480."""
+def dequantize_fp8(codes: Tensor) -> Tensor:
+    """The BF16 values of FP8 codes, which are all exact; NaN, which no checkpoint of ours holds, becomes 480."""
     if codes.device.type != "cpu":
         return codes.bfloat16()
-    # torch converts one number at a time here.
+    # torch converts one element at a time here.
     bits = (codes.view(torch.int8).to(torch.int16) << 4) & SIGN_AND_LOW_BITS
     return bits.view(torch.bfloat16) * FP8_TO_BF16
 
@@ -141,10 +141,10 @@ def has_fp8_kernel(gpu: torch.device) -> bool:
 
 
 class Int4Linear(QuantizedLinear):
-    """Weights in 4 bits with a BF16 scale for each group; activations as they are.
+    """Weights in 4 bits with a BF16 scale for each group; activations are not quantized.
 
-    It is loaded in the form of the file, eight codes in a word of 32 bits. `use_kernel_` brings it into that of torch's
-    kernel, where there is one: the same bytes in another order, and a zero beside each scale.
+    It is loaded in the packed layout of the file, eight codes in a word of 32 bits. `use_kernel_` brings it into the
+    kernel layout of torch, where there is one: the same bytes in another order, and a zero next to each scale.
     """
 
     weight_packed: Tensor
@@ -164,8 +164,8 @@ class Int4Linear(QuantizedLinear):
         scales = torch.empty(out_features, in_features // group_size, dtype=torch.bfloat16, device=device)
         self.weight_packed = nn.Parameter(words, requires_grad=False)
         self.weight_scale = nn.Parameter(scales, requires_grad=False)
-        # The form the weight is in, or None for that of the file.
-        self.form: KernelForm | None = None
+        # The kernel layout of the weight, or None for the packed layout of the file.
+        self.layout: KernelLayout | None = None
 
     @property
     def rows(self) -> int:
@@ -183,41 +183,41 @@ class Int4Linear(QuantizedLinear):
             if columns != self.columns:
                 raise ValueError(
                     f"tensor parallelism: {columns} columns for a rank are no whole number of groups of "
-                    f"{self.group_size}; use fewer ranks, or device_map in their place"
+                    f"{self.group_size}; use fewer ranks, or device_map instead"
                 )
         self.use_kernel_()
 
     def use_kernel_(self) -> None:
-        """Bring the weight into the form of the kernel of its device, if that has one for this shape."""
-        form = None if self.form else kernel_form(self.weight_packed.device)
-        if form is None or self.rows % form.rows or self.columns % form.columns:
+        """Bring the weight into the kernel layout of its device, if that has one for this shape."""
+        layout = None if self.layout else kernel_layout(self.weight_packed.device)
+        if layout is None or self.rows % layout.rows or self.columns % layout.columns:
             return
-        packed = torch.cat([form.pack(self.codes(*span)).flatten() for span in self._spans(form.rows)])
+        packed = torch.cat([layout.pack(self.codes(*span)).flatten() for span in self._spans(layout.rows)])
         scales = self.weight_scale.detach().t()
         # [in_features / group, out_features, 2]
         scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1).contiguous()
-        self.weight_packed = nn.Parameter(packed.view(form.shape(self.rows, self.columns)), requires_grad=False)
+        self.weight_packed = nn.Parameter(packed.view(layout.shape(self.rows, self.columns)), requires_grad=False)
         self.weight_scale = nn.Parameter(scales_and_zeros, requires_grad=False)
-        self.form = form
+        self.layout = layout
 
-    def use_file_form_(self) -> None:
+    def use_packed_layout_(self) -> None:
         """Undo `use_kernel_`."""
         tensors = self.file_tensors()
         self.weight_packed = nn.Parameter(tensors["weight_packed"], requires_grad=False)
         self.weight_scale = nn.Parameter(tensors["weight_scale"], requires_grad=False)
-        self.form = None
+        self.layout = None
 
     def scales(self) -> Tensor:
         """The scales [out_features, in_features / group]."""
-        return self.weight_scale if self.form is None else self.weight_scale[..., 0].t()
+        return self.weight_scale if self.layout is None else self.weight_scale[..., 0].t()
 
     def codes(self, start: int, end: int) -> Tensor:
         """Codes 0…15 of some rows, as uint8 [end - start, in_features]."""
-        if self.form is None:
+        if self.layout is None:
             return unpack_words(self.weight_packed[start:end])
         row_bytes = self.columns // 2
         rows = self.weight_packed.flatten().view(torch.uint8)[start * row_bytes : end * row_bytes]
-        return self.form.unpack(rows, self.columns)
+        return self.layout.unpack(rows, self.columns)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {
@@ -226,31 +226,31 @@ class Int4Linear(QuantizedLinear):
             "weight_shape": torch.tensor([self.rows, self.columns]),
         }
 
-    def expanded_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def dequantized_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
         scales = self.scales().to(dtype)
         for start, end in self._spans():
             groups = (self.codes(start, end).to(dtype) - 8).view(end - start, -1, self.group_size)
             yield (groups * scales[start:end, :, None]).flatten(-2)
 
     def _spans(self, multiple: int = 1) -> list[tuple[int, int]]:
-        """First and last row of what is expanded at once: whole tiles of the kernel's form, or of so many rows."""
-        multiple = multiple if self.form is None else self.form.rows
+        """First and last row of what is dequantized at once: whole tiles of the kernel layout, or `multiple` rows."""
+        multiple = multiple if self.layout is None else self.layout.rows
         step = -(-self.rows_at_once() // multiple) * multiple
         return [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        positions = hidden.reshape(-1, hidden.shape[-1])
-        if self.form is not None and self.form.multiplies(positions):
-            product = self.form.multiply(positions, self.weight_packed, self.weight_scale, self.group_size)
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        if self.layout is not None and self.layout.multiplies(tokens):
+            product = self.layout.multiply(tokens, self.weight_packed, self.weight_scale, self.group_size)
         else:
-            product = self.expanded_product(positions)
+            product = self.dequantized_product(tokens)
         return product.reshape(*hidden.shape[:-1], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        form = self.form
-        if form is None or fn(torch.empty(0, device=form.device)).device == form.device:
+        layout = self.layout
+        if layout is None or fn(torch.empty(0, device=layout.device)).device == layout.device:
             return super()._apply(fn, recurse)
-        self.use_file_form_()
+        self.use_packed_layout_()
         super()._apply(fn, recurse)
         self.use_kernel_()
         return self
@@ -274,7 +274,7 @@ def halves(pairs: Tensor) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
 
 
-class KernelForm:
+class KernelLayout:
     """torch's kernel for 4 bits on a device, and the order in which it wants the codes.
 
     The weight is cut into tiles [rows, columns], one after the other and all of them in the same order. It is found out
@@ -293,7 +293,7 @@ class KernelForm:
         return (rows, columns // 2) if self.device.type == "cpu" else (rows // 8, columns // 128, 32, 4)
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Codes [rows, columns] in the order of the kernel."""
+        """Codes [rows, columns] in the kernel layout."""
         if self.device.type == "cpu":
             packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         else:
@@ -314,17 +314,17 @@ class KernelForm:
         codes = (numbers * 0x9E3779B1 >> 20 & 15).to(torch.uint8)
         return torch.equal(self.unpack(self.pack(codes).view(torch.uint8).flatten(), 256), codes)
 
-    def multiplies(self, positions: Tensor) -> bool:
-        """Whether the kernel is to be used: it takes this dtype, and the positions are few."""
+    def multiplies(self, tokens: Tensor) -> bool:
+        """Whether to use the kernel: it takes this dtype, and the tokens are few."""
         # Compiled, the one for CPU takes no other dtype either.
         takes_any = self.device.type == "cpu" and not torch.compiler.is_compiling()
-        return (takes_any or positions.dtype == torch.bfloat16) and positions.shape[0] <= MOST_POSITIONS_OF_KERNEL
+        return (takes_any or tokens.dtype == torch.bfloat16) and tokens.shape[0] <= MOST_TOKENS_OF_KERNEL
 
-    def multiply(self, positions: Tensor, packed: Tensor, scales_and_zeros: Tensor, group_size: int) -> Tensor:
-        """positions @ weight.T by the kernel."""
+    def multiply(self, tokens: Tensor, packed: Tensor, scales_and_zeros: Tensor, group_size: int) -> Tensor:
+        """tokens @ weight.T by the kernel."""
         aten = torch.ops.aten
         kernel = aten._weight_int4pack_mm_for_cpu if self.device.type == "cpu" else aten._weight_int4pack_mm
-        product: Tensor = kernel(positions.contiguous(), packed, group_size, scales_and_zeros.to(positions.dtype))
+        product: Tensor = kernel(tokens.contiguous(), packed, group_size, scales_and_zeros.to(tokens.dtype))
         return product
 
 
@@ -333,9 +333,9 @@ TILES = {"cpu": ((64, 32), (32, 32), (16, 32)), "cuda": ((8, 128),)}
 
 
 @cache
-def kernel_form(device: torch.device) -> KernelForm | None:
-    """The form of the kernel of a device, or None if there is no kernel that is understood."""
+def kernel_layout(device: torch.device) -> KernelLayout | None:
+    """The kernel layout of a device, or None if there is no kernel whose layout is known."""
     if device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0)):
         return None
-    forms = (KernelForm(device, rows, columns) for rows, columns in TILES.get(device.type, ()))
-    return next((form for form in forms if form.is_right()), None)
+    layouts = (KernelLayout(device, rows, columns) for rows, columns in TILES.get(device.type, ()))
+    return next((layout for layout in layouts if layout.is_right()), None)

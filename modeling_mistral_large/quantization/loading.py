@@ -36,7 +36,7 @@ LINEAR_PART = re.compile(r"(?:.*\.)?(layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\.
 
 
 def quantize_modules_(model: nn.Module, scheme: Scheme, group_size: int = GROUP_SIZE) -> None:
-    """Replace the linears of all decoder layers by quantized ones in the form of the file, with no values yet.
+    """Replace the linears of all decoder layers by quantized ones in the packed layout of the file, without values yet.
 
     They are on the devices of those they replace, `meta` too. Next come `to_empty`, values for `weight` (fp8) or
     `weight_packed` (int4) and for `weight_scale`, and then `use_kernels_`.
@@ -53,7 +53,7 @@ def quantize_modules_(model: nn.Module, scheme: Scheme, group_size: int = GROUP_
 
 
 def use_kernels_(model: nn.Module) -> None:
-    """Bring the weights of a loaded model into the form of the kernels, one by one, where there are any.
+    """Bring the weights of a loaded model into the kernel layout, one by one, where there is a kernel.
 
     Weights that are offloaded, and come to their device only to be used, are on `meta`, which has none: they stay.
     """
@@ -101,7 +101,7 @@ class Quantizer(QuantizerHook):
         is_offloaded = any(tensor.is_meta for linear in linears.values() for tensor in linear.parameters())
         if is_sharded(model) or is_offloaded:
             raise ValueError(
-                "a quantized model that is offloaded or shared among ranks cannot be saved; copy the folder it was "
+                "a quantized model that is offloaded or sharded over ranks cannot be saved; copy the folder it was "
                 "loaded from, or load it in one process without offload"
             )
         parts = {
@@ -135,7 +135,7 @@ def config_for_loading(
     `quantization_config` among them, loading is transformers' own, such as to BF16 with `dequantize`.
 
     Raises:
-        MissingLibraryError: transformers' own way, and compressed-tensors is not installed.
+        MissingLibraryError: transformers' own quantizer, and compressed-tensors is not installed.
         CheckpointError: a quantization that transformers does not know; it would take the codes for weights.
     """
     if source is None or options.get("gguf_file"):

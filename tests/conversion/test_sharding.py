@@ -23,7 +23,7 @@ from mistral_large_conversion.checkpoint.quantization import Scheme
 from mistral_large_conversion.errors import PlanError
 from mistral_large_conversion.sharding.devices import Device, detect_devices, parse_devices
 from mistral_large_conversion.sharding.memory import (
-    EXPANDED_AT_ONCE,
+    DEQUANTIZED_AT_ONCE,
     GIB,
     PREFILL_CHUNK,
     Demand,
@@ -336,7 +336,7 @@ def test_planned_quantized_weights_are_the_allocated_ones(quantization: Scheme) 
 
 def test_int4_takes_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(EXPANDED_AT_ONCE, device, 2**14)
+        monkeypatch.setitem(DEQUANTIZED_AT_ONCE, device, 2**14)
     model = quantized_model("int4")
     config = model.config
     cache: Any = DynamicCache(config=config)

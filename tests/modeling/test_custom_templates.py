@@ -30,13 +30,11 @@ from mistral_large_conversion.chat_templates import (
 from mistral_large_conversion.errors import TokenizerFileError
 from mistral_large_conversion.folder_checks import chat_template_findings
 from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.chat_tokenization import CustomTemplateWarning
 from modeling_mistral_large.errors import ConversationError, KeywordError
-from modeling_mistral_large.tokenization_mistral_large import CustomTemplateWarning
 from tests.support.texts import mixed_texts
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::modeling_mistral_large.tokenization_mistral_large.CustomTemplateWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::modeling_mistral_large.chat_tokenization.CustomTemplateWarning")
 
 RELEASED = Path(__file__).parents[1] / "released_templates"
 

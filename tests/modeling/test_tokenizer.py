@@ -1154,7 +1154,7 @@ def test_empty_conversations_are_refused(tokenizer: MistralLargeTokenizer) -> No
             tokenizer.apply_chat_template(conversation)
 
 
-@pytest.mark.filterwarnings("ignore::modeling_mistral_large.tokenization_mistral_large.CustomTemplateWarning")
+@pytest.mark.filterwarnings("ignore::modeling_mistral_large.chat_tokenization.CustomTemplateWarning")
 def test_other_chat_templates_are_left_to_transformers(tokenizer: MistralLargeTokenizer) -> None:
     template = (
         "{% for m in messages %}{% generation %}[INST] {{ m.content }}{% endgeneration %}[/INST]{% endfor %}{{ x }}"
@@ -1211,7 +1211,7 @@ def test_answers_that_continue_a_text_keep_their_first_space(tokenizer: MistralL
     ]
 
 
-@pytest.mark.filterwarnings("ignore::modeling_mistral_large.tokenization_mistral_large.CustomTemplateWarning")
+@pytest.mark.filterwarnings("ignore::modeling_mistral_large.chat_tokenization.CustomTemplateWarning")
 def test_other_response_templates_are_left_to_transformers(tokenizer: MistralLargeTokenizer) -> None:
     template = {
         "version": 1,

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]
+import jsonschema
 import llguidance
 import pytest
 import regex  # type: ignore[import-untyped]
@@ -711,7 +711,11 @@ ROUND = {"type": "array", "uniqueItems": True}
         ({"response_format": "json_object"}, ConversationError, "response_format 'json_object'"),
         ({"response_format": {"type": "json_schema"}}, ConversationError, "json_schema"),
         ({"response_format": {"type": "json_schema", "schema": {}}}, ConversationError, "json_schema"),
-        ({"response_format": schema_format({"type": "text"})}, SchemaError, "response_format: schema.type is 'text'"),
+        (
+            {"response_format": schema_format({"type": "text"})},
+            SchemaError,
+            "response_format: schema.type: 'text' is not",
+        ),
         (
             {"response_format": schema_format(ROUND)},
             SchemaError,

@@ -19,10 +19,11 @@ from modeling_mistral_large import (
     MistralLargeConfig,
     MistralLargeForCausalLM,
     MistralLargeTokenizer,
-    modeling_mistral_large,
 )
+from modeling_mistral_large.inference import attention as attention_functions
 from modeling_mistral_large.inference import cpu_decode
-from modeling_mistral_large.inference.cpu_decode import grouped_attention_forward, use_vector_products_
+from modeling_mistral_large.inference.attention import sdpa_attention
+from modeling_mistral_large.inference.cpu_decode import use_vector_products_
 from modeling_mistral_large.transformers_api import cache_argument, cache_in
 from tests.cli.test_demo import answers, expected
 from tests.support.models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
@@ -48,12 +49,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["linear"] += 1
         return product(matrix, vector)
 
-    def counted_attention(*arguments: Any, **options: Any) -> tuple[Tensor, None]:
+    single_token_attention = attention_functions._single_token_attention
+
+    def counted_attention(*arguments: Any) -> Tensor:
         counts["attention"] += 1
-        return grouped_attention_forward(*arguments, **options)
+        return single_token_attention(*arguments)
 
     monkeypatch.setattr(torch, "mv", counted_product)
-    monkeypatch.setattr(modeling_mistral_large, "grouped_attention_forward", counted_attention)
+    monkeypatch.setattr(attention_functions, "_single_token_attention", counted_attention)
     return counts
 
 
@@ -61,7 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def plain_attention() -> Iterator[None]:
     """Attention as transformers computes it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_mistral_large, "takes_grouped_attention", lambda *_: False)
+        patch.setattr(attention_functions, "is_bf16_inference", lambda *_: False)
         yield
 
 
@@ -224,12 +227,17 @@ def test_layers_put_in_the_place_of_linear_ones_are_called_unchanged(
 
 
 @pytest.mark.parametrize("option", ["cache", "is_causal", "position_bias", "softcap"])
-def test_attention_with_options_is_left_to_transformers(tiny_config: MistralLargeConfig, option: str) -> None:
-    attention = bf16_model(tiny_config).model.layers[0].self_attn
+def test_attention_with_options_is_left_to_transformers(
+    tiny_config: MistralLargeConfig, calls: Counter[str], option: str
+) -> None:
+    layer = bf16_model(tiny_config).model.layers[0].self_attn
     query = torch.zeros(1, 6, 1, 32, dtype=torch.bfloat16)
+    key = torch.zeros(1, 2, 9, 32, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert cpu_decode.takes_grouped_attention(attention, query, {"use_cache": True})
-        assert not cpu_decode.takes_grouped_attention(attention, query, {option: None})
+        sdpa_attention(layer, query, key, key, None, layer.scaling, use_cache=True)
+        assert calls == {"attention": 1}
+        sdpa_attention(layer, query, key, key, None, layer.scaling, 0.0, **{option: None})
+        assert calls == {"attention": 1}
 
 
 def test_with_plain_attention_bf16_is_stock_mistral_bit_for_bit(tiny_config: MistralLargeConfig) -> None:
@@ -302,13 +310,15 @@ def test_padding_stays_hidden(tiny_config: MistralLargeConfig, lengths: list[int
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_grouped_attention_is_each_head_with_its_own_mask(masked: bool) -> None:
+@torch.no_grad()
+def test_grouped_attention_is_each_head_with_its_own_mask(calls: Counter[str], masked: bool) -> None:
     batch, heads, kv_heads, keys, head_dim = 2, 6, 2, 11, 32
     query = torch.randn(batch, heads, 1, head_dim, dtype=torch.bfloat16)
     key, value = torch.randn(2, batch, kv_heads, keys, head_dim, dtype=torch.bfloat16)
     mask = torch.rand(batch, heads, 1, keys) < 0.7 if masked else None
-    found, weights = grouped_attention_forward(nn.Module(), query, key, value, mask, scaling=0.3)
+    found, weights = sdpa_attention(nn.Module().eval(), query, key, value, mask, scaling=0.3)
     assert weights is None
+    assert calls == {"attention": 1}
     wide_key, wide_value = (each.double().repeat_interleave(heads // kv_heads, dim=1) for each in (key, value))
     scores = query.double() @ wide_key.transpose(2, 3) * 0.3
     if mask is not None:

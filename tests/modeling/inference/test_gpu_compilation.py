@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_mistral_large.inference import gpu_kernels
+from modeling_mistral_large.inference import triton_kernels
 from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, VECTOR_TILE, Tile
 
 TOOLS = Path(triton.__path__[0], "backends", "nvidia", "bin")
@@ -100,7 +100,7 @@ def product_of(kind: str, tile: Tile, capability: int, columns: int, folder: Pat
         "DOT": tl.bfloat16,
         "ASSEMBLY": True,
     }
-    return Compiled(gpu_kernels.product, capability, types, constants, folder, tile.warps)
+    return Compiled(triton_kernels.product, capability, types, constants, folder, tile.warps)
 
 
 TILES = [(kind, tile) for tiles in (VECTOR_TILE, DOT_TILE) for kind, tile in tiles.items()]
@@ -129,31 +129,31 @@ def test_everything_between_products(capability: int, tmp_path: Path) -> None:
     left = {"part_ptr": "*fp32", "stat_ptr": "*fp32"}
     cases: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         (
-            gpu_kernels.add_and_norm,
+            triton_kernels.add_and_norm,
             {"stream_ptr": "*bf16", "part_ptr": "*fp32", "gain_ptr": "*bf16", "y_ptr": "*bf16", "eps": "fp32", **rows},
             {"COLUMNS": 12288, "BLOCK": 16384, "SPLITS": 3, "GROUP": 128},
             16,
         ),
         (
-            gpu_kernels.rotate_and_store,
+            triton_kernels.rotate_and_store,
             {"part_ptr": "*fp32", "cos_ptr": "*bf16", "sin_ptr": "*bf16", **states, **slots, **rows},
             {**geometry, "SPLITS": 3},
             1,
         ),
         (
-            gpu_kernels.attention,
+            triton_kernels.attention,
             {**states, **left, **slots, "scale": "fp32"},
             {**geometry, "GROUP_SIDE": 16, "BLOCK": 64, "SPLITS": 32, "STAGES": 2, "DOT": tl.bfloat16},
             4,
         ),
         (
-            gpu_kernels.join_attention,
+            triton_kernels.join_attention,
             {**left, "y_ptr": "*bf16"},
             {"HEADS": 96, "D": 128, "SPLITS": 32, "GROUP": 128},
             4,
         ),
         (
-            gpu_kernels.silu_and_multiply,
+            triton_kernels.silu_and_multiply,
             {"part_ptr": "*fp32", "y_ptr": "*bf16", **rows},
             {"COLUMNS": 28672, "BLOCK": 1024, "SPLITS": 3, "GROUP": 128},
             4,

@@ -205,7 +205,7 @@ def dense_model(model: Any) -> Any:
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(("_packed", "_scale"))}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            weight = torch.cat(list(module.expanded_rows(torch.float32)))
+            weight = torch.cat(list(module.dequantized_rows(torch.float32)))
             state[f"{name}.weight"] = weight * module.weight_scale if isinstance(module, Fp8Linear) else weight
     dense.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return dense.to(DEVICE).eval()

@@ -1,4 +1,4 @@
-"""Long prompts are read in parts, at full length too, and the cache can be kept in 8 bits."""
+"""Long prompts are read in chunks, at full length too, and the cache can be kept in FP8."""
 
 from functools import wraps
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mistral_large_conversion.sharding.memory import Demand, activation_bytes, cache_bytes_of_layer
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from modeling_mistral_large.inference.attention import masked_attention_forward
+from modeling_mistral_large.inference.attention import sdpa_attention
 from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
 from modeling_mistral_large.transformers_api import cache_argument
 from tests.support.models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
@@ -36,7 +36,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
-def prompt_parts(lengths: list[int]) -> list[int]:
+def prompt_chunks(lengths: list[int]) -> list[int]:
     """The forwards before the first token was written."""
     return lengths[: len(lengths) - GREEDY["max_new_tokens"] + 1]
 
@@ -47,11 +47,11 @@ def prompt_parts(lengths: list[int]) -> list[int]:
 def test_long_prompts_are_read_in_parts_by_themselves(tiny_config: MistralLargeConfig, lengths: list[int]) -> None:
     tiny_config.max_position_embeddings = 8192
     stock, ours = stock_and_ours(tiny_config, "sdpa")
-    for length, parts in {2048: [2048], 2049: [2048, 1], 5000: [2048, 2048, 904]}.items():
+    for length, chunks in {2048: [2048], 2049: [2048, 1], 5000: [2048, 2048, 904]}.items():
         lengths.clear()
         ids = random_ids(tiny_config, 1, length)
         assert torch.equal(ours.generate(ids, **GREEDY), stock.generate(ids, **GREEDY))
-        assert prompt_parts(lengths) == parts
+        assert prompt_chunks(lengths) == chunks
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_parts_of_embeddings(tiny_config: MistralLargeConfig, lengths: list[int]
     asked = {**GREEDY, "attention_mask": mask}
     expected = stock.generate(inputs_embeds=embeds, **asked)
     assert torch.equal(ours.generate(inputs_embeds=embeds, **asked, prefill_chunk_size=8), expected)
-    assert prompt_parts(lengths) == [8, 8, 4]
+    assert prompt_chunks(lengths) == [8, 8, 4]
 
 
 @pytest.mark.parametrize("only_new", [False, True])
@@ -101,7 +101,7 @@ def test_parts_go_on_from_a_cache(
     given = ids[:, 12:] if only_new else ids
     written = ours.generate(given, attention_mask=mask, **GREEDY, **cache_argument(cache), prefill_chunk_size=10)
     assert torch.equal(written[:, given.shape[1] :], expected)
-    assert prompt_parts(lengths) == [10, 10, 9]
+    assert prompt_chunks(lengths) == [10, 10, 9]
 
 
 @pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
@@ -140,7 +140,7 @@ def test_masked_attention_is_transformers_bit_for_bit(dtype: torch.dtype, mask_h
     if is_added:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     asked: tuple[Any, Any, Any, Any, Any] = (module, query, key, value, mask)
-    found, _ = masked_attention_forward(*asked, scaling=0.2)
+    found, _ = sdpa_attention(*asked, scaling=0.2)
     assert torch.equal(found, sdpa_attention_forward(*asked, scaling=0.2)[0])
 
 
@@ -150,7 +150,7 @@ def test_masked_attention_does_not_repeat_the_cache() -> None:
     module, mask = SimpleNamespace(num_key_value_groups=12), torch.ones(1, 1, 64, 4096).bool()
     asked: tuple[Any, Any, Any, Any, Any] = (module, query, key, value, mask)
     peaks = []
-    for attention in (masked_attention_forward, sdpa_attention_forward):
+    for attention in (sdpa_attention, sdpa_attention_forward):
         with PeakMemory() as memory:
             attention(*asked, scaling=0.2)
         peaks.append(memory.peak)
@@ -202,7 +202,7 @@ def check_memory(peak: int, config: MistralLargeConfig, demand: Demand, cache: A
     assert planned * 0.9 < peak < planned * 1.1
 
 
-def test_131072_positions_have_stock_mistrals_answer_in_the_planned_memory(lengths: list[int]) -> None:
+def test_131072_tokens_have_stock_mistrals_completion_in_the_planned_memory(lengths: list[int]) -> None:
     config = MistralLargeConfig(**NARROW)
     stock, ours = stock_and_ours(config, "sdpa")
     ids = random_ids(config, 1, 131072)
@@ -218,7 +218,7 @@ def test_131072_positions_have_stock_mistrals_answer_in_the_planned_memory(lengt
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_8_bits_take_the_planned_memory(dtype: torch.dtype) -> None:
+def test_an_fp8_cache_takes_the_planned_memory(dtype: torch.dtype) -> None:
     config = MistralLargeConfig(
         **{**NARROW, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
     )
@@ -261,11 +261,11 @@ def test_answers_with_8_bits_are_near(tiny_config: MistralLargeConfig) -> None:
     cache: Any = Fp8Cache(tiny_config)
     with torch.no_grad():
         whole = model(ids, attention_mask=mask).logits
-        parts = [
+        chunks = [
             model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
             for start, end in ((0, 20), (20, 39), (39, 40))
         ]
-    near = torch.cat(parts, dim=1)
+    near = torch.cat(chunks, dim=1)
     seen = mask.bool()
     assert not torch.equal(near[seen], whole[seen])
     error = (near[seen] - whole[seen]).norm() / whole[seen].norm()
@@ -274,7 +274,7 @@ def test_answers_with_8_bits_are_near(tiny_config: MistralLargeConfig) -> None:
     assert {layer.keys.dtype for layer in cache.layers} == {torch.uint8}
 
 
-def test_later_positions_may_be_larger(tiny_config: MistralLargeConfig) -> None:
+def test_later_tokens_may_be_larger(tiny_config: MistralLargeConfig) -> None:
     # A scale for all positions, taken of the first ones, would cut them.
     cache: Any = Fp8Cache(tiny_config)
     states = torch.randn(1, 2, 8, 32)
@@ -302,10 +302,10 @@ def test_8_bits_with_beams_rows_and_crops(tiny_config: MistralLargeConfig) -> No
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_static_cache_can_be_longer_than_a_part(tiny_config: MistralLargeConfig, lengths: list[int]) -> None:
+def test_a_static_cache_can_be_longer_than_a_chunk(tiny_config: MistralLargeConfig, lengths: list[int]) -> None:
     stock, ours = stock_and_ours(tiny_config, "sdpa")
     ids = random_ids(tiny_config, 1, 21)
     cache = StaticCache(tiny_config, max_cache_len=64)
     found = ours.generate(ids, **GREEDY, **cache_argument(cache), prefill_chunk_size=8)
     assert torch.equal(found, stock.generate(ids, **GREEDY))
-    assert prompt_parts(lengths) == [8, 8, 5]
+    assert prompt_chunks(lengths) == [8, 8, 5]

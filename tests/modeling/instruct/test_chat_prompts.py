@@ -691,21 +691,21 @@ REFUSED_TOOLS: dict[str, tuple[Any, str]] = {
     "parameters": ({"function": {"name": "f", "parameters": []}}, r"tool 0 \(f\): parameters \[\]"),
     "schema": (
         {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "text"}}}}},
-        r"tool 0 \(f\): parameters.properties.a.type is 'text' and must be one or several of array,",
+        r"tool 0 \(f\): parameters.properties.a.type: 'text' is not one of \['array', .*; the parameters must be",
     ),
     "schema in a list": (
         {"function": {"name": "f", "parameters": {"anyOf": [{}, {"minLength": -1}]}}},
-        r"parameters.anyOf\[1\].minLength is -1",
+        r"parameters.anyOf\[1\].minLength: -1 is less than the minimum of 0",
     ),
     "no JSON": ({"function": {"name": "f", "parameters": {"default": {1}}}}, "tool 0: Object of type set"),
     "surrogate": ({"function": {"name": "f", "description": "\ud800"}}, "tool 0: lone surrogate"),
     "schema that says the same twice": (
         {"function": {"name": "f", "parameters": {"required": ["a", "a"]}}},
-        r"parameters.required is \['a', 'a'\] and must be a list of different names",
+        r"parameters.required: \['a', 'a'\] has non-unique elements",
     ),
     "pattern": (
         {"function": {"name": "f", "parameters": {"patternProperties": {"(": {}}}}},
-        r"parameters.patternProperties is '\(' and must be a regular expression",
+        r"parameters.patternProperties: '\(' is not a 'regex'",
     ),
     "levels without end": (
         {"function": {"name": "f", "parameters": deep_schema(5000)}},
@@ -713,7 +713,7 @@ REFUSED_TOOLS: dict[str, tuple[Any, str]] = {
     ),
     "error at the bottom": (
         {"function": {"name": "f", "parameters": deep_schema(100, {"type": "text"})}},
-        r"not\.not\.type is 'text' and must be one or several",
+        r"not\.not\.type: 'text' is not one of",
     ),
     "function without docstring": (lambda x: x, "tool 0: .*docstring"),
     "class": (Conversation, "tool 0: .*docstring"),

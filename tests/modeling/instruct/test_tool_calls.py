@@ -21,8 +21,10 @@ from mistral_large_conversion.chat_templates import RESPONSE_TEMPLATE
 from mistral_large_conversion.vocabulary import join_pieces
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.instruct import answer as tool_calls
+from modeling_mistral_large.instruct import call_list
 from modeling_mistral_large.instruct.answer import AnswerStream, ParsedAnswer, TextEvent, ToolCallEvent, parse_answer
-from modeling_mistral_large.instruct.prompt import _call_ids, _Message, _ToolCall, build_prompt
+from modeling_mistral_large.instruct.messages import Message, ToolCall
+from modeling_mistral_large.instruct.prompt import _call_ids, build_prompt
 from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id, map_tool_call_ids, new_tool_call_id
 from tests.support.conversations import NASTY_PIECES, conversations
 
@@ -416,10 +418,17 @@ class Scan:
 def test_reading_is_linear(name: str, is_streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, not timed: the characters that are looked at and copied, at most a few times each."""
     scan = Scan()
-    for pattern in ("_MARKER", "_BEGUN_MARKER", "_BRACE", "_BRACE_OR_NO_JSON", "_IN_STRING"):
-        monkeypatch.setattr(tool_calls, pattern, scan.pattern(getattr(tool_calls, pattern)))
+    brace = scan.pattern(call_list.BRACE)
+    monkeypatch.setattr(tool_calls, "BRACE", brace)
+    monkeypatch.setattr(call_list, "BRACE", brace)
+    for module, patterns in (
+        (tool_calls, ("_MARKER", "_BEGUN_MARKER")),
+        (call_list, ("BRACE_OR_NO_JSON", "_IN_STRING")),
+    ):
+        for pattern in patterns:
+            monkeypatch.setattr(module, pattern, scan.pattern(getattr(module, pattern)))
     scan.copies(AnswerStream, "_give_up", monkeypatch)
-    scan.copies(tool_calls._CallList, "keep", monkeypatch)
+    scan.copies(call_list.CallList, "keep", monkeypatch)
     text = REPEATED[name](2000)
     stream = AnswerStream()
     for part in text if is_streamed else [text]:
@@ -457,8 +466,8 @@ class Counted(str):
 
 
 def test_calls_without_ids_are_paired_in_linear_time() -> None:
-    calls = [_ToolCall("f", "{}", None)] * 1000
-    results = [_Message(number, "tool", has_content=True, given_id=Counted(f"call_{number}")) for number in range(1000)]
+    calls = [ToolCall("f", "{}", None)] * 1000
+    results = [Message(number, "tool", has_content=True, given_id=Counted(f"call_{number}")) for number in range(1000)]
     assert _call_ids(0, calls, results) == [f"call_{number}" for number in range(1000)]
     assert Counted.comparisons < 10_000
 

@@ -22,16 +22,16 @@ from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversation
 from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.checkpoint.quantization import FORMATS, Scheme, is_quantized, quantization_config
 from mistral_large_conversion.errors import MissingLibraryError
-from mistral_large_conversion.sharding.memory import EXPANDED_AT_ONCE, run_time_bytes
+from mistral_large_conversion.sharding.memory import DEQUANTIZED_AT_ONCE, run_time_bytes
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.quantization.linear import (
-    MOST_POSITIONS_OF_KERNEL,
+    MOST_TOKENS_OF_KERNEL,
     Fp8Linear,
     Int4Linear,
-    KernelForm,
+    KernelLayout,
     QuantizedLinear,
-    expand_fp8,
-    kernel_form,
+    dequantize_fp8,
+    kernel_layout,
 )
 from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
 from tests.support.checkpoints import write_consolidated
@@ -87,7 +87,7 @@ def bytes_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def expanded_weights(folder: Path, quantization: Scheme, group_size: int = 64) -> dict[str, Tensor]:
+def dequantized_weights(folder: Path, quantization: Scheme, group_size: int = 64) -> dict[str, Tensor]:
     """All weights of a folder, expanded to FP32 by compressed-tensors."""
     scheme = QuantizationScheme(**quantization_config(quantization, group_size)["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(FORMATS[quantization])
@@ -142,13 +142,13 @@ def test_it_stays_quantized_after_the_first_forward(
     assert bytes_of(model.model.layers) < bytes_of(whole.model.layers) / (1.8 if dtype == torch.bfloat16 else 3.5)
 
 
-def test_int4_logits_are_those_of_the_expanded_weights(quantized_demos: dict[Scheme, Path]) -> None:
+def test_int4_logits_are_those_of_the_dequantized_weights(quantized_demos: dict[Scheme, Path]) -> None:
     folder = quantized_demos["int4"]
     model = load(folder, dtype=torch.float32)
     stock: Any = MistralForCausalLM._from_config(stock_config(model.config), dtype=torch.float32).eval()
-    stock.load_state_dict(expanded_weights(folder, "int4"))
+    stock.load_state_dict(dequantized_weights(folder, "int4"))
     for ids in (PROMPT, PROMPT.repeat(1, 8)):
-        assert (ids.shape[1] > MOST_POSITIONS_OF_KERNEL) == (ids.shape[1] != PROMPT.shape[1])
+        assert (ids.shape[1] > MOST_TOKENS_OF_KERNEL) == (ids.shape[1] != PROMPT.shape[1])
         torch.testing.assert_close(logits(model, ids), logits(stock, ids), rtol=1e-4, atol=1e-4)
 
 
@@ -158,7 +158,7 @@ def test_fp8_products_are_those_of_compressed_tensors(
     quantized_demos: dict[Scheme, Path], dtype: torch.dtype, tolerance: float, positions: int
 ) -> None:
     """Activations are rounded as its own module does it."""
-    weights = expanded_weights(quantized_demos["fp8"], "fp8")
+    weights = dequantized_weights(quantized_demos["fp8"], "fp8")
     model = load(quantized_demos["fp8"], dtype=dtype)
     arguments = QuantizationScheme(**quantization_config("fp8")["config_groups"]["group_0"]).input_activations
     assert arguments is not None
@@ -172,10 +172,10 @@ def test_fp8_products_are_those_of_compressed_tensors(
         assert error < tolerance, name
 
 
-def test_all_fp8_codes_are_expanded_exactly() -> None:
+def test_all_fp8_codes_are_dequantized_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     wanted = codes.float()
-    assert torch.equal(expand_fp8(codes).float()[~wanted.isnan()], wanted[~wanted.isnan()])
+    assert torch.equal(dequantize_fp8(codes).float()[~wanted.isnan()], wanted[~wanted.isnan()])
 
 
 def test_zeros_are_no_trouble() -> None:
@@ -190,7 +190,7 @@ def test_zeros_are_no_trouble() -> None:
 def test_the_form_of_the_kernel_says_what_the_file_says(
     rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(EXPANDED_AT_ONCE, "cpu", 20_000)
+    monkeypatch.setitem(DEQUANTIZED_AT_ONCE, "cpu", 20_000)
     linear = Int4Linear(256, rows, group_size=32)
     with torch.no_grad():
         linear.weight_packed.random_(-(2**31), 2**31)
@@ -199,21 +199,21 @@ def test_the_form_of_the_kernel_says_what_the_file_says(
     few, many = (torch.randn(positions, 256).to(dtype) for positions in (3, 100))
     wanted = [linear(hidden) for hidden in (few, many)]
     linear.use_kernel_()
-    form = kernel_form(CPU)
-    assert (linear.form is not None) == (form is not None and rows % form.rows == 0)
+    layout = kernel_layout(CPU)
+    assert (linear.layout is not None) == (layout is not None and rows % layout.rows == 0)
     for hidden, product in zip((few, many), wanted, strict=True):
         torch.testing.assert_close(linear(hidden), product, rtol=2e-2, atol=2e-2 * product.abs().max().item())
     assert all(torch.equal(tensor, before[name]) for name, tensor in linear.file_tensors().items())
-    linear.use_file_form_()
+    linear.use_packed_layout_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in linear.state_dict().items())
 
 
 def test_this_processor_has_a_kernel() -> None:
-    form = kernel_form(CPU)
-    assert form is not None
-    assert form.is_right()
+    layout = kernel_layout(CPU)
+    assert layout is not None
+    assert layout.is_right()
     # No processor has tiles of so many rows.
-    assert not KernelForm(CPU, 48, 32).is_right()
+    assert not KernelLayout(CPU, 48, 32).is_right()
 
 
 @every_quantization
@@ -237,7 +237,7 @@ def test_offloaded_layers_give_the_same_logits(folder: Path, tmp_path: Path) -> 
     places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
     model = load(folder, device_map=places, offload_folder=tmp_path, dtype=torch.float32)
     assert all(tensor.is_meta for tensor in model.model.layers[0].mlp.parameters())
-    with pytest.raises(ValueError, match="offloaded or shared among ranks cannot be saved"):
+    with pytest.raises(ValueError, match="offloaded or sharded over ranks cannot be saved"):
         model.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(logits(model), logits(load(folder, dtype=torch.float32)), rtol=1e-4, atol=1e-4)
 
@@ -287,7 +287,7 @@ def test_two_ranks_say_the_same_as_one(
 def test_shares_are_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(folder)
     monkeypatch.setattr(model, "_tp_size", 2)
-    with pytest.raises(ValueError, match="offloaded or shared among ranks cannot be saved; copy the folder"):
+    with pytest.raises(ValueError, match="offloaded or sharded over ranks cannot be saved; copy the folder"):
         model.save_pretrained(tmp_path / "saved")
 
 
@@ -331,7 +331,7 @@ def test_options_of_the_config_are_heard(folder: Path) -> None:
 def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Scheme) -> None:
     model = load(folder, quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.float32)
     assert not linears(model)
-    for name, weight in expanded_weights(folder, quantization).items():
+    for name, weight in dequantized_weights(folder, quantization).items():
         if is_quantized(name):
             torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-2, atol=0)
 
