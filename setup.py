@@ -32,6 +32,7 @@ test = [
     "peft>=0.18",
     "psutil>=6",
     "pytest>=8",
+    "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "regex",
     "ruff>=0.12",

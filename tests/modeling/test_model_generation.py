@@ -51,6 +51,7 @@ def test_greedy_generation_is_the_same_whatever_the_cache(
     assert torch.equal(model.generate(ids, **GREEDY, **options), expected)
 
 
+@pytest.mark.usefixtures("quanto_kernels")
 def test_generation_with_a_quantized_cache_equals_stock_mistral(tiny_config: MistralLargeConfig) -> None:
     stock, ours = stock_and_ours(tiny_config, "sdpa")
     ids = random_ids(tiny_config, 1, 17)
