@@ -77,6 +77,7 @@ def test_a_damaged_source_is_refused(
     refused(place, monkeypatch, capsys, finding, "convert", source, place / "hf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", OF_HF)
 def test_a_damaged_source_of_the_way_back_is_refused(
     demo_folder: Path, place: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

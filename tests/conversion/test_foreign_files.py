@@ -128,6 +128,7 @@ def test_a_marker_of_any_size_is_begun_anew(
     assert contents(destination) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KINDS)
 def test_retag_and_all_whole_files_replace_a_name(
     demo_folder: Path, tmp_path: Path, make: Callable[[Path, Path], None]

@@ -252,6 +252,7 @@ def model_of(config: MistralLargeConfig) -> Any:
     return MistralLargeForCausalLM(config).bfloat16().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "hidden", "intermediate"), [(6, 192, 448), (12, 384, 896), (6, 96, 1024)])
 @pytest.mark.parametrize(
     ("batch", "chunk", "context"),
