@@ -21,6 +21,8 @@ OF_CONSOLIDATED, OF_HF = (
     [name for name, damage in DAMAGES.items() if damage.where(layout)] for layout in (CONSOLIDATED, HF)
 )
 
+pytestmark = pytest.mark.usefixtures("remembered_tokenizer")
+
 
 @pytest.fixture(scope="module")
 def sound_consolidated(tmp_path_factory: pytest.TempPathFactory) -> Path:
