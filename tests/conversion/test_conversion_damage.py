@@ -117,6 +117,7 @@ DESTINATIONS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DESTINATIONS)
 def test_a_destination_that_must_not_be_written_is_refused(
     sound_consolidated: Path,
@@ -143,6 +144,7 @@ def refused_or_usage(
     assert everything_in(place) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["pickles only", "weights a pipe", "tokenizer foreign"])
 def test_a_process_of_its_own_says_the_same(sound_consolidated: Path, place: Path, damage: str) -> None:
     source = Path(shutil.copytree(sound_consolidated, place / "source"))
@@ -199,6 +201,7 @@ VERIFIED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", VERIFIED)
 def test_verify_neither_passes_it_nor_fails(
     sound_consolidated: Path,

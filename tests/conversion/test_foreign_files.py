@@ -55,6 +55,7 @@ def own_file(path: Path, target: Path) -> None:
 KINDS: list[Callable[[Path, Path], None]] = [hard_link, link, pipe, own_file]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("suffix", ["", ".partial"])
 @pytest.mark.parametrize("target", ["precious", FIRST])
