@@ -457,7 +457,7 @@ def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path) -> Non
     for source in (folder, demo_folder):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         result = subprocess.run(
-            [*launch, "-m", "tests.tensor_parallel", source, tmp_path / "result"],
+            [*launch, "-m", "tests.support.tensor_parallel", source, tmp_path / "result"],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,

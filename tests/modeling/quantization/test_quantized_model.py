@@ -300,7 +300,7 @@ def run_ranks(folder: Path, result: Path) -> dict[str, Any]:
     """What two ranks find, see `tensor_parallel`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, "-m", "tests.tensor_parallel", folder, result],
+        [*launch, "-m", "tests.support.tensor_parallel", folder, result],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
