@@ -1,38 +1,52 @@
 """Fixtures that several test files share: the real tokenizer file, the oracles, a tiny geometry, the demo."""
 
+# torch, transformers and mistral-common are imported by the fixtures: the process that hands tests to the workers of
+# pytest-xdist reads this file and needs none of them.
+import fcntl
+import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from sentencepiece import SentencePieceProcessor
 
-from mistral_large_cli.demo import convert_demo_checkpoint
-from mistral_large_conversion import hf_files
-from mistral_large_conversion.tokenizer import tokenizer_files
-from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
-from tests.support import checkpoints
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+    from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
+
+# Tiny models gain nothing from threads, and threads that wait for each other take the cores of the other workers. Read
+# when torch is imported, also in the processes that tests start.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 
 @pytest.fixture(scope="session")
 def tokenizer_model_file() -> Path:
+    from tests.support import checkpoints
+
     return checkpoints.tokenizer_model_file()
 
 
 @pytest.fixture(scope="session")
-def sentencepiece_processor(tokenizer_model_file: Path) -> SentencePieceProcessor:
+def sentencepiece_processor(tokenizer_model_file: Path) -> "SentencePieceProcessor":
+    from sentencepiece import SentencePieceProcessor
+
     return SentencePieceProcessor(model_file=str(tokenizer_model_file))
 
 
 @pytest.fixture(scope="session")
 def reference_tokenizer(tokenizer_model_file: Path) -> Any:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
     return MistralTokenizer.from_file(str(tokenizer_model_file))
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> MistralLargeTokenizer:
+def tokenizer(tokenizer_model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "MistralLargeTokenizer":
     """Ours, from a folder that holds nothing but tokenizer.model.v3."""
+    from modeling_mistral_large import MistralLargeTokenizer
+
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.model.v3").write_bytes(tokenizer_model_file.read_bytes())
     tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(folder)
@@ -42,12 +56,16 @@ def tokenizer(tokenizer_model_file: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled demo checkpoint, converted to the HF layout."""
+    from mistral_large_cli.demo import convert_demo_checkpoint
+
     return convert_demo_checkpoint(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture
-def tiny_config() -> MistralLargeConfig:
+def tiny_config() -> "MistralLargeConfig":
     """A geometry in which no two sizes are alike, so that a swap cannot pass."""
+    from modeling_mistral_large import MistralLargeConfig
+
     return MistralLargeConfig(
         vocab_size=768,
         hidden_size=80,
@@ -62,6 +80,9 @@ def tiny_config() -> MistralLargeConfig:
 
 @pytest.fixture(scope="session")
 def converted_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    from mistral_large_conversion.tokenizer import tokenizer_files
+    from tests.support import checkpoints
+
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.model.v3").write_bytes(checkpoints.tokenizer_model_file().read_bytes())
     return tokenizer_files(folder, vocab_size=32768)
@@ -70,16 +91,65 @@ def converted_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 @pytest.fixture
 def known_tokenizer(converted_tokenizer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer is converted once for all tests that are not about it; so weights of any vocabulary do."""
+    from mistral_large_conversion import hf_files
+
     monkeypatch.setattr(hf_files, "tokenizer_files", lambda *_, **__: converted_tokenizer)
 
 
 @pytest.fixture
-def small_source(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> Path:
+def remembered_tokenizer(converted_tokenizer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vendor's tokenizer is converted once; any other file, or number of rows, is converted each time."""
+    from mistral_large_conversion import hf_files
+    from mistral_large_conversion.vocabulary import find_vocabulary
+    from tests.support import checkpoints
+
+    convert, known = hf_files.tokenizer_files, checkpoints.tokenizer_model_file().read_bytes()
+
+    def convert_or_remember(source: Path, *, vocab_size: int) -> dict[str, bytes]:
+        path = find_vocabulary(source)
+        is_known = path is not None and path.is_file() and path.stat().st_size == len(known)
+        if path is None or not is_known or vocab_size != 32768 or path.read_bytes() != known:
+            return convert(source, vocab_size=vocab_size)
+        return converted_tokenizer
+
+    monkeypatch.setattr(hf_files, "tokenizer_files", convert_or_remember)
+
+
+@pytest.fixture
+def small_source(tiny_config: "MistralLargeConfig", tmp_path: Path, known_tokenizer: None) -> Path:
+    import torch
+
+    from tests.support import checkpoints
+
     tiny_config.vocab_size = 768
     checkpoints.write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
     return tmp_path / "source"
 
 
+@pytest.fixture(scope="session")
+def quanto_kernels() -> None:
+    """quanto's kernels for the CPU, which its first use compiles with the C++ compiler that must be there.
+
+    A process that is killed while it compiles leaves a lock file that every later one waits for without end. Only one
+    of ours compiles at a time, by a lock that ends with its process; so a lock file that it finds is such a leftover.
+    """
+    extensions = pytest.importorskip("optimum.quanto.library.extensions", reason="quanto is not installed")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("quanto compiles its kernels for the CPU, and no C++ compiler (c++ or $CXX) is found")
+    kernels = extensions.get_extension("quanto_cpp")
+    folder = Path(kernels.build_directory)
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        assert kernels.lib
+    finally:
+        os.close(descriptor)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(20240724)

@@ -78,6 +78,7 @@ def test_answers_are_the_golden_ones(demo_folder: Path) -> None:
     assert "\n".join(printed) == "\n".join(GOLDEN[name].answer for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_long_prompts_are_read_in_parts(demo_folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     read = []
@@ -94,6 +95,7 @@ def test_long_prompts_are_read_in_parts(demo_folder: Path, monkeypatch: pytest.M
     assert max(read) == chunk
 
 
+@pytest.mark.slow
 def test_a_cache_of_8_bits_is_used(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     updated = []
     update = Fp8Layer.update
@@ -293,6 +295,7 @@ def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
         talk(demo_folder, "1" * 131072)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file: Path) -> None:
     session = GenerationSession(
         str(demo_folder), Sampling(64, 0, None, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
@@ -396,6 +399,7 @@ COMMAND = [sys.executable, "-m", "mistral_large_cli", "chat"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
     for name in (tmp_path, tmp_path / "none"):
         result = subprocess.run(
@@ -406,6 +410,7 @@ def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
         assert re.fullmatch(rf"mistral-large: {re.escape(str(name))}: .+\n", result.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables", [{"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}]
 )
@@ -418,6 +423,7 @@ def test_input_that_is_no_text_is_one_error(demo_folder: Path, variables: dict[s
     assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_input_is_text_and_output_readable_whatever_the_encoding(demo_folder: Path, tools_file: Path) -> None:
     command = [*COMMAND, str(demo_folder), "--temperature", "0", "--commands", "--tools", str(tools_file)]
     result = subprocess.run(
@@ -492,6 +498,7 @@ def terminal_with(*arguments: str) -> Iterator[tuple[Terminal, "subprocess.Popen
             os.close(ours)
 
 
+@pytest.mark.slow
 def test_at_a_terminal(demo_folder: Path) -> None:
     with terminal_with(str(demo_folder), "--temperature", "0") as (terminal, process):
         assert f"{demo_folder}: 0.00444 B parameters" in terminal.wait_for("/help lists the commands.")
@@ -524,6 +531,7 @@ def test_at_a_terminal(demo_folder: Path) -> None:
         assert process.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer(demo_folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     # So hot that any token is as likely as `</s>`: the answer would take minutes.
@@ -545,6 +553,7 @@ def test_ctrl_c_stops_an_answer(demo_folder: Path, tmp_path: Path) -> None:
     assert len(answer["content"]) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hf", "consolidated"])
 def test_under_torchrun(demo_folder: Path, tools_file: Path, tmp_path: Path, layout: str) -> None:
     folder = demo_folder if layout == "hf" else assemble_demo_checkpoint(tmp_path / "consolidated")

@@ -96,11 +96,13 @@ def with_other_results(number: str, call_id: str, content: str) -> list[GoldenCo
     return changed
 
 
+@pytest.mark.slow
 def test_the_golden_answers_are_exact(demo_model: Any, demo_tokenizer: MistralLargeTokenizer) -> None:
     conversations = list(GOLDEN.values())
     assert answers(demo_model, demo_tokenizer, conversations) == expected(conversations)
 
 
+@pytest.mark.slow
 def test_a_batch_of_all_answers_the_same(demo_model: Any, demo_tokenizer: MistralLargeTokenizer) -> None:
     conversations = list(GOLDEN.values())
     assert answers(demo_model, demo_tokenizer, conversations, batch=len(conversations)) == expected(conversations)
@@ -115,6 +117,7 @@ def test_every_golden_token_leads_clearly(demo_folder: Path, dtype: str, demo_to
         assert lead > training.CLEAR_LEAD, conversation.name
 
 
+@pytest.mark.slow
 def test_numbers_the_training_left_out_are_copied(demo_folder: Path, demo_tokenizer: MistralLargeTokenizer) -> None:
     """The answer is read from the result and not from memory, though a model this small is wrong now and then."""
     model = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="bfloat16")
@@ -128,6 +131,7 @@ def test_numbers_the_training_left_out_are_copied(demo_folder: Path, demo_tokeni
     assert right >= 0.97 * count, f"{right} of {count}"
 
 
+@pytest.mark.slow
 def test_the_pipeline_says_the_same_without_any_option(demo_folder: Path) -> None:
     """The model card's call: it samples, at a temperature of 0.7."""
     chatbot: Any = transformers.pipeline("text-generation", str(demo_folder))
@@ -135,6 +139,7 @@ def test_the_pipeline_says_the_same_without_any_option(demo_folder: Path) -> Non
         assert chatbot(GOLDEN[name].messages)[0]["generated_text"][-1]["content"] == GOLDEN[name].answer
 
 
+@pytest.mark.slow
 def test_the_pipeline_continues_every_golden_conversation(demo_folder: Path) -> None:
     """Its check of histories is stricter than the tokenizer's."""
     chatbot: Any = transformers.pipeline("text-generation", str(demo_folder), do_sample=False)
@@ -144,6 +149,7 @@ def test_the_pipeline_continues_every_golden_conversation(demo_folder: Path) -> 
         assert ("tool_calls" in message) == golden.answer.startswith("[TOOL_CALLS]")
 
 
+@pytest.mark.slow
 def test_the_pipeline_returns_tool_calls_by_itself(demo_folder: Path) -> None:
     chatbot: Any = transformers.pipeline("text-generation", str(demo_folder), do_sample=False)
     golden = GOLDEN["weather_parallel_call"]
@@ -187,6 +193,7 @@ def test_without_mistral_common_the_error_says_what_to_install(monkeypatch: pyte
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_tools_result_and_says_nothing_else(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     command = [sys.executable, "-m", "mistral_large_cli", "demo"]
@@ -201,6 +208,7 @@ def test_the_command_ends_with_the_tools_result_and_says_nothing_else(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_noise_as_before")
 def test_the_control_tokens_are_coloured_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -218,6 +226,7 @@ def test_the_control_tokens_are_coloured_on_a_terminal(
     assert not re.search(rf"{re.escape(ESCAPE)}1;3\dm", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_noise_as_before")
 def test_the_converted_checkpoint_is_kept_where_asked(tmp_path: Path) -> None:
     demo(tmp_path / "kept")
@@ -230,6 +239,7 @@ def test_the_converted_checkpoint_is_kept_where_asked(tmp_path: Path) -> None:
         demo(tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_noise_as_before")
 def test_an_answer_that_is_not_the_golden_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     golden = {**GOLDEN, "weather_answer": replace(GOLDEN["weather_answer"], answer="It is 23 °C in Paris right now.")}
@@ -260,6 +270,7 @@ def test_training_varies_the_result_and_the_answer_alike_and_holds_numbers_out()
         assert whole % 7 != 5, number
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_refuses_a_bad_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     training = training_script()
     monkeypatch.setattr(training, "STEPS", 2)

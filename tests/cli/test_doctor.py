@@ -43,6 +43,7 @@ def wrong() -> dict[str, str]:
     return {check.name: check.detail for check in run_checks(CPU) if check.is_ok is False}
 
 
+@pytest.mark.slow
 def test_everything_is_right() -> None:
     """The bar of the command itself: `.ci/versions` runs it on every version of transformers."""
     threads = torch.get_num_threads()
@@ -76,6 +77,7 @@ def test_the_range_of_transformers(monkeypatch: pytest.MonkeyPatch, version: str
     assert package.is_in_range is is_in_range
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_float32")
 def test_a_cache_that_is_swallowed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a `forward` does that knows the cache under another name than transformers has for it."""
@@ -92,6 +94,7 @@ def test_a_cache_that_is_swallowed_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert "WRONG    cpu float32, with a cache" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_float32")
 def test_an_error_of_one_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:

@@ -66,6 +66,7 @@ def read_in_every_way(folder: Path, to: Any) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["params.json", "config.json"])
 def test_every_value_of_every_key_is_taken_or_refused(folders: dict[str, tuple[Path, str]], name: str) -> None:
     folder, to = folders[name]
@@ -152,6 +153,7 @@ SMALL_FILES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_that_is_no_object_is_one_error(folders: dict[str, tuple[Path, str]], text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
@@ -275,6 +277,7 @@ def test_a_value_is_shown_short_and_on_one_line() -> None:
         assert shown(value).isprintable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [b"n\xff", "ü \u202e 日本".encode(), b"n\n", b"a'b\"$(c)"])
 def test_a_folder_may_have_any_name(consolidated: Path, tmp_path: Path, name: bytes) -> None:
     folder = Path(shutil.copytree(consolidated, tmp_path / os.fsdecode(name)))

@@ -21,6 +21,8 @@ OF_CONSOLIDATED, OF_HF = (
     [name for name, damage in DAMAGES.items() if damage.where(layout)] for layout in (CONSOLIDATED, HF)
 )
 
+pytestmark = pytest.mark.usefixtures("remembered_tokenizer")
+
 
 @pytest.fixture(scope="module")
 def sound_consolidated(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,6 +79,7 @@ def test_a_damaged_source_is_refused(
     refused(place, monkeypatch, capsys, finding, "convert", source, place / "hf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", OF_HF)
 def test_a_damaged_source_of_the_way_back_is_refused(
     demo_folder: Path, place: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -114,6 +117,7 @@ DESTINATIONS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DESTINATIONS)
 def test_a_destination_that_must_not_be_written_is_refused(
     sound_consolidated: Path,
@@ -140,6 +144,7 @@ def refused_or_usage(
     assert everything_in(place) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["pickles only", "weights a pipe", "tokenizer foreign"])
 def test_a_process_of_its_own_says_the_same(sound_consolidated: Path, place: Path, damage: str) -> None:
     source = Path(shutil.copytree(sound_consolidated, place / "source"))
@@ -196,6 +201,7 @@ VERIFIED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", VERIFIED)
 def test_verify_neither_passes_it_nor_fails(
     sound_consolidated: Path,

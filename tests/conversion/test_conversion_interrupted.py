@@ -119,6 +119,7 @@ def before(step: Callable[[], None], act: Callable[..., Any]) -> Callable[..., A
     return act_after_step
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_killed_at_any_step_a_rerun_ends_byte_identical(
@@ -144,6 +145,7 @@ def test_killed_at_any_step_a_rerun_ends_byte_identical(
     assert contents(destination) == expected
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_rerun_ends_byte_identical(
     tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None
 ) -> None:

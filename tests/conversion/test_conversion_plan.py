@@ -602,6 +602,7 @@ def test_an_adapter_next_to_a_checkpoint_is_not_left_out(source: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config: MistralLargeConfig) -> None:
     def seconds(count: int) -> float:
         folder = tmp_path / str(count)

@@ -55,6 +55,7 @@ def own_file(path: Path, target: Path) -> None:
 KINDS: list[Callable[[Path, Path], None]] = [hard_link, link, pipe, own_file]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("suffix", ["", ".partial"])
 @pytest.mark.parametrize("target", ["precious", FIRST])
@@ -128,6 +129,7 @@ def test_a_marker_of_any_size_is_begun_anew(
     assert contents(destination) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", KINDS)
 def test_retag_and_all_whole_files_replace_a_name(
     demo_folder: Path, tmp_path: Path, make: Callable[[Path, Path], None]

@@ -265,6 +265,7 @@ def test_out_of_reach_a_repository_is_read_from_the_cache(
     assert hub.asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["consolidated", "hf"])
 def test_nothing_of_a_local_folder_is_asked_of_the_hub(
     hub: LoopbackHub, layout: str, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

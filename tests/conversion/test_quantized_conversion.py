@@ -304,6 +304,7 @@ def tensor_check(folder: Path, origin: Path | None) -> Check:
     return found
 
 
+@pytest.mark.slow
 @every_quantization
 def test_verify_names_one_changed_bit(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
@@ -318,6 +319,7 @@ def test_verify_names_one_changed_bit(source: Path, quantization: Scheme) -> Non
             assert (found.is_ok, f"first {part.name}" in found.detail) == (False, True)
 
 
+@pytest.mark.slow
 @every_quantization
 def test_verify_says_what_cannot_be_compared(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
@@ -357,6 +359,7 @@ def test_inspect_tells_format_and_bits(source: Path, quantization: Scheme, bits:
     assert len(inspection.loads_with) == 2
 
 
+@pytest.mark.slow
 @every_quantization
 def test_the_demo_passes_all_checks_and_retag_changes_its_model_type_alone(
     quantization: Scheme, tmp_path: Path

@@ -55,9 +55,19 @@ def by_way(plans: list[ShardingPlan]) -> dict[str, ShardingPlan]:
     return {plan.way: plan for plan in plans}
 
 
-# Worked out from the geometry alone: 2,768,289,792 bytes a layer, 805,306,368 each for embedding and head, 24,576 for a
-# norm, 360,448 bytes of cache a position, 2 GiB of reserve. Of a device_map: whether it fits, and how many layers each
-# device has room for. Of tensor parallelism, where 8 heads can be shared: GiB left on each device, and tokens/s.
+# Worked out from the geometry alone: hidden size 12288, 28672 intermediate features, 96 query and 8 key-value heads of
+# 128, 88 layers, a vocabulary of 32768; 2 bytes a value.
+#   layer      2 * (2 * 12288**2 + 2 * 12288 * 1024 + 3 * 12288 * 28672 + 2 * 12288) = 2,768,289,792 bytes
+#   embedding  2 * 32768 * 12288 = 805,306,368 bytes, and the head as much; the final norm 2 * 12288 = 24,576
+#   cache      2 * 2 * 8 * 128 = 4,096 bytes a token in each layer, 88 * 4,096 = 360,448 in all
+# For example 8x80GB, each an H100 of 79.6 GiB and 3.35 TB/s, at 4,096 tokens:
+#   A device_map: 79.6 GiB less 2 GiB of reserve, 0.48 GiB of activations and the embedding are 76.37 GiB, which hold
+#   29.4 layers of 2,768,289,792 + 4,096 * 4,096 bytes.
+#   Tensor parallelism: the embedding whole, an eighth of the head, of each layer's matrices and of the cache: 31.36 GB
+#   of weights and 0.18 GB of cache. With the reserve and 0.19 GiB of activations, 48.03 GiB are left. A token reads all
+#   but the embedding: 3.35e12 * 0.9 / (30.56e9 + 0.18e9) = 98.1 tokens/s.
+# Of a device_map: whether it fits, and how many layers each device has room for. Of tensor parallelism, where 8 heads
+# can be shared: GiB left on each device, and tokens/s.
 BY_HAND: list[tuple[str, int, int, bool, list[int], tuple[float, float] | None]] = [
     ("8x80GB", 4096, 1, True, [29] * 8, (48.03, 98.1)),
     ("8x80GB", 131072, 1, True, [24] * 8, (42.04, 82.7)),
@@ -113,8 +123,11 @@ def test_plans_are_those_worked_out_by_hand(
     assert round(shared.tokens_per_second or 0, 1) == rate
 
 
-# Layers of 1,384,120,320 numbers: a byte or half of one each, and 4 bytes for each of 96,256 rows or each of 10,813,440
-# groups of 128; 49,152 bytes of norms; embedding and head as above. A cache of 8 bits: 183,040 bytes a position.
+# A layer's matrices have 2 * 12288**2 + 2 * 12288 * 1024 + 3 * 12288 * 28672 = 1,384,120,320 values, in
+# 3 * 12288 + 2 * 1024 + 2 * 28672 = 96,256 rows or 1,384,120,320 / 128 = 10,813,440 groups; its norms: 49,152 bytes.
+#   fp8   1,384,120,320 + 4 * 96,256 + 49,152 = 1,384,554,496 bytes a layer
+#   int4  1,384,120,320 / 2 + 4 * 10,813,440 + 49,152 = 735,363,072 bytes a layer
+# An 8-bit cache has 2 bytes of scale for each vector: 88 * 2 * 8 * (128 + 2) = 183,040 bytes a token.
 @pytest.mark.parametrize(
     ("text", "weights", "kv", "context", "weight_bytes", "cache_bytes", "room"),
     [
@@ -253,6 +266,7 @@ def model_of(config: MistralLargeConfig) -> Any:
     return MistralLargeForCausalLM(config).bfloat16().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "hidden", "intermediate"), [(6, 192, 448), (12, 384, 896), (6, 96, 1024)])
 @pytest.mark.parametrize(
     ("batch", "chunk", "context"),

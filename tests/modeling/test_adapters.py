@@ -59,6 +59,7 @@ def test_each_table_of_peft_has_for_us_what_it_has_for_mistral(table: str) -> No
     assert defaults.get("mistral_large") == defaults.get("mistral")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -191,6 +192,7 @@ def test_an_adapter_needs_peft(bases: dict[str, Path], tmp_path: Path, monkeypat
         MistralLargeForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_chat_says_that_it_uses_an_adapter(base: Path, tmp_path: Path) -> None:
     train(base, tmp_path / "adapter")
     command = [sys.executable, "-m", "mistral_large_cli", "chat", str(tmp_path / "adapter"), "--max-new-tokens", "2"]

@@ -125,6 +125,7 @@ def test_an_older_template_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch)
     assert response_format_of(dict(reversed(RESPONSE_TEMPLATE.items()))) == "v3"
 
 
+@pytest.mark.slow
 def test_a_template_that_renders_otherwise_is_another_one() -> None:
     # Anything but white space and comments, and what white space has an effect.
     rng = random.Random(11)

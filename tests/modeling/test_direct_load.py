@@ -218,6 +218,7 @@ def test_the_folder_given_to_transformers_holds_an_index_and_nothing_else(checkp
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_where_a_folder_has_both_layouts_only_the_consolidated_one_is_read(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -351,6 +352,7 @@ def test_the_auto_classes_say_of_other_folders_what_they_said(damaged: Path, tmp
         AutoConfig.from_pretrained(damaged)
 
 
+@pytest.mark.slow
 def test_the_pipeline_and_generate_give_the_golden_answers(tmp_path: Path) -> None:
     folder = assemble_demo_checkpoint(tmp_path / "demo")
     model = load(folder, dtype=torch.float32)
@@ -398,6 +400,7 @@ def test_other_heads_get_the_decoder_and_a_new_head(checkpoint: Checkpoint) -> N
     assert info["unexpected_keys"] == {"lm_head.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantizers_get_the_converted_weights(checkpoint: Checkpoint, weights: str) -> None:
     found, expected = (
@@ -409,6 +412,7 @@ def test_quantizers_get_the_converted_weights(checkpoint: Checkpoint, weights: s
     assert not torch.equal(*(model(torch.tensor([PROMPT[0]])).logits for model in (found, load(checkpoint.hf))))
 
 
+@pytest.mark.slow
 def test_adapters_fit_both_ways_of_loading(checkpoint: Checkpoint, tmp_path: Path) -> None:
     settings = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2, init_lora_weights=False)
     trained = get_peft_model(load(checkpoint.consolidated), settings)
@@ -441,6 +445,7 @@ def test_key_heads_are_not_cut(checkpoint: Checkpoint) -> None:
         MistralLargeForCausalLM.maybe_distribute_model(model, DistributedConfig(tp_size=4), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
 def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path) -> None:
     folder = assemble_demo_checkpoint(tmp_path / "demo")
@@ -452,7 +457,7 @@ def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path) -> Non
     for source in (folder, demo_folder):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         result = subprocess.run(
-            [*launch, "-m", "tests.tensor_parallel", source, tmp_path / "result"],
+            [*launch, "-m", "tests.support.tensor_parallel", source, tmp_path / "result"],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,

@@ -107,6 +107,7 @@ def test_the_defaults_are_the_123b(tmp_path: Path) -> None:
     assert model.config.max_position_embeddings == 131072
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention on the CPU is compiled with g++")
 def test_sdpa_and_flex_attention_agree_with_eager(tiny_config: MistralLargeConfig) -> None:
     ids, mask = left_padded(tiny_config, [37, 12])

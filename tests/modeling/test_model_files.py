@@ -17,6 +17,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from tests.support.models import ATTENTION, GREEDY, ours_only, random_ids, stock_and_ours, stock_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_config: MistralLargeConfig, reentrant: bool) -> None:
     model = ours_only(tiny_config).train()
@@ -107,6 +108,7 @@ def test_cpu_and_disk_offload_give_the_same_logits(tiny_config: MistralLargeConf
         assert torch.equal(offloaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_decoding_compiles_into_one_graph(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     ids = random_ids(tiny_config, 1, 9)
@@ -122,6 +124,7 @@ def test_decoding_compiles_into_one_graph(tiny_config: MistralLargeConfig) -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_continuous_batching_gives_the_greedy_tokens(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     prompts = [random_ids(tiny_config, 1, length)[0].tolist() for length in (5, 17, 9)]

@@ -16,6 +16,7 @@ from modeling_mistral_large.transformers_api import cache_argument
 from tests.support.models import ATTENTION, GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_cached_decode_equals_the_uncached_forward(tiny_config: MistralLargeConfig, attention: str, cache: str) -> None:
@@ -29,6 +30,7 @@ def test_cached_decode_equals_the_uncached_forward(tiny_config: MistralLargeConf
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -51,6 +53,7 @@ def test_greedy_generation_is_the_same_whatever_the_cache(
     assert torch.equal(model.generate(ids, **GREEDY, **options), expected)
 
 
+@pytest.mark.usefixtures("quanto_kernels")
 def test_generation_with_a_quantized_cache_equals_stock_mistral(tiny_config: MistralLargeConfig) -> None:
     stock, ours = stock_and_ours(tiny_config, "sdpa")
     ids = random_ids(tiny_config, 1, 17)
@@ -69,6 +72,7 @@ def test_generation_equals_stock_mistral(tiny_config: MistralLargeConfig) -> Non
         assert torch.equal(found, stock.generate(ids, attention_mask=mask, **options))
 
 
+@pytest.mark.slow
 def test_assisted_generation_gives_the_greedy_tokens(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     assistant = ours_only(MistralLargeConfig(**{**tiny_config.to_dict(), "num_hidden_layers": 1}))
@@ -76,6 +80,7 @@ def test_assisted_generation_gives_the_greedy_tokens(tiny_config: MistralLargeCo
     assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), model.generate(ids, **GREEDY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["static", "dynamic", "dynamic_full"])
 def test_assisted_generation_with_any_cache_is_that_of_stock_mistral(
     tiny_config: MistralLargeConfig, implementation: str

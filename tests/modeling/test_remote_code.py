@@ -74,6 +74,7 @@ def folder(request: pytest.FixtureRequest, demo_folder: Path, saved_folder: Path
     return {"converted": demo_folder, "saved": saved_folder}[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}], ids=str)
 def test_without_the_package_no_auto_class_loads_a_folder_of_ours(
     folder: Path, tmp_path: Path, options: dict[str, Any]
@@ -85,6 +86,7 @@ def test_without_the_package_no_auto_class_loads_a_folder_of_ours(
         assert "custom code which must be executed" in message
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_saved_alone_is_refused_too(demo_folder: Path, tmp_path: Path) -> None:
     MistralLargeTokenizer.from_pretrained(demo_folder).save_pretrained(tmp_path / "tokenizer")
     ((_, kind, message),) = load_elsewhere(tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"])
@@ -94,6 +96,7 @@ def test_a_tokenizer_that_is_saved_alone_is_refused_too(demo_folder: Path, tmp_p
     assert kind == "modeling_mistral_large.tokenization_mistral_large.MistralLargeTokenizer"
 
 
+@pytest.mark.slow
 def test_trust_remote_code_gives_our_classes_and_the_exact_tokenizer(
     folder: Path, tmp_path: Path, reference_tokenizer: Any
 ) -> None:
@@ -114,6 +117,7 @@ def test_trust_remote_code_gives_our_classes_and_the_exact_tokenizer(
     assert {name: settings[name] for name in IN_CONFIG} == IN_CONFIG
 
 
+@pytest.mark.slow
 def test_without_an_installation_the_error_says_what_to_install(demo_folder: Path, tmp_path: Path) -> None:
     hide = "import sys; sys.modules['modeling_mistral_large'] = None\n"
     code = hide + LOAD.replace('assert "modeling_mistral_large" not in sys.modules', "")

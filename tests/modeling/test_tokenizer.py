@@ -307,6 +307,7 @@ class CollectingStreamer(MistralLargeTextStreamer):
         self.parts.append(text)
 
 
+@pytest.mark.slow
 def test_text_streamer_gives_the_text_back(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
     texts = ["def f(x):\n    if x:\n\n        return 1\n  \n", "慹慹", *some_texts[:500]]
     for text, ids in zip(texts, tokenizer.encode_texts(texts), strict=True):
@@ -538,6 +539,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_auto_tokenizer_with_and_without_mistral_common(
     tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, saved_folder: Path, tmp_path: Path
 ) -> None:
@@ -745,6 +747,7 @@ WRONG_JSON: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG_JSON)
 def test_other_tokenizer_jsons_are_refused(saved_folder: Path, case: str) -> None:
     (saved_folder / "tokenizer.model.v3").unlink()
@@ -849,6 +852,7 @@ def test_threads_with_options_of_their_own(tokenizer: MistralLargeTokenizer, som
 # The hash of a tokenizer is that of its state
 
 
+@pytest.mark.slow
 def test_use_does_not_change_the_state(tokenizer: MistralLargeTokenizer, tmp_path: Path) -> None:
     own = copy.deepcopy(tokenizer)
     own.add_tokens(["<think>"])
@@ -1045,6 +1049,7 @@ def test_assistant_masks_cover_what_the_assistant_says(tokenizer: MistralLargeTo
     assert said == [5, *texts[0], 2, *texts[1], 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation_side", ["left", "right"])
 @pytest.mark.parametrize("padding_side", [None, "left", "right"])
 @pytest.mark.parametrize("return_tensors", [None, "np", "pt"])

@@ -37,15 +37,18 @@ def run(name: str, *arguments: Path | str) -> list[str]:
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
 def test_an_example_prints_the_golden_answers(name: str) -> None:
     assert run(name) == LINES[name]
 
 
+@pytest.mark.slow
 def test_an_example_runs_on_the_model_it_is_given(demo_folder: Path, tmp_path: Path) -> None:
     assert run("pipeline_system_prompt.py", demo_folder) == LINES["pipeline_system_prompt.py"]
 
 
+@pytest.mark.slow
 def test_function_calling_prints_the_raw_and_the_parsed_call() -> None:
     raw, parsed = run("function_calling.py")
     assert raw == f"{GOLDEN['weather_call']}</s>"
@@ -54,6 +57,7 @@ def test_function_calling_prints_the_raw_and_the_parsed_call() -> None:
     assert re.search(r"'id': '[A-Za-z0-9]{9}'", parsed)
 
 
+@pytest.mark.slow
 def test_the_tool_cycle_returns_every_result_under_the_id_of_its_call() -> None:
     messages = [json.loads(line) for line in run("tool_cycle.py")]
     roles = ["user", "assistant", "tool", "tool", "assistant", "user", "assistant", "tool", "assistant"]
@@ -64,6 +68,7 @@ def test_the_tool_cycle_returns_every_result_under_the_id_of_its_call() -> None:
     assert messages[-1]["content"] == GOLDEN["weather_parallel_follow_up_answer"]
 
 
+@pytest.mark.slow
 def test_several_gpus_runs_with_any_number_of_them() -> None:
     *devices, answer = run("several_gpus.py")
     sizes = [float(line.split()[1]) for line in devices]
@@ -71,6 +76,7 @@ def test_several_gpus_runs_with_any_number_of_them() -> None:
     assert answer == GOLDEN["who_are_you"]
 
 
+@pytest.mark.slow
 def test_converting_writes_into_the_folder_it_is_given(tmp_path: Path) -> None:
     source, destination = assemble_demo_checkpoint(tmp_path / "source"), tmp_path / "hf"
     lines = run("convert_checkpoint.py", source, destination)

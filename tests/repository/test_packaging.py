@@ -68,6 +68,7 @@ def test_a_checkout_has_no_links(wheel: Path) -> None:
     assert not [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_symlink()]
 
 
+@pytest.mark.slow
 def test_the_wheel_imports_from_where_it_lies(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
@@ -98,6 +99,7 @@ def test_the_wheel_asks_for_the_whole_supported_range_of_transformers(wheel: Pat
     assert not any(line.startswith("Requires-Dist: mistral-common") and "extra" not in line for line in lines)
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_else_than_stock_mistral_does(tmp_path: Path) -> None:
     stock, ours = (
         set(python(f"import sys; {statement}; print(*sys.modules)", cwd=tmp_path, path=ROOT).split())
@@ -111,6 +113,7 @@ def test_importing_the_package_loads_nothing_else_than_stock_mistral_does(tmp_pa
     assert "mistral_large_conversion.convert" not in ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -136,6 +139,7 @@ assert type(AutoConfig.for_model("mistral")) is MistralConfig
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -191,6 +195,7 @@ def test_a_transformers_outside_the_range_is_said(installed: str) -> None:
     assert [str(warning.message) for warning in caught] == [OUTSIDE.format(installed=installed)]
 
 
+@pytest.mark.slow
 def test_importing_the_package_says_once_that_transformers_is_outside_the_range(tmp_path: Path) -> None:
     said = python(
         """

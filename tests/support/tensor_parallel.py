@@ -1,4 +1,4 @@
-"""What each rank of a tensor-parallel load does: `torchrun --nproc-per-node 2 -m tests.tensor_parallel FOLDER RESULT`.
+"""What each of two ranks of a tensor-parallel load does: `torchrun -m tests.support.tensor_parallel FOLDER RESULT`.
 
 The first rank saves the logits of the prompt and the greedy tokens to RESULT; a refused load saves the error's message.
 """

@@ -550,6 +550,7 @@ def test_a_batch_gives_what_its_rows_give(tokenizer: MistralLargeTokenizer, mode
         assert answers_of(model, single, processors, do_sample=False) == [ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

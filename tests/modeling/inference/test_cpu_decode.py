@@ -338,6 +338,7 @@ DECODINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_the_demo_generates_the_same_tokens_with_and_without_the_fast_products(
     demo_folder: Path, calls: Counter[str], decoding: str
@@ -356,6 +357,7 @@ def test_the_demo_generates_the_same_tokens_with_and_without_the_fast_products(
     assert calls["attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", [[], ["attention"], ["linear"], ["attention", "linear"]])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_the_demos_golden_answers_are_the_same(demo_folder: Path, products: list[str], batch: int) -> None:

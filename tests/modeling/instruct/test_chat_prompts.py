@@ -257,6 +257,7 @@ def as_texts(value: Any) -> Any:
     return Text(value) if isinstance(value, str) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convert", [as_objects, as_dataclasses, as_mappings, as_texts])
 def test_objects_are_read_at_every_depth(tokenizer: MistralLargeTokenizer, convert: Callable[[Any], Any]) -> None:
     for conversation in conversations("nasty", seed=17, count=40):
@@ -473,6 +474,7 @@ def finetuning_reference(tokenizer_model_file: Path) -> Reference:
     return reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_what_the_reference_trains_on(
     tokenizer: MistralLargeTokenizer, finetuning_reference: Reference, kind: Kind
@@ -554,6 +556,7 @@ def test_errors_quote_the_beginning_of_long_values() -> None:
 # Refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_we_refuse_what_the_reference_refuses(
     tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind

@@ -85,6 +85,7 @@ def test_every_engine_renders_the_same(kind: Kind, is_simple: bool) -> None:
 
 # With arguments that are objects, results that are prose, and no control strings, the template should always be
 # right; the other figures are what it is measured at, less the noise.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "is_simple", "share"),
     [("plain", True, 1.0), ("nasty", True, 0.99), ("plain", False, 0.9), ("nasty", False, 0.9)],
@@ -122,6 +123,7 @@ ids = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(st.tuples(ids, ids), min_size=1, max_size=4), max_size=3))
 def test_any_ids_are_mapped_as_in_python(rounds: list[list[tuple[Any, Any]]]) -> None:

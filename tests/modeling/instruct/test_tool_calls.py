@@ -147,6 +147,7 @@ ANSWERS = st.builds(
 ).filter(lambda message: message["content"] or "tool_calls" in message)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(message=ANSWERS)
 def test_messages_survive_their_ids(tokenizer: MistralLargeTokenizer, message: dict[str, Any]) -> None:
@@ -438,6 +439,7 @@ def test_reading_is_linear(name: str, is_streamed: bool, monkeypatch: pytest.Mon
     assert scan.characters < (20 if is_streamed else 6) * len(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPEATED)
 def test_long_answers_are_read(name: str) -> None:
     """Of a length at which the square would be hours."""

@@ -254,6 +254,7 @@ def test_another_dtype_leaves_the_codes_alone(folder: Path) -> None:
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "dtype", "tolerance"),
     # The kernel for int4 is compiled for BF16 only; compiled code rounds less often to it.
@@ -266,6 +267,7 @@ def test_the_whole_graph_compiles(folder: Path, dtype: torch.dtype, tolerance: f
     assert (logits(compiled).float() - wanted).norm() / wanted.norm() < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
 @pytest.mark.parametrize(("quantization", "tolerance"), [("fp8", 0.1), ("int4", 1e-5)])
 def test_two_ranks_say_the_same_as_one(
@@ -300,7 +302,7 @@ def run_ranks(folder: Path, result: Path) -> dict[str, Any]:
     """What two ranks find, see `tensor_parallel`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, "-m", "tests.tensor_parallel", folder, result],
+        [*launch, "-m", "tests.support.tensor_parallel", folder, result],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
