@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import CONFIG_NAME, has_file
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .conversion.hub import HUB_OPTIONS, is_repository_id
