@@ -100,16 +100,17 @@ def known_tokenizer(converted_tokenizer: dict[str, bytes], monkeypatch: pytest.M
 def remembered_tokenizer(converted_tokenizer: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """The vendor's tokenizer is converted once; any other file, or number of rows, is converted each time."""
     from mistral_large_conversion import hf_files
+    from mistral_large_conversion.tokenizer import tokenizer_files
     from mistral_large_conversion.vocabulary import find_vocabulary
     from tests.support import checkpoints
 
-    convert, known = hf_files.tokenizer_files, checkpoints.tokenizer_model_file().read_bytes()
+    known = checkpoints.tokenizer_model_file().read_bytes()
 
     def convert_or_remember(source: Path, *, vocab_size: int) -> dict[str, bytes]:
         path = find_vocabulary(source)
         is_known = path is not None and path.is_file() and path.stat().st_size == len(known)
         if path is None or not is_known or vocab_size != 32768 or path.read_bytes() != known:
-            return convert(source, vocab_size=vocab_size)
+            return tokenizer_files(source, vocab_size=vocab_size)
         return converted_tokenizer
 
     monkeypatch.setattr(hf_files, "tokenizer_files", convert_or_remember)

@@ -182,7 +182,7 @@ def test_logs_keep_the_arguments_that_formatters_read(
             path, status = record.args
             return f"{path} {status:d}"
 
-    def talk(*_: Any) -> None:
+    def talk(*_: Any) -> list[str]:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(Requests())
         logger = logging.getLogger("server")
@@ -190,8 +190,9 @@ def test_logs_keep_the_arguments_that_formatters_read(
         for path in ("/health", ATTACK):
             logger.warning("%s %d", path, 200)
         logger.removeHandler(handler)
+        return []
 
-    monkeypatch.setattr(import_module("mistral_large_cli.retag"), "retag", talk)
+    monkeypatch.setattr("mistral_large_conversion.retag.retag_checkpoint", talk)
     assert run(monkeypatch, "retag", "folder", "--as", "mistral") == 0
     printed = capsys.readouterr().err
     assert is_harmless(printed)
