@@ -56,7 +56,7 @@ def save_conversation(conversation: Conversation, name: str) -> Path:
     Raises:
         DestinationError: no name, the file is another one's, or it cannot be written.
     """
-    from mistral_large_conversion.checkpoint.atomic_write import whole_file
+    from mistral_large_conversion.checkpoint.atomic_write import atomic_write
     from mistral_large_conversion.errors import DestinationError
 
     if not name:
@@ -66,7 +66,7 @@ def save_conversation(conversation: Conversation, name: str) -> Path:
         raise DestinationError(f"{path}: exists, and is not of this conversation; choose another name")
     messages = conversation.with_system(conversation.messages)
     try:
-        with whole_file(path) as out:
+        with atomic_write(path) as out:
             out.write(json.dumps({"messages": messages}, ensure_ascii=False, indent=2).encode())
     except OSError as error:
         raise DestinationError(f"{path}: cannot be written: {error.strerror}; choose another name") from error

@@ -92,9 +92,9 @@ def tokenizer_model_file() -> Path:
             return path
     from mistral_large_conversion.errors import TokenizerFileError
 
-    finding = "is not installed" if spec is None else f"has no {TOKENIZER_IN_MISTRAL_COMMON}"
+    problem = "is not installed" if spec is None else f"has no {TOKENIZER_IN_MISTRAL_COMMON}"
     raise TokenizerFileError(
-        f"mistral-common: {finding}; the demo takes the vendor's tokenizer file from it: "
+        f"mistral-common: {problem}; the demo takes the vendor's tokenizer file from it: "
         "pip install 'modeling-mistral-large[demo]'"
     )
 

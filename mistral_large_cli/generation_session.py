@@ -294,8 +294,8 @@ def load_model(name: str, hub: Mapping[str, Any], **options: Any) -> tuple[Any, 
         raise
     # transformers raises these for whatever it does not find.
     except (OSError, ValueError) as error:
-        finding = str(error).strip().partition("\n")[0]
+        problem = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{name}: cannot be loaded ({finding}); pass a folder of the HF or the consolidated layout, or a repository"
+            f"{name}: cannot be loaded ({problem}); pass a folder of the HF or the consolidated layout, or a repository"
         ) from error
     return model.eval(), tokenizer

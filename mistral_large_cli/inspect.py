@@ -36,11 +36,11 @@ def inspect(
         "tokenizer": [", ".join(inspection.tokenizer) or "none"],
         "licence": [inspection.licence or "none in the folder"],
         "loads with": list(inspection.loads_with) or ["nothing"],
-        "problems": list(inspection.findings) or ["none"],
+        "problems": list(inspection.problems) or ["none"],
     }
     out = console(soft_wrap=True)
     for label, lines in rows.items():
-        style = "bold red" if label == "problems" and inspection.findings else ""
+        style = "bold red" if label == "problems" and inspection.problems else ""
         for line in lines:
             # A value with a line of its own could deny what the next one says.
             out.print(Text.assemble((f"{label:12}", "dim"), (one_line(line), style)))

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
 # The parts of a bar, and how they look.
-PARTS = {"weights": ("█", "blue"), "cache": ("▓", "green"), "activations": ("▒", "yellow"), "reserve": ("░", "magenta")}
+PARTS = {
+    "weights": ("weight_bytes", "█", "blue"),
+    "cache": ("cache_bytes", "▓", "green"),
+    "activations": ("activation_bytes", "▒", "yellow"),
+    "reserve": ("reserve_bytes", "░", "magenta"),
+}
 BAR_WIDTH = 40
 CONVERT = "mistral-large convert {model} {folder} --quantize {weights}"
 CHAT = "mistral-large chat {model} --device-map {device}{chat_options}"
@@ -88,7 +93,7 @@ def plan(
     hub = hub_options(model, revision, token, cache_dir)
     from mistral_large_conversion.errors import PlanError
     from mistral_large_conversion.sharding.devices import detect_devices, parse_devices
-    from mistral_large_conversion.sharding.memory import QUANTIZED, Demand, Sizes, cache_bytes_of_layer
+    from mistral_large_conversion.sharding.memory import QUANTIZED, Sizes, Workload, cache_bytes_of_layer
 
     geometry, found = read_model_geometry(model, hub)
     dtype: str | None = None if weights is None else DTYPES.get(weights, weights)
@@ -111,7 +116,7 @@ def plan(
     others = [replace(options, weights=each, host_memory=0).plans(geometry, devices)[0] for each in smaller]
     plans += [plan for plan in others if plan.fits]
     changes = {} if best.fits else smallest_changes(geometry, devices, options)
-    cache_bytes = geometry.num_hidden_layers * cache_bytes_of_layer(geometry, Demand(context, batch, dtype, kv))
+    cache_bytes = geometry.num_hidden_layers * cache_bytes_of_layer(geometry, Workload(context, batch, dtype, kv))
     weight_bytes = Sizes.of(geometry, dtype).weights
     command = None
     if best.fits:
@@ -142,15 +147,15 @@ def plan(
     out.print(strategies_table(plans))
     for number, load in enumerate(best.loads):
         out.print(bar(number, load))
-    if best.host_weights:
-        out.print(f"host  {gib(best.host_weights)} of weights, read for every token")
-    legend = "  ".join(f"{mark} {part}" for part, (mark, _) in PARTS.items())
+    if best.host_weight_bytes:
+        out.print(f"host  {gib(best.host_weight_bytes)} of weights, read for every token")
+    legend = "  ".join(f"{mark} {part}" for part, (_, mark, _) in PARTS.items())
     out.print(f"{legend}  tokens/s: at most", style="dim")
     if command is not None:
         out.print("\nRun it:\n")
         out.print(command)
     else:
-        out.print(f"\nIt does not fit: {gib(best.missing)} short. What would fit:")
+        out.print(f"\nIt does not fit: {gib(best.shortfall_bytes)} short. What would fit:")
         for change in changes.values() or ["nothing on such devices; take larger ones"]:
             out.print(f"  {change}")
     raise typer.Exit(not best.fits)
@@ -159,22 +164,22 @@ def plan(
 def strategy_report(plan: "ShardingPlan") -> dict[str, Any]:
     """Return a plan as JSON has it: every number of bytes with its unit in the name."""
     return {
-        "strategy": plan.way,
+        "strategy": plan.strategy,
         "weights": plan.weights,
         "fits": plan.fits,
-        "shortfall_bytes": plan.missing,
+        "shortfall_bytes": plan.shortfall_bytes,
         "tokens_per_second": plan.tokens_per_second,
-        "host_weight_bytes": plan.host_weights,
+        "host_weight_bytes": plan.host_weight_bytes,
         "devices": [
             {
                 "name": load.device.name,
-                "memory_bytes": load.device.memory,
+                "memory_bytes": load.device.memory_bytes,
                 "bandwidth_bytes_per_second": load.device.bandwidth,
-                "weight_bytes": load.weights,
-                "cache_bytes": load.cache,
-                "activation_bytes": load.activations,
-                "reserve_bytes": load.reserve,
-                "free_bytes": load.free,
+                "weight_bytes": load.weight_bytes,
+                "cache_bytes": load.cache_bytes,
+                "activation_bytes": load.activation_bytes,
+                "reserve_bytes": load.reserve_bytes,
+                "free_bytes": load.free_bytes,
             }
             for load in plan.loads
         ],
@@ -247,7 +252,7 @@ def smallest_changes(geometry: "ModelSizes", devices: "Sequence[Device]", option
     if offloaded is not None:
         rate = offloaded.tokens_per_second
         slow = "" if rate is None else f", at most {rate:.2g} tokens/s"
-        changes["host"] = f"--host {-(-offloaded.host_weights // 10**9)}GB{slow}"
+        changes["host"] = f"--host {-(-offloaded.host_weight_bytes // 10**9)}GB{slow}"
     return changes
 
 
@@ -263,9 +268,9 @@ def how_to_run(plan: "ShardingPlan", model: str, options: PlanOptions, *, is_con
     usual = PlanOptions(options.context)
     kv = " --kv fp8" if options.kv == "fp8" else ""
     chunk = f" --prefill-chunk {options.prefill_chunk}" if options.prefill_chunk != usual.prefill_chunk else ""
-    if plan.way == "tensor parallel":
+    if plan.strategy == "tensor parallel":
         steps.append(PARALLEL.format(count=len(plan.loads), model=shlex.quote(model), chat_options=kv + chunk))
-    elif plan.way == "one device":
+    elif plan.strategy == "one device":
         device = plan.loads[0].device.kind
         steps.append(CHAT.format(model=shlex.quote(model), device=device, chat_options=kv + chunk))
     else:
@@ -294,15 +299,15 @@ def strategies_table(plans: "Sequence[ShardingPlan]") -> Any:
 
     table = Table("strategy", "weights", "devices", "fits", "tokens/s", "fullest device", box=None, pad_edge=False)
     for plan in plans:
-        fullest = min(plan.loads, key=lambda load: load.free)
+        fullest = min(plan.loads, key=lambda load: load.free_bytes)
         rate = "?" if plan.tokens_per_second is None and plan.fits else f"{plan.tokens_per_second or 0:.3g}"
         table.add_row(
-            plan.way,
+            plan.strategy,
             plan.weights,
             str(len(plan.loads)),
-            "yes" if plan.fits else f"no, by {gib(plan.missing)}",
+            "yes" if plan.fits else f"no, by {gib(plan.shortfall_bytes)}",
             rate if plan.fits else "",
-            f"{fullest.total / 2**30:.1f} of {gib(fullest.device.memory)}",
+            f"{fullest.total_bytes / 2**30:.1f} of {gib(fullest.device.memory_bytes)}",
         )
     return table
 
@@ -311,17 +316,17 @@ def bar(number: int, load: "DeviceLoad") -> "Text":
     """Return a device as a bar of its parts, as long as its memory."""
     from rich.text import Text
 
-    scale = BAR_WIDTH / max(load.device.memory, load.total)
+    scale = BAR_WIDTH / max(load.device.memory_bytes, load.total_bytes)
     text = Text(f"{number:<3} {load.device.name:8.8} ")
     end = drawn = 0
-    for part, (mark, colour) in PARTS.items():
-        end += getattr(load, part)
+    for name, mark, colour in PARTS.values():
+        end += getattr(load, name)
         width = round(end * scale) - drawn
         text.append(mark * width, style=colour)
         drawn += width
     text.append("·" * (BAR_WIDTH - drawn), style="dim")
-    sizes = " + ".join(f"{getattr(load, part) / 2**30:.1f}" for part in PARTS)
-    return text.append(f" {sizes} = {gib(load.total)} of {gib(load.device.memory)}")
+    sizes = " + ".join(f"{getattr(load, name) / 2**30:.1f}" for name, _, _ in PARTS.values())
+    return text.append(f" {sizes} = {gib(load.total_bytes)} of {gib(load.device.memory_bytes)}")
 
 
 def gib(size: int) -> str:

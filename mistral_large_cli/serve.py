@@ -91,8 +91,8 @@ def choose_engine(engine: Engine) -> Literal["vllm", "transformers"]:
         "vllm": "vLLM is not installed; run pip install vllm",
         "transformers": "what `transformers serve` needs is not installed; run pip install 'transformers[serving]'",
     }
-    finding = wanted.get(engine, f"{wanted['vllm']}, or pip install 'transformers[serving]'")
-    raise MissingLibraryError(f"serve: {finding}")
+    problem = wanted.get(engine, f"{wanted['vllm']}, or pip install 'transformers[serving]'")
+    raise MissingLibraryError(f"serve: {problem}")
 
 
 def serve_with_transformers(
@@ -149,9 +149,9 @@ def serve_with_transformers(
         raise
     # transformers raises these for whatever it does not find, and torch for a device that is not there.
     except (OSError, ValueError, RuntimeError) as error:
-        finding = str(error).strip().partition("\n")[0]
+        problem = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{checkpoint}: cannot be served ({finding}); pass a folder of the HF layout, or a repository"
+            f"{checkpoint}: cannot be served ({problem}); pass a folder of the HF layout, or a repository"
         ) from error
     finally:
         server.build_server = build_server

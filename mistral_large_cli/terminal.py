@@ -89,7 +89,7 @@ def write_picture(path: Path, text: str) -> None:
     Raises:
         DestinationError: it cannot be written.
     """
-    from mistral_large_conversion.checkpoint.atomic_write import whole_file
+    from mistral_large_conversion.checkpoint.atomic_write import atomic_write
     from mistral_large_conversion.errors import DestinationError
 
     data = text.encode("utf-8", "backslashreplace")
@@ -98,7 +98,7 @@ def write_picture(path: Path, text: str) -> None:
             # A pipe or a device has no content to be replaced.
             path.write_bytes(data)
         else:
-            with whole_file(path.resolve()) as stream:
+            with atomic_write(path.resolve()) as stream:
                 stream.write(data)
     except OSError as error:
         raise DestinationError(f"{path}: cannot be written: {error.strerror}; choose another name") from error

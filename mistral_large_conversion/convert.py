@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_large_conversion.checkpoint.atomic_write import json_bytes, whole_file
+from mistral_large_conversion.checkpoint.atomic_write import atomic_write, json_bytes
 from mistral_large_conversion.checkpoint.hub import CONSOLIDATED_FILES, HF_FILES, LICENCE_PATTERNS, resolve_source
 from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, TOKENIZER_NAME, Layout
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME, params_from_geometry
 from mistral_large_conversion.checkpoint.quantization import Scheme
-from mistral_large_conversion.checkpoint.read import vocabulary_finding
+from mistral_large_conversion.checkpoint.read import vocabulary_problem
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor, header_bytes
 from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME, read_json_object, shown
 from mistral_large_conversion.destination import State, check_destination, unfinished
@@ -251,8 +251,8 @@ def export_checkpoint(
     small_files = {PARAMS_NAME: json_bytes(params_from_geometry(plan.geometry))}
     if origin is not None:
         folder = resolve_source(origin, patterns=(TOKENIZER_NAME, *LICENCE_PATTERNS))
-        if finding := vocabulary_finding(folder):
-            raise CheckpointError(f"{folder}: {finding}; give the folder that holds it")
+        if problem := vocabulary_problem(folder):
+            raise CheckpointError(f"{folder}: {problem}; give the folder that holds it")
         small_files = consolidated_files(plan.geometry, source=folder, licences=licence_files(folder), cast=plan.cast)
     Conversion(plan, None, Path(destination), small_files).run(jobs=jobs, progress=progress)
     return plan
@@ -296,5 +296,5 @@ def _file_identity(path: Path) -> dict[str, Any]:
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with whole_file(path) as out:
+    with atomic_write(path) as out:
         out.write(content)

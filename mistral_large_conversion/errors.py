@@ -1,4 +1,4 @@
-"""The errors users can meet: each gives the thing, the finding, the rule and the way out.
+"""The errors users can meet: each gives the thing, the problem, the rule and the way out.
 
 Every class is also the built-in error that callers would expect, so `except ValueError` and `except OSError` work as
 usual; the command line prints the message alone and exits with 2.

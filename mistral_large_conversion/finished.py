@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mistral_large_conversion.checkpoint.atomic_write import json_bytes
-from mistral_large_conversion.checkpoint.source_files import file_finding
+from mistral_large_conversion.checkpoint.source_files import file_problem
 from mistral_large_conversion.errors import DestinationError
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mistral_large_conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
@@ -25,11 +25,11 @@ def refuse_another(folder: Path, plan: ConversionPlan, small_files: Mapping[str,
     """
     manifest = read_manifest(folder)
     assert manifest is not None
-    if (finding := next(_findings(folder, plan, small_files, manifest), None)) is not None:
-        raise DestinationError(f"{folder}: holds another finished conversion: {finding}; choose a new or empty folder")
+    if (problem := next(_problems(folder, plan, small_files, manifest), None)) is not None:
+        raise DestinationError(f"{folder}: holds another finished conversion: {problem}; choose a new or empty folder")
 
 
-def _findings(
+def _problems(
     folder: Path, plan: ConversionPlan, small_files: Mapping[str, bytes], manifest: Manifest
 ) -> Iterator[str]:
     checksums = {name: tensor.checksum for name, tensor in manifest.tensors.items()}
@@ -41,13 +41,13 @@ def _findings(
     if manifest.tensors != wanted.tensors:
         yield "its tensors have other shapes, dtypes or files"
     for name, content in small_files.items():
-        if finding := file_finding(folder, name):
-            yield finding
+        if problem := file_problem(folder, name):
+            yield problem
         elif (folder / name).read_bytes() != content:
             yield f"its {name} is another"
     for file in plan.files:
-        if finding := file_finding(folder, file.name):
-            yield finding
+        if problem := file_problem(folder, file.name):
+            yield problem
         elif not _has_header_and_size(folder / file.name, file):
             yield f"its {file.name} is another"
     if (folder / MANIFEST_NAME).read_bytes() != json_bytes(wanted.to_json()):

@@ -15,7 +15,7 @@ from mistral_large_conversion.checkpoint.layout import (
 from mistral_large_conversion.checkpoint.params import params_from_geometry
 from mistral_large_conversion.checkpoint.read import Checkpoint
 from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES
-from mistral_large_conversion.checkpoint.source_files import file_finding, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
 from mistral_large_conversion.destination import UNFINISHED_NAME
 from mistral_large_conversion.hf_files import ARCHITECTURES
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile
@@ -56,7 +56,7 @@ READ_BY_LOADERS = (
 )
 
 
-def unfinished_findings(folder: Path) -> list[str]:
+def unfinished_problems(folder: Path) -> list[str]:
     """What shows that a conversion did not end in a folder."""
     return [
         f"{path.name}: an unfinished conversion; run it again"
@@ -65,29 +65,29 @@ def unfinished_findings(folder: Path) -> list[str]:
     ]
 
 
-def config_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
+def config_problems(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
     """Where the small JSON files say something else than the weights, each other, or the source."""
-    findings = []
+    problems = []
     if origin is not None:
         own, others = params_from_geometry(checkpoint.geometry), params_from_geometry(origin.geometry)
-        findings += [f"{key} is {own[key]}, the source's is {others[key]}" for key in own if own[key] != others[key]]
+        problems += [f"{key} is {own[key]}, the source's is {others[key]}" for key in own if own[key] != others[key]]
     if checkpoint.layout == "consolidated":
-        return findings
+        return problems
     config = read_json_object(checkpoint.folder / CONFIG_NAME)
     torch_name = config.get("dtype", config.get("torch_dtype"))
     if torch_name != TORCH_NAMES[checkpoint.dtype]:
-        findings.append(f"{CONFIG_NAME}: dtype is {shown(torch_name)}, the weights are {TORCH_NAMES[checkpoint.dtype]}")
+        problems.append(f"{CONFIG_NAME}: dtype is {shown(torch_name)}, the weights are {TORCH_NAMES[checkpoint.dtype]}")
     if config.get("architectures") != [ARCHITECTURES[config["model_type"]]]:
-        findings.append(
+        problems.append(
             f"{CONFIG_NAME}: architectures {shown(config.get('architectures'))} of a {config['model_type']}"
         )
-    if finding := file_finding(checkpoint.folder, GENERATION_CONFIG_NAME):
-        return [*findings, finding]
+    if problem := file_problem(checkpoint.folder, GENERATION_CONFIG_NAME):
+        return [*problems, problem]
     try:
         generation_config = read_json_object(checkpoint.folder / GENERATION_CONFIG_NAME)
     except (OSError, ValueError) as error:
-        return [*findings, f"{GENERATION_CONFIG_NAME}: {error}"]
-    return findings + [
+        return [*problems, f"{GENERATION_CONFIG_NAME}: {error}"]
+    return problems + [
         f"{GENERATION_CONFIG_NAME}: {name} is {shown(generation_config.get(name))}, "
         f"{CONFIG_NAME} has {shown(config.get(name))}"
         for name in SPECIAL_IDS
@@ -103,40 +103,40 @@ def _differ(one: object, other: object) -> bool:
         return True
 
 
-def chat_template_findings(folder: Path) -> list[str]:
+def chat_template_problems(folder: Path) -> list[str]:
     """What is wrong with the chat template of an HF layout."""
-    if finding := file_finding(folder, CHAT_TEMPLATE_NAME):
-        return [finding]
+    if problem := file_problem(folder, CHAT_TEMPLATE_NAME):
+        return [problem]
     # With tools, transformers takes a template of this folder named `tool_use`; any of them can be asked for.
     more = folder / ADDITIONAL_TEMPLATES_NAME
     names = [CHAT_TEMPLATE_NAME, *sorted(f"{more.name}/{path.name}" for path in more.glob("*.jinja"))]
-    findings = []
+    problems = []
     for name in names:
-        if finding := file_finding(folder, name) if name == CHAT_TEMPLATE_NAME else file_finding(more, Path(name).name):
-            findings.append(finding)
+        if problem := file_problem(folder, name) if name == CHAT_TEMPLATE_NAME else file_problem(more, Path(name).name):
+            problems.append(problem)
         elif prompt_format_of((folder / name).read_bytes().decode("utf-8", errors="replace")) is None:
-            findings.append(f"{name} is not the bundled one: prompts are what it renders")
-    return findings
+            problems.append(f"{name} is not the bundled one: prompts are what it renders")
+    return problems
 
 
-def manifest_findings(folder: Path, manifest: Manifest) -> list[str]:
+def manifest_problems(folder: Path, manifest: Manifest) -> list[str]:
     """Where the files of a folder are not those of its manifest; tensors have their own checksums.
 
     Files that were added are named if a loader reads such files.
     """
-    findings = []
+    problems = []
     present = {path.name for path in folder.iterdir()}
     if (folder / MANIFEST_NAME).read_bytes() != json_bytes(manifest.to_json()):
-        findings.append(f"{MANIFEST_NAME} is not as a conversion writes it")
+        problems.append(f"{MANIFEST_NAME} is not as a conversion writes it")
     for name, entry in (manifest.files or {}).items():
         # Anything may stand in a manifest: only names that are there are looked up.
         if name not in present:
-            findings.append(f"{name} is missing")
-        elif finding := file_finding(folder, name):
-            findings.append(finding)
+            problems.append(f"{name} is missing")
+        elif problem := file_problem(folder, name):
+            problems.append(problem)
         elif ManifestFile.of_file(folder / name) != entry:
-            findings.append(f"{name} has changed since the conversion")
-    return findings + [
+            problems.append(f"{name} has changed since the conversion")
+    return problems + [
         f"{name!r} was added since the conversion: a loader may read it"
         for name in added_files(folder, manifest)
         if any(fnmatchcase(name.lower(), pattern) for pattern in READ_BY_LOADERS)
@@ -151,7 +151,7 @@ def added_files(folder: Path, manifest: Manifest) -> list[str]:
     )
 
 
-def licence_findings(folder: Path, origin: Checkpoint | None, layout: Layout) -> list[str]:
+def licence_problems(folder: Path, origin: Checkpoint | None, layout: Layout) -> list[str]:
     """Which files are not there that must go with the weights.
 
     The vendor's own folder has none of them.
@@ -159,16 +159,16 @@ def licence_findings(folder: Path, origin: Checkpoint | None, layout: Layout) ->
     names = [name for name in (*LICENCE_NAMES, MODEL_CARD_NAME) if (folder / name).exists()]
     if layout == "consolidated" and not names:
         return []
-    if findings := [finding for name in names if (finding := file_finding(folder, name))]:
-        return findings
+    if problems := [problem for name in names if (problem := file_problem(folder, name))]:
+        return problems
     present = {name: (folder / name).read_bytes() for name in names if name != MODEL_CARD_NAME}
     if origin is not None:
         wanted = licence_files(origin.folder)
-        findings = [f"{name} is not the source's" for name in wanted if present.get(name) != wanted[name]]
+        problems = [f"{name} is not the source's" for name in wanted if present.get(name) != wanted[name]]
     elif not present:
-        findings = [f"no {AGREEMENT_NAME}: it must go with the weights"]
+        problems = [f"no {AGREEMENT_NAME}: it must go with the weights"]
     elif is_research_licence(present):
-        findings = [f"no {name}" for name in (AGREEMENT_NAME, NOTICE_NAME) if name not in present]
+        problems = [f"no {name}" for name in (AGREEMENT_NAME, NOTICE_NAME) if name not in present]
     if layout == "hf" and MODEL_CARD_NAME not in names:
-        findings.append(f"no {MODEL_CARD_NAME}, which states the modification")
-    return findings
+        problems.append(f"no {MODEL_CARD_NAME}, which states the modification")
+    return problems

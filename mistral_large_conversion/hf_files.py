@@ -22,7 +22,7 @@ from mistral_large_conversion.checkpoint.params import PARAMS_NAME, ROPE_THETA, 
 from mistral_large_conversion.checkpoint.quantization import Quantization, quantization_config
 from mistral_large_conversion.checkpoint.remote_code import IN_CONFIG, REMOTE_CODE, REMOTE_CODE_NAME, TOKENIZER_AUTO_MAP
 from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES
-from mistral_large_conversion.checkpoint.source_files import file_finding, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.model_card import ModelType, model_card
 from mistral_large_conversion.tokenizer import tokenizer_files
@@ -136,8 +136,8 @@ def kept_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str | N
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME):
         if not (folder / name).exists():
             continue
-        if finding := file_finding(folder, name):
-            raise CheckpointError(f"{folder}: {finding}")
+        if problem := file_problem(folder, name):
+            raise CheckpointError(f"{folder}: {problem}")
         try:
             settings[name] = read_json_object(folder / name)
         except (OSError, ValueError) as error:
@@ -153,8 +153,8 @@ def kept_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str | N
             ids[key] = value
     template = None
     if (folder / CHAT_TEMPLATE_NAME).exists():
-        if finding := file_finding(folder, CHAT_TEMPLATE_NAME):
-            raise CheckpointError(f"{folder}: {finding}")
+        if problem := file_problem(folder, CHAT_TEMPLATE_NAME):
+            raise CheckpointError(f"{folder}: {problem}")
         template = (folder / CHAT_TEMPLATE_NAME).read_bytes().decode("utf-8", errors="replace")
     return ids, settings.get(GENERATION_CONFIG_NAME, {}), template if prompt_format_of(template) is None else None
 

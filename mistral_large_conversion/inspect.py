@@ -27,15 +27,15 @@ from mistral_large_conversion.checkpoint.quantization import (
     FORMATS,
     quantization_of,
 )
-from mistral_large_conversion.checkpoint.read import finding_lines, load_headers
-from mistral_large_conversion.checkpoint.source_files import adapter_finding, file_finding, read_json_object, shown
+from mistral_large_conversion.checkpoint.read import load_headers, problem_lines
+from mistral_large_conversion.checkpoint.source_files import adapter_problem, file_problem, read_json_object, shown
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.folder_checks import (
-    chat_template_findings,
-    config_findings,
-    licence_findings,
-    manifest_findings,
-    unfinished_findings,
+    chat_template_problems,
+    config_problems,
+    licence_problems,
+    manifest_problems,
+    unfinished_problems,
 )
 from mistral_large_conversion.manifest import read_manifest
 from mistral_large_conversion.model_card import (
@@ -87,7 +87,7 @@ class Inspection:
     tokenizer: tuple[str, ...]
     licence: str | None
     loads_with: tuple[str, ...]
-    findings: tuple[str, ...]
+    problems: tuple[str, ...]
 
     def _repr_html_(self) -> str:
         sizes = [size for size in self.file_bytes.values() if size is not None]
@@ -101,7 +101,7 @@ class Inspection:
             ("tokenizer", ", ".join(self.tokenizer) or "none"),
             ("licence", self.licence or "none"),
             *(("loads with", call) for call in self.loads_with),
-            *(("problem", finding) for finding in self.findings),
+            *(("problem", problem) for problem in self.problems),
         ]
         return html_table(rows)
 
@@ -113,7 +113,7 @@ def inspect_checkpoint(
     token: str | bool | None = None,
     cache_dir: Path | str | None = None,
 ) -> Inspection:
-    """Say what a folder or a repository on the hub holds; what is wrong is a finding, not an error.
+    """Say what a folder or a repository on the hub holds; what is wrong is a problem, not an error.
 
     revision, token, cache_dir: of a repository, as `resolve_source` has them.
 
@@ -135,42 +135,42 @@ def inspect_checkpoint(
 def _inspect(folder: Path, name: str) -> Inspection:
     try:
         layouts = layouts_of(folder)
-        findings = unfinished_findings(folder)
-        adapter = adapter_finding(folder)
-        is_unfinished = bool(findings)
-        config, config_findings_ = _settings(folder)
+        problems = unfinished_problems(folder)
+        adapter = adapter_problem(folder)
+        is_unfinished = bool(problems)
+        config, config_problems_ = _settings(folder)
         quantization = _quantization(config, layouts)
-        dtypes, parameters, file_bytes, file_findings, name_findings = _weights(folder, layouts)
+        dtypes, parameters, file_bytes, file_problems, name_problems = _weights(folder, layouts)
         checkpoint = None
         if adapter is not None:
-            findings.append(adapter)
+            problems.append(adapter)
         elif layouts and (quantization is None or quantization_of((config or {}).get("quantization_config"))):
             try:
                 checkpoint = load_headers(folder, layouts[0])
             except CheckpointError as error:
-                findings += finding_lines(error)
+                problems += problem_lines(error)
         else:
-            findings += config_findings_ + file_findings
+            problems += config_problems_ + file_problems
         if not layouts and adapter is None:
-            findings.append(f"no {' and no '.join(CONFIG_NAMES.values())}: not a checkpoint")
+            problems.append(f"no {' and no '.join(CONFIG_NAMES.values())}: not a checkpoint")
         if checkpoint is not None:
-            findings += name_findings + config_findings(checkpoint, None)
+            problems += name_problems + config_problems(checkpoint, None)
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
-            findings += finding_lines(error)
+            problems += problem_lines(error)
         else:
-            findings += [] if manifest is None or manifest.files is None else manifest_findings(folder, manifest)
+            problems += [] if manifest is None or manifest.files is None else manifest_problems(folder, manifest)
         if "hf" in layouts[:1]:
-            findings += chat_template_findings(folder)
+            problems += chat_template_problems(folder)
         if layouts:
-            findings += [finding for file in _tokenizer_names(layouts[0]) if (finding := file_finding(folder, file))]
-            findings += licence_findings(folder, None, layouts[0])
+            problems += [problem for file in _tokenizer_names(layouts[0]) if (problem := file_problem(folder, file))]
+            problems += licence_problems(folder, None, layouts[0])
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read: {error}") from error
     model_type = None if config is None else config.get("model_type")
     reader = layouts[0] if layouts[:1] == ["consolidated"] else str(model_type)
-    is_loadable = checkpoint is not None and not is_unfinished and not name_findings
+    is_loadable = checkpoint is not None and not is_unfinished and not name_problems
     loaders = LOADS_WITH.get(reader, ()) if is_loadable else ()
     return Inspection(
         name=name,
@@ -184,7 +184,7 @@ def _inspect(folder: Path, name: str) -> Inspection:
         tokenizer=tuple(file for file in TOKENIZER_NAMES if (folder / file).exists()),
         licence=_licence(folder),
         loads_with=tuple(call.format(text=json.dumps(name), word=shlex.quote(name)) for call in loaders),
-        findings=tuple(findings),
+        problems=tuple(problems),
     )
 
 
@@ -193,8 +193,8 @@ def _settings(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     name = next((name for name in (CONFIG_NAME, PARAMS_NAME) if (folder / name).exists()), None)
     if name is None:
         return None, []
-    if finding := file_finding(folder, name):
-        return None, [finding]
+    if problem := file_problem(folder, name):
+        return None, [problem]
     try:
         return read_json_object(folder / name), []
     except ValueError as error:
@@ -223,12 +223,12 @@ def _weights(
     """
     dtypes: Counter[str] = Counter()
     wrapped = None
-    parameters, file_bytes, findings = 0, dict[str, int | None](), []
+    parameters, file_bytes, problems = 0, dict[str, int | None](), []
     stem = WEIGHTS_STEM[layouts[0]] if layouts else ""
     for path in sorted(folder.glob(f"{stem}*.safetensors")):
-        finding = file_finding(folder, path.name)
-        file_bytes[path.name] = None if finding else path.stat().st_size
-        if finding is None:
+        problem = file_problem(folder, path.name)
+        file_bytes[path.name] = None if problem else path.stat().st_size
+        if problem is None:
             try:
                 with safe_open(path, "numpy") as opened:
                     for name in opened.keys():  # noqa: SIM118  # not a dict
@@ -238,10 +238,10 @@ def _weights(
                         dtypes[tensor.get_dtype()] += 1
                         parameters += math.prod(tensor.get_shape())
             except SafetensorError as error:
-                finding = f"{path.name}: {error}"
-        findings += [finding] if finding else []
-    name_findings = [] if wrapped is None else [WRAPPED.format(name=wrapped)]
-    return dtypes, parameters, file_bytes, findings, name_findings
+                problem = f"{path.name}: {error}"
+        problems += [problem] if problem else []
+    name_problems = [] if wrapped is None else [WRAPPED.format(name=wrapped)]
+    return dtypes, parameters, file_bytes, problems, name_problems
 
 
 def _kind(layouts: Sequence[Layout], model_type: object, quantization: str | None, is_unfinished: bool) -> str:
@@ -262,7 +262,7 @@ def _tokenizer_names(layout: Layout) -> tuple[str, ...]:
 
 
 def _licence(folder: Path) -> str | None:
-    names = [name for name in LICENCE_NAMES if file_finding(folder, name) is None]
+    names = [name for name in LICENCE_NAMES if file_problem(folder, name) is None]
     if not names:
         return None
     is_research = is_research_licence({name: (folder / name).read_bytes() for name in names})

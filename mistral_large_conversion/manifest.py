@@ -8,7 +8,7 @@ from typing import Any
 import xxhash
 
 from mistral_large_conversion.checkpoint.safetensors_header import WEIGHTS_SUFFIX, header_bytes
-from mistral_large_conversion.checkpoint.source_files import file_finding, read_json_object
+from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.plan import ConversionPlan
 
@@ -104,12 +104,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     if not (folder / MANIFEST_NAME).exists():
         return None
-    finding = file_finding(folder, MANIFEST_NAME)
-    if finding is None:
+    problem = file_problem(folder, MANIFEST_NAME)
+    if problem is None:
         try:
             content = read_json_object(folder / MANIFEST_NAME)
             if content["checksum"] != CHECKSUM_NAME:
-                finding = f"checksums of kind {content['checksum']!r}, must be {CHECKSUM_NAME}"
+                problem = f"checksums of kind {content['checksum']!r}, must be {CHECKSUM_NAME}"
             else:
                 files = content.get("files")
                 return Manifest(
@@ -117,8 +117,8 @@ def read_manifest(folder: Path) -> Manifest | None:
                     None if files is None else {name: ManifestFile(**entry) for name, entry in files.items()},
                 )
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            finding = f"{type(error).__name__}: {error}"
-    raise CheckpointError(f"{folder / MANIFEST_NAME}: not a manifest of a conversion: {finding}; convert again")
+            problem = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"{folder / MANIFEST_NAME}: not a manifest of a conversion: {problem}; convert again")
 
 
 def _tensor(*, file: str, dtype: str, shape: list[int], checksum: str) -> ManifestTensor:

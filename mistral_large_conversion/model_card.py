@@ -6,7 +6,7 @@ from typing import Literal
 
 from mistral_large_conversion.checkpoint.quantization import DESCRIPTIONS, Quantization
 from mistral_large_conversion.checkpoint.remote_code import DISTRIBUTION, REMOTE_CODE_NAME
-from mistral_large_conversion.checkpoint.source_files import file_finding
+from mistral_large_conversion.checkpoint.source_files import file_problem
 from mistral_large_conversion.errors import CheckpointError
 
 ModelType = Literal["mistral_large", "mistral"]
@@ -123,8 +123,8 @@ def licence_files(source: Path) -> dict[str, bytes]:
     """
     files = {}
     for name in sorted(path.name for path in source.iterdir() if path.name in LICENCE_NAMES):
-        if finding := file_finding(source, name):
-            raise CheckpointError(f"{source}: {finding}; the licence must go with the weights")
+        if problem := file_problem(source, name):
+            raise CheckpointError(f"{source}: {problem}; the licence must go with the weights")
         files[name] = (source / name).read_bytes()
     return files or {name: (LICENCE_FOLDER / name).read_bytes() for name in (AGREEMENT_NAME, NOTICE_NAME)}
 

@@ -14,8 +14,8 @@ from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, WEIGHTS_STE
 from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
 from mistral_large_conversion.checkpoint.params import (
     geometry_from_params,
-    params_findings,
     params_from_hf_config,
+    params_problems,
 )
 from mistral_large_conversion.checkpoint.quantization import (
     CANNOT_UNDO,
@@ -29,11 +29,11 @@ from mistral_large_conversion.checkpoint.quantization import (
 )
 from mistral_large_conversion.checkpoint.read import (
     derive_head_dim,
-    dtype_findings,
+    dtype_problems,
     expected_entries,
     read_checkpoint,
     refuse,
-    tensor_findings,
+    tensor_problems,
 )
 from mistral_large_conversion.checkpoint.safetensors_header import (
     BYTES_OF,
@@ -220,20 +220,20 @@ def plan_export(
         raise CheckpointError(f"the model: {CANNOT_UNDO}")
     tensors = [MemoryTensor.of(unwrapped_name(name), tensor) for name, tensor in state_dict.items()]
     tensors = [tensor for tensor in tensors if not is_buffer(tensor.name)]
-    params, findings = params_from_hf_config(config)
-    findings += derive_head_dim(params, tensors)
-    findings += params_findings(params)
-    refuse([f"config: {finding}" for finding in findings], "the config is not that of a Mistral Large")
+    params, problems = params_from_hf_config(config)
+    problems += derive_head_dim(params, tensors)
+    problems += params_problems(params)
+    refuse([f"config: {problem}" for problem in problems], "the config is not that of a Mistral Large")
     geometry = geometry_from_params(params)
-    findings = tensor_findings(tensors, expected_entries(geometry, "hf"), are_complete=True)
-    findings += [
+    problems = tensor_problems(tensors, expected_entries(geometry, "hf"), are_complete=True)
+    problems += [
         f"tensor {tensor.name!r} is on device meta, without data; load the model without offload"
         for tensor in tensors
         if tensor.tensor.is_meta
     ]
     if dtype is None:
-        findings += dtype_findings(tensors)
-    refuse(findings, "the state dict does not fit its config")
+        problems += dtype_problems(tensors)
+    refuse(problems, "the state dict does not fit its config")
     return _plan({tensor.name: tensor for tensor in tensors}, geometry, "hf", "consolidated", dtype, max_shard_size)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_large_conversion.chat_templates import prompt_format_of
-from mistral_large_conversion.checkpoint.atomic_write import json_bytes, whole_file
+from mistral_large_conversion.checkpoint.atomic_write import atomic_write, json_bytes
 from mistral_large_conversion.checkpoint.layout import (
     CHAT_TEMPLATE_NAME,
     CONFIG_NAME,
@@ -13,7 +13,7 @@ from mistral_large_conversion.checkpoint.layout import (
     TOKENIZER_CONFIG_NAME,
 )
 from mistral_large_conversion.checkpoint.read import load_headers
-from mistral_large_conversion.checkpoint.source_files import file_finding, read_json_object
+from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object
 from mistral_large_conversion.destination import UNFINISHED_NAME
 from mistral_large_conversion.errors import CheckpointError, DestinationError
 from mistral_large_conversion.hf_files import (
@@ -26,7 +26,7 @@ from mistral_large_conversion.hf_files import (
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
 from mistral_large_conversion.model_card import ModelType, retag_model_card
 from mistral_large_conversion.options import check_option
-from mistral_large_conversion.tokenizer import tokenizer_findings
+from mistral_large_conversion.tokenizer import tokenizer_problems
 
 
 def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
@@ -45,11 +45,11 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
     if (folder / UNFINISHED_NAME).exists():
         raise CheckpointError(f"{folder}: an unfinished conversion; run `mistral-large convert` again first")
     names = (CHAT_TEMPLATE_NAME, MODEL_CARD_NAME, TOKENIZER_CONFIG_NAME, CONFIG_NAME)
-    findings = [finding for name in names if (finding := file_finding(folder, name))]
-    findings += [f"{name} is a link: its target would not change" for name in names if (folder / name).is_symlink()]
-    findings += _settings_findings(folder) or tokenizer_findings(folder, vocab_size=vocab_size)
-    if findings:
-        raise CheckpointError(f"{folder}: cannot be retagged, it is not as it was converted: {'; '.join(findings)}")
+    problems = [problem for name in names if (problem := file_problem(folder, name))]
+    problems += [f"{name} is a link: its target would not change" for name in names if (folder / name).is_symlink()]
+    problems += _settings_problems(folder) or tokenizer_problems(folder, vocab_size=vocab_size)
+    if problems:
+        raise CheckpointError(f"{folder}: cannot be retagged, it is not as it was converted: {'; '.join(problems)}")
     retagged = _retagged(folder, model_type)
     removed = [name for files in OWN_FILES.values() for name in files if name not in retagged]
     # Before the files that it is of: until they are written, they do not pass.
@@ -58,7 +58,7 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
     removed = [name for name in removed if os.path.lexists(folder / name)]
     try:
         for name, content in changed.items():
-            with whole_file(folder / name) as out:
+            with atomic_write(folder / name) as out:
                 out.write(content)
         for name in removed:
             (folder / name).unlink()
@@ -67,7 +67,7 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
     return [*changed, *removed]
 
 
-def _settings_findings(folder: Path) -> list[str]:
+def _settings_problems(folder: Path) -> list[str]:
     try:
         read_json_object(folder / TOKENIZER_CONFIG_NAME)
     except (OSError, ValueError) as error:

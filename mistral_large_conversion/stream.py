@@ -9,7 +9,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy
 
-from mistral_large_conversion.checkpoint.atomic_write import PARTIAL_SUFFIX, settle_file
+from mistral_large_conversion.checkpoint.atomic_write import PARTIAL_SUFFIX, commit_file
 from mistral_large_conversion.checkpoint.safetensors_header import StoredTensor, TensorEntry
 from mistral_large_conversion.destination import Journal
 from mistral_large_conversion.errors import CheckpointError
@@ -110,7 +110,7 @@ class OutputFile:
             self.tensors_to_come -= 1
             is_last = not self.tensors_to_come
         if is_last:
-            settle_file(self.path)
+            commit_file(self.path)
 
     def _is_there(self, output: TensorEntry) -> bool:
         recorded = self.journal.checksums.get(output.name)

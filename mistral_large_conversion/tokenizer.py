@@ -85,7 +85,7 @@ def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
     return files
 
 
-def tokenizer_findings(folder: Path, *, vocab_size: int) -> list[str]:
+def tokenizer_problems(folder: Path, *, vocab_size: int) -> list[str]:
     """What is wrong with tokenizer.json, compared whole with what is made of the tokenizer.model.v3 next to it.
 
     Tokens may have been added since, if the weights have rows for them. Empty if nothing is wrong.
@@ -97,13 +97,13 @@ def tokenizer_findings(folder: Path, *, vocab_size: int) -> list[str]:
         return [str(error)]
     pieces, added = len(wanted["model"]["vocab"]), found["added_tokens"][len(wanted["added_tokens"]) :]
     found["added_tokens"] = found["added_tokens"][: len(wanted["added_tokens"])]
-    findings = []
+    problems = []
     if vocab_size < pieces + len(added) or (vocab_size > pieces and not added):
-        findings.append(f"{TOKENIZER_JSON_NAME} has {pieces + len(added)} tokens, the weights have {vocab_size} rows")
+        problems.append(f"{TOKENIZER_JSON_NAME} has {pieces + len(added)} tokens, the weights have {vocab_size} rows")
     differing = [name for name in MAKES_IDS if found[name] != wanted[name]]
     if differing:
-        findings.append(f"{TOKENIZER_JSON_NAME}: {', '.join(differing)} not as made from {TOKENIZER_NAME}")
-    return findings
+        problems.append(f"{TOKENIZER_JSON_NAME}: {', '.join(differing)} not as made from {TOKENIZER_NAME}")
+    return problems
 
 
 def inexact_text(encode: Callable[[str], list[int]], processor: SentencePieceProcessor) -> str | None:

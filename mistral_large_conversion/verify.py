@@ -14,29 +14,29 @@ import numpy
 
 from mistral_large_conversion.checkpoint.layout import CONFIG_NAME, CONFIG_NAMES, TOKENIZER_NAME, Layout, layouts_of
 from mistral_large_conversion.checkpoint.names import expected_tensors
-from mistral_large_conversion.checkpoint.read import Checkpoint, finding_lines, load_headers, vocabulary_finding
+from mistral_large_conversion.checkpoint.read import Checkpoint, load_headers, problem_lines, vocabulary_problem
 from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
 from mistral_large_conversion.checkpoint.source_files import (
-    adapter_finding,
-    file_finding,
+    adapter_problem,
+    file_problem,
     parse_json_object,
     read_json_object,
 )
 from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
 from mistral_large_conversion.folder_checks import (
     added_files,
-    chat_template_findings,
-    config_findings,
-    licence_findings,
-    manifest_findings,
-    unfinished_findings,
+    chat_template_problems,
+    config_problems,
+    licence_problems,
+    manifest_problems,
+    unfinished_problems,
 )
 from mistral_large_conversion.hf_files import consolidated_files, hf_files
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestTensor, read_manifest
 from mistral_large_conversion.model_card import licence_files
 from mistral_large_conversion.plan import PlannedTensor, planned_tensors
 from mistral_large_conversion.stream import DEFAULT_JOBS, Progress, file_checksum, transformed
-from mistral_large_conversion.tokenizer import tokenizer_findings
+from mistral_large_conversion.tokenizer import tokenizer_problems
 from mistral_large_conversion.transforms import Rows
 from mistral_large_conversion.vocabulary import find_vocabulary, known_vocabulary
 
@@ -69,18 +69,18 @@ def verify_checkpoint(
         CheckpointError: no checkpoint in `folder`, or none that is sound in `source`.
     """
     folder = Path(folder)
-    if finding := adapter_finding(folder):
-        raise CheckpointError(f"{folder}: {finding}")
+    if problem := adapter_problem(folder):
+        raise CheckpointError(f"{folder}: {problem}")
     layouts = layouts_of(folder) if folder.is_dir() else []
     if not layouts:
         raise CheckpointError(f"{folder}: no checkpoint; give a folder with {' or '.join(CONFIG_NAMES.values())}")
     origin = None if source is None else load_headers(Path(source), may_mix_dtypes=True)
-    checks = [_check("finished", unfinished_findings(folder), "no conversion was interrupted here")]
+    checks = [_check("finished", unfinished_problems(folder), "no conversion was interrupted here")]
     checkpoint = None
     try:
         checkpoint = load_headers(folder, layouts[0])
     except CheckpointError as error:
-        checks.append(_check("headers", finding_lines(error), ""))
+        checks.append(_check("headers", problem_lines(error), ""))
         checks += [Check(name, None, "needs sound headers") for name in ("config", "tensors", "tokenizer")]
     else:
         count = len(checkpoint.tensors)
@@ -89,14 +89,14 @@ def verify_checkpoint(
         checks.append(_tensor_check(checkpoint, origin, progress))
         checks.append(_tokenizer_check(checkpoint, origin))
     if layouts[0] == "hf":
-        checks.append(_check("chat template", chat_template_findings(folder), "the bundled one"))
+        checks.append(_check("chat template", chat_template_problems(folder), "the bundled one"))
     checks.append(_licence_check(folder, origin, layouts[0]))
     checks.append(_files_check(folder, checkpoint, origin))
     return checks
 
 
-def _check(name: str, findings: Sequence[str], detail: str) -> Check:
-    return Check(name, not findings, "; ".join(findings) or detail)
+def _check(name: str, problems: Sequence[str], detail: str) -> Check:
+    return Check(name, not problems, "; ".join(problems) or detail)
 
 
 def _has_file_checksums(folder: Path) -> bool:
@@ -108,46 +108,46 @@ def _has_file_checksums(folder: Path) -> bool:
 
 
 def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
-    if findings := config_findings(checkpoint, origin):
-        return _check("config", findings, "")
+    if problems := config_problems(checkpoint, origin):
+        return _check("config", problems, "")
     if origin is None and not _has_file_checksums(checkpoint.folder):
         return Check("config", None, f"matches the weights; not proven: {', '.join(NOT_IN_SHAPES)}; give the source")
     return Check("config", True, "matches the weights" if origin is None else "matches the weights and the source")
 
 
 def _tokenizer_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
-    findings, detail = _tokenizer_findings(checkpoint, origin), "the vendor's, made again from it"
-    if findings or origin is None or (not_compared := vocabulary_finding(origin.folder)) is None:
-        return _check("tokenizer", findings, detail)
+    problems, detail = _tokenizer_problems(checkpoint, origin), "the vendor's, made again from it"
+    if problems or origin is None or (not_compared := vocabulary_problem(origin.folder)) is None:
+        return _check("tokenizer", problems, detail)
     return Check("tokenizer", None, f"{detail}; not compared with the source: {not_compared}")
 
 
-def _tokenizer_findings(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
+def _tokenizer_problems(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
     folder = checkpoint.folder
     # The consolidated layout is read under the file's other name, too.
     known = find_vocabulary(folder) if checkpoint.layout == "consolidated" else None
     name = TOKENIZER_NAME if known is None else known.name
-    if finding := file_finding(folder, name):
-        return [finding]
-    findings = []
+    if problem := file_problem(folder, name):
+        return [problem]
+    problems = []
     others = None if origin is None else find_vocabulary(origin.folder)
     if (
         others is not None
-        and file_finding(others.parent, others.name) is None
+        and file_problem(others.parent, others.name) is None
         and not filecmp.cmp(folder / name, others, shallow=False)
     ):
-        findings.append(f"{name} is not the source's")
+        problems.append(f"{name} is not the source's")
     if checkpoint.layout == "hf":
-        findings += tokenizer_findings(folder, vocab_size=checkpoint.geometry.vocab_size)
+        problems += tokenizer_problems(folder, vocab_size=checkpoint.geometry.vocab_size)
     elif known_vocabulary(folder / name) is None:
-        findings.append(f"{name} is not the vendor's: other pieces, scores, types or settings")
-    return findings
+        problems.append(f"{name} is not the vendor's: other pieces, scores, types or settings")
+    return problems
 
 
 def _licence_check(folder: Path, origin: Checkpoint | None, layout: Layout) -> Check:
-    findings = licence_findings(folder, origin, layout)
-    if findings or origin is not None or _has_file_checksums(folder):
-        return _check("licence", findings, "is copied with the weights")
+    problems = licence_problems(folder, origin, layout)
+    if problems or origin is not None or _has_file_checksums(folder):
+        return _check("licence", problems, "is copied with the weights")
     return Check("licence", None, "not proven: no manifest to compare it with; give the source")
 
 
@@ -156,8 +156,8 @@ def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint
     try:
         manifest = read_manifest(folder)
         if manifest is not None and manifest.files is not None:
-            if findings := manifest_findings(folder, manifest):
-                return _check("files", findings, "")
+            if problems := manifest_problems(folder, manifest):
+                return _check("files", problems, "")
             detail = f"all {len(manifest.files)} have the manifest's sizes and checksums"
             if added := added_files(folder, manifest):
                 return Check("files", None, f"{detail}; not proven, added since: {', '.join(map(repr, added))}")
@@ -179,8 +179,8 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
     source = (origin or checkpoint).folder
     dtypes = {tensor.dtype for tensor in (origin or checkpoint).tensors.values()}
     cast = None if origin is None or dtypes == {checkpoint.dtype} else (", ".join(sorted(dtypes)), checkpoint.dtype)
-    if finding := vocabulary_finding(source):
-        return f"nothing made again: {finding}"
+    if problem := vocabulary_problem(source):
+        return f"nothing made again: {problem}"
     try:
         licences = licence_files(source)
         if checkpoint.layout == "hf":
@@ -210,8 +210,8 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
 
 
 def _file_difference(folder: Path, name: str, wanted: bytes) -> str | None:
-    if finding := file_finding(folder, name):
-        return finding
+    if problem := file_problem(folder, name):
+        return problem
     path = folder / name
     if path.stat().st_size == len(wanted) and path.read_bytes() == wanted:
         return None

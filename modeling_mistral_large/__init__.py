@@ -33,6 +33,7 @@ from modeling_mistral_large.modeling_mistral_large import (
     MistralLargeModel,
     MistralLargePreTrainedModel,
 )
+from modeling_mistral_large.moved_modules import find_moved_modules
 from modeling_mistral_large.peft_defaults import add_peft_defaults
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.transformers_api import (
@@ -83,6 +84,7 @@ def _register() -> None:
     export_names([MistralLargeConfig, MistralLargePreTrainedModel, MistralLargeTokenizer, *MODELS.values()])
     read_config_dict_with(read_consolidated)
     add_peft_defaults()
+    find_moved_modules()
     register_pipeline(
         "text-generation", f"{__name__}.generation.text_generation_pipeline", "MistralLargeTextGenerationPipeline"
     )

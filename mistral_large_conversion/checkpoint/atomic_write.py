@@ -11,17 +11,17 @@ PARTIAL_SUFFIX = ".partial"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write a file next to its place, and rename it into its place once all of it is on the disk."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     # Whatever has the name, a link too, loses it: only a new file has certainly no other name.
     partial.unlink(missing_ok=True)
     with partial.open("xb") as stream:
         yield stream
-    settle_file(path)
+    commit_file(path)
 
 
-def settle_file(path: Path) -> None:
+def commit_file(path: Path) -> None:
     """Put what was written beside the place of a file on the disk, and then into its place."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     with partial.open("r+b") as stream:

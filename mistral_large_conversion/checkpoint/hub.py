@@ -15,7 +15,7 @@ from mistral_large_conversion.checkpoint.params import PARAMS_NAME
 from mistral_large_conversion.checkpoint.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
 from mistral_large_conversion.checkpoint.source_files import (
     ADAPTER_CONFIG_NAME,
-    adapter_finding,
+    adapter_problem,
 )
 from mistral_large_conversion.errors import CheckpointError, CheckpointNotFoundError
 
@@ -76,8 +76,8 @@ def resolve_source(
     is_folder = folder.exists() or not is_repository_id(os.fspath(source))
     if is_folder:
         if not folder.is_dir():
-            finding = "is a file" if folder.exists() else "no such folder"
-            raise CheckpointError(f"{source}: {finding}; give a folder, or a repository on the hub as owner/name")
+            problem = "is a file" if folder.exists() else "no such folder"
+            raise CheckpointError(f"{source}: {problem}; give a folder, or a repository on the hub as owner/name")
         refuse_adapter(folder)
         return folder
     repository = os.fspath(source)
@@ -94,7 +94,7 @@ def resolve_source(
         )
     # The client's HTTP library, whose errors also come through, is another one in each of its major versions.
     except Exception as error:
-        raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+        raise CheckpointError(f"{repository}: {hub_problem(repository, error)}") from error
     refuse_adapter(folder, name=repository)
     return folder
 
@@ -183,12 +183,12 @@ def fetch_headers(
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{repository}: {hub_finding(repository, error)}") from error
+        raise CheckpointError(f"{repository}: {hub_problem(repository, error)}") from error
 
 
 def refuse_adapter(folder: Path, name: str | None = None) -> None:
     """Raise a CheckpointError if a folder holds an adapter of PEFT and no checkpoint; `name` is how it was named."""
-    if problem := adapter_finding(folder):
+    if problem := adapter_problem(folder):
         raise CheckpointError(f"{name or folder}: {problem}")
 
 
@@ -204,7 +204,7 @@ def _not_in_cache(repository: str) -> str:
     )
 
 
-def hub_finding(repository: str, error: Exception) -> str:
+def hub_problem(repository: str, error: Exception) -> str:
     """What an error of the hub's client means, and the way out, in one line."""
     errors = huggingface_hub.errors
     page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_large_conversion.checkpoint.geometry import Geometry
-from mistral_large_conversion.checkpoint.source_files import file_finding, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
 from mistral_large_conversion.errors import CheckpointError
 
 PARAMS_NAME = "params.json"
@@ -63,27 +63,27 @@ FIXED: dict[str, tuple[object, ...]] = {
 IGNORED = ("dtype", "max_batch_size", "max_seq_len")
 
 
-def params_findings(params: Mapping[str, Any]) -> list[str]:
+def params_problems(params: Mapping[str, Any]) -> list[str]:
     """What keeps params.json from describing a Mistral Large geometry; empty if nothing does."""
-    findings = []
+    problems = []
     for key in KEYS:
         if key in params:
-            findings += _number_findings(key, params[key])
+            problems += _number_problems(key, params[key])
         elif key not in OPTIONAL:
-            findings.append(f"{key} is missing")
+            problems.append(f"{key} is missing")
     for key, value in params.items():
         if key in FIXED and not _is_one_of(value, FIXED[key]):
-            findings.append(f"{key} is {shown(value)}: only {FIXED[key][-1]!r} is this architecture")
+            problems.append(f"{key} is {shown(value)}: only {FIXED[key][-1]!r} is this architecture")
         elif key not in (*KEYS, *FIXED, *IGNORED):
-            findings.append(f"{shown(key)} is unknown: it may change the architecture")
-    if not findings and params["n_heads"] % params["n_kv_heads"]:
-        findings.append(f"n_heads {params['n_heads']} is not a multiple of n_kv_heads {params['n_kv_heads']}")
-    if not findings and params["head_dim"] % 2:
-        findings.append(f"head_dim {params['head_dim']} is odd: rope turns pairs")
-    return findings
+            problems.append(f"{shown(key)} is unknown: it may change the architecture")
+    if not problems and params["n_heads"] % params["n_kv_heads"]:
+        problems.append(f"n_heads {params['n_heads']} is not a multiple of n_kv_heads {params['n_kv_heads']}")
+    if not problems and params["head_dim"] % 2:
+        problems.append(f"head_dim {params['head_dim']} is odd: rope turns pairs")
+    return problems
 
 
-def _number_findings(key: str, value: object) -> list[str]:
+def _number_problems(key: str, value: object) -> list[str]:
     if key in REAL_NUMBERS:
         return [] if _is_positive(value) else [f"{key} is {shown(value)}: must be a finite number greater than 0"]
     largest = LARGEST_SIZE.get(key, LARGEST_OTHER_SIZE)
@@ -111,8 +111,8 @@ def geometry_from_params(params: Mapping[str, Any]) -> Geometry:
     Raises:
         CheckpointError: keys that are missing, unknown or wrong, all of them in one error.
     """
-    if findings := params_findings(params):
-        raise CheckpointError(f"{PARAMS_NAME} is not a Mistral Large geometry: {'; '.join(findings)}")
+    if problems := params_problems(params):
+        raise CheckpointError(f"{PARAMS_NAME} is not a Mistral Large geometry: {'; '.join(problems)}")
     # A whole number is a real one too, in JSON.
     values: dict[str, Any] = {key: float(value) if key in REAL_NUMBERS else value for key, value in params.items()}
     sizes = {name: values[key] for key, name in TO_GEOMETRY.items() if key in values}
@@ -125,8 +125,8 @@ def read_params_file(folder: Path) -> Geometry:
     Raises:
         CheckpointError: a file that cannot be read, or another architecture.
     """
-    if finding := file_finding(folder, PARAMS_NAME):
-        raise CheckpointError(f"{folder}: {finding}; it holds the geometry of the weights, download it again")
+    if problem := file_problem(folder, PARAMS_NAME):
+        raise CheckpointError(f"{folder}: {problem}; it holds the geometry of the weights, download it again")
     try:
         params = read_json_object(folder / PARAMS_NAME)
     except (OSError, ValueError) as error:
@@ -148,7 +148,7 @@ def params_from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], li
 
     What is absent there is absent here: defaults would be those of another geometry.
     """
-    rope, findings = _rope_of(config)
+    rope, problems = _rope_of(config)
     params = {key: config[name] for key, name in TO_GEOMETRY.items() if name in config}
     if params.get("head_dim", 0) is None:
         # For transformers, null is the same as an older file without it.
@@ -160,12 +160,12 @@ def params_from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], li
         "quantization_config": (None,),
         **{name: (None, value) for name, value in ABSENT.items()},
     }
-    findings += [
+    problems += [
         f"{name} is {shown(config.get(name))}: only {values[-1]!r} is this architecture"
         for name, values in allowed.items()
         if not _is_one_of(config.get(name), values)
     ]
-    return params, findings
+    return params, problems
 
 
 def _rope_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -173,26 +173,26 @@ def _rope_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     Older files have the base of rope at the top level, and its scaling under `rope_scaling`.
     """
-    findings = []
+    problems = []
     found: dict[str, Any] = {ROPE_THETA: config[ROPE_THETA]} if ROPE_THETA in config else {}
     for name in ("rope_scaling", "rope_parameters"):
         settings = config.get(name)
         if settings is None:
             continue
         if not isinstance(settings, Mapping):
-            findings.append(f"{name} is {shown(settings)}: must be an object")
+            problems.append(f"{name} is {shown(settings)}: must be an object")
             continue
         for key, value in settings.items():
             # The name of older files.
             own = "rope_type" if key == "type" else key
             if own in found and (isinstance(value, list | dict) or found[own] != value):
-                findings.append(f"{own} is {shown(found[own])} and {shown(value)}: must be one")
+                problems.append(f"{own} is {shown(found[own])} and {shown(value)}: must be one")
             found[own] = value
     if (rope_type := found.get("rope_type", "default")) != "default":
-        findings.append(f"rope_type is {shown(rope_type)}: only 'default' is this architecture")
-    findings += [
+        problems.append(f"rope_type is {shown(rope_type)}: only 'default' is this architecture")
+    problems += [
         f"rope has {shown(key)} {shown(value)}: the default rope has only {ROPE_THETA}"
         for key, value in found.items()
-        if key not in ("rope_type", ROPE_THETA) and value is not None and not findings
+        if key not in ("rope_type", ROPE_THETA) and value is not None and not problems
     ]
-    return found, findings
+    return found, problems

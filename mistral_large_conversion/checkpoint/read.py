@@ -19,8 +19,8 @@ from mistral_large_conversion.checkpoint.layout import (
 from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
 from mistral_large_conversion.checkpoint.params import (
     geometry_from_params,
-    params_findings,
     params_from_hf_config,
+    params_problems,
 )
 from mistral_large_conversion.checkpoint.quantization import (
     CANNOT_UNDO,
@@ -37,16 +37,16 @@ from mistral_large_conversion.checkpoint.safetensors_header import (
     TensorEntry,
     read_header,
 )
-from mistral_large_conversion.checkpoint.source_files import adapter_finding, file_finding, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import adapter_problem, file_problem, read_json_object, shown
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
 
 FIRST_QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 # An error that lists more than this is no longer read.
-MOST_FINDINGS = 1000
+MOST_PROBLEMS = 1000
 
-LONGEST_FINDING = 400
+LONGEST_PROBLEM = 400
 
 
 class ExpectedEntry(NamedTuple):
@@ -86,10 +86,10 @@ class Checkpoint:
         return 8 * sum(tensor.size for tensor in self.tensors.values() if is_part(tensor.name)) / weights
 
 
-def vocabulary_finding(folder: Path) -> str | None:
+def vocabulary_problem(folder: Path) -> str | None:
     """What keeps the vendor's SentencePiece file of a folder from being read, or None if nothing does."""
     if (vocabulary := find_vocabulary(folder)) is not None:
-        return file_finding(folder, vocabulary.name)
+        return file_problem(folder, vocabulary.name)
     other = VOCABULARY_NAMES[1]
     is_there = f", and {other} is another vocabulary" if (folder / other).exists() else ""
     return f"{TOKENIZER_NAME} is missing{is_there}"
@@ -111,21 +111,21 @@ def read_checkpoint(
     """
     folder = Path(source)
     _check_folder(folder, layout)
-    tensors, weight_findings = _read_weights(folder, layout)
-    params, quantization, findings = _read_params(folder, layout, tensors)
+    tensors, weight_problems = _read_weights(folder, layout)
+    params, quantization, problems = _read_params(folder, layout, tensors)
     if quantization is not None and not may_be_quantized:
         raise CheckpointError(f"{folder}: {CANNOT_UNDO}")
-    findings += weight_findings
-    if needs_tokenizer and (finding := vocabulary_finding(folder)):
-        findings.append(finding)
+    problems += weight_problems
+    if needs_tokenizer and (problem := vocabulary_problem(folder)):
+        problems.append(problem)
     geometry = None if params is None else geometry_from_params(params)
     if geometry is not None:
         # Without a readable file, every tensor of it would be listed as missing too.
         expected = expected_entries(geometry, layout, quantization)
-        findings += tensor_findings(tensors, expected, are_complete=not weight_findings)
+        problems += tensor_problems(tensors, expected, are_complete=not weight_problems)
     if not may_mix_dtypes:
-        findings += dtype_findings(tensor for tensor in tensors if quantization is None or not is_part(tensor.name))
-    refuse(findings, f"{folder} is not a complete {layout} checkpoint")
+        problems += dtype_problems(tensor for tensor in tensors if quantization is None or not is_part(tensor.name))
+    refuse(problems, f"{folder} is not a complete {layout} checkpoint")
     assert geometry is not None
     return Checkpoint(folder, layout, geometry, quantization, {tensor.name: tensor for tensor in tensors})
 
@@ -140,26 +140,26 @@ def read_geometry(source: Path | str, layout: Layout) -> tuple[Geometry, Quantiz
     _check_folder(folder, layout)
     # Only for a config.json without head_dim, which its weights can prove.
     tensors, _ = _read_weights(folder, layout)
-    params, quantization, findings = _read_params(folder, layout, tensors)
+    params, quantization, problems = _read_params(folder, layout, tensors)
     if params is None:
-        raise CheckpointError(f"{folder}: no geometry of a Mistral Large: {'; '.join(findings)}; give another folder")
+        raise CheckpointError(f"{folder}: no geometry of a Mistral Large: {'; '.join(problems)}; give another folder")
     return geometry_from_params(params), quantization
 
 
 def _check_folder(folder: Path, layout: Layout) -> None:
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         raise CheckpointError(f"{folder}: no folder that can be read; give the one that holds {CONFIG_NAMES[layout]}")
-    if finding := adapter_finding(folder):
-        raise CheckpointError(f"{folder}: {finding}")
+    if problem := adapter_problem(folder):
+        raise CheckpointError(f"{folder}: {problem}")
 
 
-def refuse(findings: Sequence[str], what: str) -> None:
-    """Raise a CheckpointError that lists all findings, if there are any."""
-    if not findings:
+def refuse(problems: Sequence[str], what: str) -> None:
+    """Raise a CheckpointError that lists all problems, if there are any."""
+    if not problems:
         return
-    listed = [f"  {' '.join(finding.splitlines())[:LONGEST_FINDING]}" for finding in findings[:MOST_FINDINGS]]
-    if len(findings) > MOST_FINDINGS:
-        listed.append(f"  and {len(findings) - MOST_FINDINGS} more")
+    listed = [f"  {' '.join(problem.splitlines())[:LONGEST_PROBLEM]}" for problem in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        listed.append(f"  and {len(problems) - MOST_PROBLEMS} more")
     raise CheckpointError("\n".join([f"{what}; nothing was done, fix or download it again:", *listed]))
 
 
@@ -171,21 +171,21 @@ def _read_params(
     tensors: those of the folder, which must say what an older config.json does not.
     """
     name = CONFIG_NAMES[layout]
-    if finding := file_finding(folder, name):
-        return None, None, [finding]
+    if problem := file_problem(folder, name):
+        return None, None, [problem]
     try:
         params = read_json_object(folder / name)
     except (OSError, ValueError) as error:
         return None, None, [f"{name}: {error}"]
-    findings: list[str] = []
+    problems: list[str] = []
     quantization = None
     if layout == "hf":
         if (quantization := quantization_of(params.get("quantization_config"))) is not None:
             del params["quantization_config"]
-        params, findings = params_from_hf_config(params)
-        findings += derive_head_dim(params, tensors)
-    findings += params_findings(params)
-    return (None if findings else params), quantization, [f"{name}: {finding}" for finding in findings]
+        params, problems = params_from_hf_config(params)
+        problems += derive_head_dim(params, tensors)
+    problems += params_problems(params)
+    return (None if problems else params), quantization, [f"{name}: {problem}" for problem in problems]
 
 
 def derive_head_dim(params: dict[str, Any], tensors: Iterable[StoredTensor]) -> list[str]:
@@ -214,20 +214,20 @@ def _read_weights(folder: Path, layout: Layout) -> tuple[list[FileTensor], list[
     Names are those of the model alone, without what training has put around it, and buffers are left out.
     """
     stem = WEIGHTS_STEM[layout]
-    names, findings = _weight_files(folder, stem)
+    names, problems = _weight_files(folder, stem)
     tensors: list[FileTensor] = []
     for name in names:
-        if finding := file_finding(folder, name):
-            findings.append(finding)
+        if problem := file_problem(folder, name):
+            problems.append(problem)
         else:
-            of_file, file_findings = read_header(folder / name)
+            of_file, file_problems = read_header(folder / name)
             tensors += of_file
-            findings += file_findings
+            problems += file_problems
     index_name = f"{stem}.safetensors.index.json"
-    if not findings and os.path.lexists(folder / index_name):
-        findings = _index_findings(folder, index_name, tensors)
+    if not problems and os.path.lexists(folder / index_name):
+        problems = _index_problems(folder, index_name, tensors)
     tensors = [replace(tensor, name=unwrapped_name(tensor.name)) for tensor in tensors]
-    return [tensor for tensor in tensors if layout != "hf" or not is_buffer(tensor.name)], findings
+    return [tensor for tensor in tensors if layout != "hf" or not is_buffer(tensor.name)], problems
 
 
 def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
@@ -251,10 +251,10 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
     ]
 
 
-def _index_findings(folder: Path, index_name: str, tensors: Iterable[FileTensor]) -> list[str]:
+def _index_problems(folder: Path, index_name: str, tensors: Iterable[FileTensor]) -> list[str]:
     """Where the index and the headers say different things; the headers are what is read."""
-    if finding := file_finding(folder, index_name):
-        return [finding]
+    if problem := file_problem(folder, index_name):
+        return [problem]
     try:
         weight_map = read_json_object(folder / index_name).get("weight_map")
     except (OSError, ValueError) as error:
@@ -269,31 +269,31 @@ def _index_findings(folder: Path, index_name: str, tensors: Iterable[FileTensor]
     ]
 
 
-def tensor_findings(
+def tensor_problems(
     tensors: Iterable[StoredTensor], entries: Iterable[ExpectedEntry], *, are_complete: bool
 ) -> list[str]:
     """Where tensors are not the expected ones; what is missing is said if all files could be read."""
     expected = {entry.name: entry for entry in entries}
     seen: set[str] = set()
-    findings = []
+    problems = []
     for tensor in tensors:
         if tensor.name in seen:
-            findings.append(f"tensor {tensor.name!r} is there twice")
+            problems.append(f"tensor {tensor.name!r} is there twice")
         elif tensor.name not in expected:
-            findings.append(f"tensor {tensor.name!r} is extra: this geometry has none of that name")
+            problems.append(f"tensor {tensor.name!r} is extra: this geometry has none of that name")
         elif tensor.dtype not in expected[tensor.name].dtypes:
             dtypes = ", ".join(expected[tensor.name].dtypes)
-            findings.append(f"tensor {tensor.name!r} has dtype {tensor.dtype}, must be one of {dtypes}")
+            problems.append(f"tensor {tensor.name!r} has dtype {tensor.dtype}, must be one of {dtypes}")
         elif tensor.shape != expected[tensor.name].shape:
             needed = list(expected[tensor.name].shape)
-            findings.append(f"tensor {tensor.name!r} has shape {list(tensor.shape)}, this geometry needs {needed}")
+            problems.append(f"tensor {tensor.name!r} has shape {list(tensor.shape)}, this geometry needs {needed}")
         seen.add(tensor.name)
     if are_complete:
-        findings += [f"tensor {name!r} is missing" for name in expected if name not in seen]
-    return findings
+        problems += [f"tensor {name!r} is missing" for name in expected if name not in seen]
+    return problems
 
 
-def dtype_findings(tensors: Iterable[TensorEntry]) -> list[str]:
+def dtype_problems(tensors: Iterable[TensorEntry]) -> list[str]:
     """What is wrong with weights of more than one dtype."""
     dtypes = sorted({tensor.dtype for tensor in tensors})
     if len(dtypes) <= 1:
@@ -328,7 +328,7 @@ def load_headers(folder: Path, layout: Layout | None = None, *, may_mix_dtypes: 
     return read_checkpoint(folder, layout, needs_tokenizer=False, may_mix_dtypes=may_mix_dtypes, may_be_quantized=True)
 
 
-def finding_lines(error: CheckpointError) -> list[str]:
-    """The findings that an error lists, or the error itself if it lists none."""
-    heading, *findings = str(error).splitlines()
-    return [finding.strip() for finding in findings] or [heading]
+def problem_lines(error: CheckpointError) -> list[str]:
+    """The problems that an error lists, or the error itself if it lists none."""
+    heading, *problems = str(error).splitlines()
+    return [problem.strip() for problem in problems] or [heading]

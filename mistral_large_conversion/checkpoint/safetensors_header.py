@@ -103,16 +103,16 @@ def read_header(path: Path) -> tuple[list[FileTensor], list[str]]:
     except ValueError as error:
         return [], [f"{path.name} has a broken header: {error}"]
     data_start = LENGTH_BYTES + length
-    tensors, findings = [], []
+    tensors, problems = [], []
     for name, entry in header.items():
         try:
             tensors.append(_tensor(path, data_start, name, entry))
         except ValueError as error:
-            findings.append(f"{path.name}: {name!r} {error}")
+            problems.append(f"{path.name}: {name!r} {error}")
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
-    if not findings:
-        findings = [f"{path.name}: {finding}" for finding in _layout_findings(tensors, data_start, file_size)]
-    return tensors, findings
+    if not problems:
+        problems = [f"{path.name}: {problem}" for problem in _layout_problems(tensors, data_start, file_size)]
+    return tensors, problems
 
 
 def header_bytes(path: Path) -> bytes:
@@ -156,7 +156,7 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _layout_findings(tensors: Iterable[FileTensor], data_start: int, file_size: int) -> Iterable[str]:
+def _layout_problems(tensors: Iterable[FileTensor], data_start: int, file_size: int) -> Iterable[str]:
     end = data_start
     for tensor in tensors:
         if tensor.offset != end:

@@ -19,7 +19,7 @@ _SHORT.maxdict = _SHORT.maxlist = 8
 shown = _SHORT.repr
 
 
-def file_finding(folder: Path, name: str) -> str | None:
+def file_problem(folder: Path, name: str) -> str | None:
     """What keeps a file of the folder from being read, or None if nothing does.
 
     A link may point inside the folder, or to the `blobs` of the hub cache when the folder is one of its snapshots.
@@ -46,7 +46,7 @@ def file_finding(folder: Path, name: str) -> str | None:
     return None
 
 
-def adapter_finding(folder: Path) -> str | None:
+def adapter_problem(folder: Path) -> str | None:
     """What a folder with nothing but an adapter is, of which base, and the way out; None for any other folder."""
     if not (folder / ADAPTER_CONFIG_NAME).exists() or any((folder / name).exists() for name in CHECKPOINT_CONFIGS):
         return None
@@ -68,7 +68,7 @@ def read_adapter_base(folder: Path) -> str | None:
     """
     if not (folder / ADAPTER_CONFIG_NAME).exists():
         return None
-    if problem := file_finding(folder, ADAPTER_CONFIG_NAME):
+    if problem := file_problem(folder, ADAPTER_CONFIG_NAME):
         raise CheckpointError(f"{folder}: {problem}; it says what the adapter is for, save or download it again")
     try:
         base = read_json_object(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")

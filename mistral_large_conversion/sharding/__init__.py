@@ -1,7 +1,7 @@
 """Where a model runs: devices, the memory that each of them has to hold, and the fastest strategies."""
 
 from mistral_large_conversion.sharding.devices import Device, detect_devices, parse_devices
-from mistral_large_conversion.sharding.memory import Demand
+from mistral_large_conversion.sharding.memory import Workload
 from mistral_large_conversion.sharding.plan import (
     DeviceLoad,
     ShardingPlan,
@@ -13,10 +13,10 @@ from mistral_large_conversion.sharding.plan import (
 )
 
 __all__ = [
-    "Demand",
     "Device",
     "DeviceLoad",
     "ShardingPlan",
+    "Workload",
     "detect_devices",
     "device_map_for",
     "fewest_devices",

@@ -73,14 +73,14 @@ DEVICES = r"(?:(\d{1,3})\s*x\s*)?([\w.-][\w. -]{0,60}?)\s*(?:@\s*(\d{1,6}(?:\.\d
 
 @dataclass(frozen=True)
 class Device:
-    """A device: `memory` in bytes, `bandwidth` in bytes a second, or None where it is not known.
+    """A device: `memory_bytes`, `bandwidth` in bytes a second, or None where it is not known.
 
     kind: the device of torch.
     assumption: what was taken for granted of it, for people to read; "" where nothing was.
     """
 
     name: str
-    memory: int
+    memory_bytes: int
     bandwidth: float | None = None
     kind: Literal["cuda", "mps", "cpu"] = "cuda"
     assumption: str = ""

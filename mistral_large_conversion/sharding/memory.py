@@ -46,7 +46,7 @@ CUT_COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 
 @dataclass(frozen=True)
-class Demand:
+class Workload:
     """What is to be run: positions and sequences at once.
 
     weights: bf16, fp16, fp32, fp8 or int4; the last two are those of `mistral-large convert --quantize`.
@@ -114,18 +114,18 @@ def _shard(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     return (rows, columns // ranks) if name.endswith(CUT_COLUMNS) else (rows // ranks, columns)
 
 
-def cache_bytes_of_layer(config: ModelSizes, demand: Demand) -> int:
+def cache_bytes_of_layer(config: ModelSizes, workload: Workload) -> int:
     """Bytes of one layer's keys and values for all positions of all sequences."""
-    vector = config.head_dim + SCALE_BYTES if demand.kv == "fp8" else config.head_dim * demand.number_bytes
-    return 2 * config.num_key_value_heads * vector * demand.context * demand.batch
+    vector = config.head_dim + SCALE_BYTES if workload.kv == "fp8" else config.head_dim * workload.number_bytes
+    return 2 * config.num_key_value_heads * vector * workload.context * workload.batch
 
 
-def activation_bytes(config: ModelSizes, demand: Demand, *, ranks: int = 1) -> int:
+def activation_bytes(config: ModelSizes, workload: Workload, *, ranks: int = 1) -> int:
     """The most bytes that the tensors of one layer take at once while a prompt is read, without weights and cache.
 
     `ranks` share the heads and the intermediate features.
     """
-    number, batch, context, chunk = demand.number_bytes, demand.batch, demand.context, demand.chunk
+    number, batch, context, chunk = workload.number_bytes, workload.batch, workload.context, workload.chunk
     hidden = config.hidden_size
     query = config.num_attention_heads * config.head_dim // ranks
     intermediate = config.intermediate_size // ranks
@@ -140,14 +140,14 @@ def activation_bytes(config: ModelSizes, demand: Demand, *, ranks: int = 1) -> i
         # number.
         attention += chunk * context
         mask = batch * chunk * context
-    if demand.kv == "fp8":
+    if workload.kv == "fp8":
         # Keys and values of all positions are unpacked.
         attention += 2 * config.num_key_value_heads * config.head_dim // ranks * context
-    if demand.weights == "fp8":
+    if workload.weights == "fp8":
         # What goes into the last product, in fp32 and then as codes.
         feed_forward = max(feed_forward, (2 * hidden + intermediate) * chunk + 5 * intermediate * chunk // number)
     expanded = 0
-    if demand.weights == "int4":
+    if workload.weights == "int4":
         # At most, while some rows are expanded and those before are still there.
         expanded = 8 * min(DEQUANTIZED_AT_ONCE["cuda"], hidden * intermediate)
     # The last position's logits, in fp32 too.

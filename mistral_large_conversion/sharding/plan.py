@@ -21,8 +21,8 @@ from mistral_large_conversion.sharding.memory import (
     GIB,
     PREFILL_CHUNK,
     QUANTIZED,
-    Demand,
     Sizes,
+    Workload,
     activation_bytes,
     cache_bytes_of_layer,
 )
@@ -37,7 +37,7 @@ LARGEST = 2**62
 RESERVE = 2 * GIB
 
 
-Way = Literal["one device", "device_map", "tensor parallel", "device_map with offload"]
+Strategy = Literal["one device", "device_map", "tensor parallel", "device_map with offload"]
 
 
 @dataclass(frozen=True)
@@ -46,58 +46,62 @@ class DeviceLoad:
 
     device: Device
     modules: tuple[str, ...]
-    weights: int
-    cache: int
-    activations: int
-    reserve: int = RESERVE
+    weight_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+    reserve_bytes: int = RESERVE
 
     @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.activations + self.reserve
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes + self.reserve_bytes
 
     @property
-    def free(self) -> int:
+    def free_bytes(self) -> int:
         """Negative where it does not fit."""
-        return self.device.memory - self.total
+        return self.device.memory_bytes - self.total_bytes
 
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """One way to run the model.
+    """One strategy to run the model.
 
-    weights: as in `Demand`.
+    weights: as in `Workload`.
     device_map: what `from_pretrained` takes, or None for tensor parallelism.
-    host_weights: bytes of weights in the host's memory.
-    missing: bytes for which there is no room, 0 where the model fits.
+    host_weight_bytes: bytes of weights in the host's memory.
+    shortfall_bytes: bytes for which there is no room, 0 where the model fits.
     tokens_per_second: of all sequences together, the most that the devices' bandwidth allows at the end of the context;
         None where that is not known.
     """
 
-    way: Way
+    strategy: Strategy
     weights: str
     loads: tuple[DeviceLoad, ...]
     device_map: dict[str, int | str] | None
-    host_weights: int
-    missing: int
+    host_weight_bytes: int
+    shortfall_bytes: int
     tokens_per_second: float | None
 
     @property
     def fits(self) -> bool:
-        return self.missing == 0
+        return self.shortfall_bytes == 0
 
     def _repr_html_(self) -> str:
         speed = "" if self.tokens_per_second is None else f", at most {self.tokens_per_second:.3g} tokens/s"
-        fit = "fits" if self.fits else f"{self.missing / GIB:.1f} GiB short"
-        head = (f"{self.way}, {self.weights}: {fit}{speed}", "weights", "cache", "activations", "total", "GiB")
+        fit = "fits" if self.fits else f"{self.shortfall_bytes / GIB:.1f} GiB short"
+        head = (f"{self.strategy}, {self.weights}: {fit}{speed}", "weights", "cache", "activations", "total", "GiB")
         rows = [
-            (load.device.name, *(f"{size / GIB:.1f}" for size in _sizes_of(load)), f"of {load.device.memory / GIB:.1f}")
+            (
+                load.device.name,
+                *(f"{size / GIB:.1f}" for size in _sizes_of(load)),
+                f"of {load.device.memory_bytes / GIB:.1f}",
+            )
             for load in self.loads
         ]
         return html_table(rows, head=head)
 
 
 def _sizes_of(load: DeviceLoad) -> tuple[int, int, int, int]:
-    return load.weights, load.cache, load.activations, load.total
+    return load.weight_bytes, load.cache_bytes, load.activation_bytes, load.total_bytes
 
 
 def plan_sharding(
@@ -114,21 +118,21 @@ def plan_sharding(
     """Return every way to run the model on these devices, the best first: those that fit, then the fastest.
 
     context: positions of prompt and answer together; batch: sequences at once.
-    weights, kv: as in `Demand`.
+    weights, kv: as in `Workload`.
     prefill_chunk: positions of a prompt that are read at once, the `prefill_chunk_size` of `generate`.
     host_memory: bytes of the host that weights may lie in; 0 offloads nothing. Quantized ones are not offloaded.
 
     Raises:
         PlanError: no devices, or a number that makes no sense.
     """
-    demand = Demand(context, batch, weights, kv, prefill_chunk)
-    _check(config, devices, demand, host_memory)
-    plans = [_plan_device_map(config, devices, demand)]
+    workload = Workload(context, batch, weights, kv, prefill_chunk)
+    _check(config, devices, workload, host_memory)
+    plans = [_plan_device_map(config, devices, workload)]
     if _can_be_parallel(config, devices):
-        plans.append(_plan_tensor_parallel(config, devices, demand))
+        plans.append(_plan_tensor_parallel(config, devices, workload))
     if host_memory and not plans[0].fits and weights not in QUANTIZED:
-        plans.append(_plan_offload(config, devices, demand, host_memory))
-    return sorted(plans, key=lambda plan: (plan.missing, -(plan.tokens_per_second or 0)))
+        plans.append(_plan_offload(config, devices, workload, host_memory))
+    return sorted(plans, key=lambda plan: (plan.shortfall_bytes, -(plan.tokens_per_second or 0)))
 
 
 def device_map_for(config: ModelSizes, devices: Sequence[Device], **options: Any) -> dict[str, int | str]:
@@ -137,33 +141,35 @@ def device_map_for(config: ModelSizes, devices: Sequence[Device], **options: Any
     Raises:
         PlanError: the model does not fit, and by how much.
     """
-    plans = [plan for plan in plan_sharding(config, devices, **options) if plan.way != "tensor parallel"]
+    plans = [plan for plan in plan_sharding(config, devices, **options) if plan.strategy != "tensor parallel"]
     if plans[0].device_map is None:
         raise PlanError(
-            f"no room for {plans[0].missing / GIB:,.1f} GiB on these {len(devices)} devices; take more of them, a "
-            "shorter context or a smaller batch, or let weights lie in the host's memory (host_memory)"
+            f"no room for {plans[0].shortfall_bytes / GIB:,.1f} GiB on these {len(devices)} devices; take more of "
+            "them, a shorter context or a smaller batch, or let weights lie in the host's memory (host_memory)"
         )
     return plans[0].device_map
 
 
-def _check(config: ModelSizes, devices: Sequence[Device], demand: Demand, host_memory: int) -> None:
+def _check(config: ModelSizes, devices: Sequence[Device], workload: Workload, host_memory: int) -> None:
     if not devices:
         raise PlanError("no devices: a plan needs at least one; name them as in 8x80GB")
-    if demand.weights not in BYTES_OF_NUMBER:
-        raise PlanError(f"weights {shown(demand.weights)}: must be one of {', '.join(BYTES_OF_NUMBER)}")
-    if demand.kv not in CACHES:
-        raise PlanError(f"kv {shown(demand.kv)}: must be one of {', '.join(CACHES)}")
-    if not _is_whole(demand.context, 1, config.max_position_embeddings):
+    if workload.weights not in BYTES_OF_NUMBER:
+        raise PlanError(f"weights {shown(workload.weights)}: must be one of {', '.join(BYTES_OF_NUMBER)}")
+    if workload.kv not in CACHES:
+        raise PlanError(f"kv {shown(workload.kv)}: must be one of {', '.join(CACHES)}")
+    if not _is_whole(workload.context, 1, config.max_position_embeddings):
         raise PlanError(
-            f"context {shown(demand.context)}: the model has 1 to {config.max_position_embeddings} positions"
+            f"context {shown(workload.context)}: the model has 1 to {config.max_position_embeddings} positions"
         )
-    for name, value in {"batch": demand.batch, "prefill_chunk": demand.prefill_chunk}.items():
+    for name, value in {"batch": workload.batch, "prefill_chunk": workload.prefill_chunk}.items():
         if not _is_whole(value, 1, LARGEST):
             raise PlanError(f"{name} {shown(value)}: must be at least 1, and at most {LARGEST}")
     if not _is_whole(host_memory, 0, LARGEST):
         raise PlanError(f"host_memory {shown(host_memory)}: must be 0 or more bytes, and at most {LARGEST}")
-    if host_memory and demand.weights in QUANTIZED:
-        raise PlanError(f"host_memory with {demand.weights} weights: quantized weights are not offloaded; leave it out")
+    if host_memory and workload.weights in QUANTIZED:
+        raise PlanError(
+            f"host_memory with {workload.weights} weights: quantized weights are not offloaded; leave it out"
+        )
 
 
 def _is_whole(value: object, least: int, most: int) -> bool:
@@ -171,14 +177,14 @@ def _is_whole(value: object, least: int, most: int) -> bool:
 
 
 def _plan_device_map(
-    config: ModelSizes, devices: Sequence[Device], demand: Demand, *, offloaded: int = 0
+    config: ModelSizes, devices: Sequence[Device], workload: Workload, *, offloaded: int = 0
 ) -> ShardingPlan:
     """Whole layers, one device after the other, as evenly as the limits allow; the last `offloaded` ones on the host.
 
     Offloaded layers run on the first device, which holds their cache, and the weights of one at a time.
     """
-    sizes, cache = Sizes.of(config, demand.weights), cache_bytes_of_layer(config, demand)
-    activations = activation_bytes(config, demand)
+    sizes, cache = Sizes.of(config, workload.weights), cache_bytes_of_layer(config, workload)
+    activations = activation_bytes(config, workload)
     per_layer = sizes.layer + cache
     used = list(range(len(devices)))
     while True:
@@ -187,7 +193,7 @@ def _plan_device_map(
         fixed = dict.fromkeys(used, RESERVE + activations)
         fixed[first] += sizes.embedding + (offloaded * cache + sizes.layer if offloaded else 0)
         fixed[last] += sizes.norm + sizes.head
-        crowded = [index for index in used if fixed[index] > devices[index].memory]
+        crowded = [index for index in used if fixed[index] > devices[index].memory_bytes]
         if not crowded or len(used) == 1:
             break
         used.remove(crowded[0])
@@ -198,11 +204,11 @@ def _plan_device_map(
     heapq.heapify(emptiest)
     while to_place and emptiest:
         held, index = heapq.heappop(emptiest)
-        if held + per_layer <= devices[index].memory:
+        if held + per_layer <= devices[index].memory_bytes:
             heapq.heappush(emptiest, (held + per_layer, index))
             counts[index] += 1
             to_place -= 1
-    missing = to_place * per_layer + sum(max(0, fixed[index] - devices[index].memory) for index in used)
+    missing = to_place * per_layer + sum(max(0, fixed[index] - devices[index].memory_bytes) for index in used)
 
     layers = iter(range(sizes.layers))
     modules = {index: [f"model.layers.{next(layers)}" for _ in range(counts[index])] for index in used}
@@ -213,11 +219,11 @@ def _plan_device_map(
         DeviceLoad(
             device=devices[index],
             modules=tuple(modules[index]),
-            weights=counts[index] * sizes.layer
+            weight_bytes=counts[index] * sizes.layer
             + (sizes.embedding if index == first else 0)
             + (sizes.norm + sizes.head if index == last else 0),
-            cache=counts[index] * cache + (offloaded * cache if index == first else 0),
-            activations=activations + (sizes.layer if offloaded and index == first else 0),
+            cache_bytes=counts[index] * cache + (offloaded * cache if index == first else 0),
+            activation_bytes=activations + (sizes.layer if offloaded and index == first else 0),
         )
         for index in used
         if modules[index]
@@ -227,13 +233,13 @@ def _plan_device_map(
     device_map: dict[str, int | str] = {module: index for index in used for module in modules[index]}
     device_map |= dict.fromkeys(host_modules, "cpu")
     return ShardingPlan(
-        way="device_map with offload" if offloaded else "one device" if len(loads) == 1 else "device_map",
-        weights=demand.weights,
+        strategy="device_map with offload" if offloaded else "one device" if len(loads) == 1 else "device_map",
+        weights=workload.weights,
         loads=tuple(loads),
         device_map=None if missing else device_map,
-        host_weights=offloaded * sizes.layer,
-        missing=missing,
-        tokens_per_second=None if missing else _rate(demand, sum(seconds)),
+        host_weight_bytes=offloaded * sizes.layer,
+        shortfall_bytes=missing,
+        tokens_per_second=None if missing else _rate(workload, sum(seconds)),
     )
 
 
@@ -244,62 +250,62 @@ def _can_be_parallel(config: ModelSizes, devices: Sequence[Device]) -> bool:
     return ranks > 1 and not any(size % ranks for size in shared)
 
 
-def _plan_tensor_parallel(config: ModelSizes, devices: Sequence[Device], demand: Demand) -> ShardingPlan:
-    """An equal share of every layer and of the head on every device; embedding and norms whole."""
+def _plan_tensor_parallel(config: ModelSizes, devices: Sequence[Device], workload: Workload) -> ShardingPlan:
+    """An equal shard of every layer and of the head on every device; embedding and norms whole."""
     ranks = len(devices)
-    sizes = Sizes.of(config, demand.weights, ranks=ranks)
+    sizes = Sizes.of(config, workload.weights, ranks=ranks)
     loads = [
         DeviceLoad(
             device=device,
             modules=(),
-            weights=sizes.weights,
-            cache=sizes.layers * cache_bytes_of_layer(config, demand) // ranks,
-            activations=activation_bytes(config, demand, ranks=ranks),
+            weight_bytes=sizes.weights,
+            cache_bytes=sizes.layers * cache_bytes_of_layer(config, workload) // ranks,
+            activation_bytes=activation_bytes(config, workload, ranks=ranks),
         )
         for device in devices
     ]
-    missing = sum(max(0, -load.free) for load in loads)
+    missing = sum(max(0, -load.free_bytes) for load in loads)
     # The slowest rank counts; where one is not known, all of it is not.
     seconds = [_read_seconds(load, sizes.embedding) for load in loads]
     slowest = math.nan if any(map(math.isnan, seconds)) else max(seconds)
     return ShardingPlan(
-        way="tensor parallel",
-        weights=demand.weights,
+        strategy="tensor parallel",
+        weights=workload.weights,
         loads=tuple(loads),
         device_map=None,
-        host_weights=0,
-        missing=missing,
-        tokens_per_second=None if missing else _rate(demand, slowest),
+        host_weight_bytes=0,
+        shortfall_bytes=missing,
+        tokens_per_second=None if missing else _rate(workload, slowest),
     )
 
 
-def _plan_offload(config: ModelSizes, devices: Sequence[Device], demand: Demand, host_memory: int) -> ShardingPlan:
+def _plan_offload(config: ModelSizes, devices: Sequence[Device], workload: Workload, host_memory: int) -> ShardingPlan:
     """As many layers on the devices as they hold, the others on the host."""
     layers = config.num_hidden_layers
-    plan = _plan_device_map(config, devices, demand, offloaded=layers)
+    plan = _plan_device_map(config, devices, workload, offloaded=layers)
     if plan.fits:
         # Where all can be offloaded, one more always can: the first device has room for the cache of all.
         fewest = 1 + bisect_left(
             range(1, layers),
             True,
-            key=lambda count: _plan_device_map(config, devices, demand, offloaded=count).fits,
+            key=lambda count: _plan_device_map(config, devices, workload, offloaded=count).fits,
         )
-        plan = _plan_device_map(config, devices, demand, offloaded=fewest)
-    if plan.host_weights <= host_memory:
+        plan = _plan_device_map(config, devices, workload, offloaded=fewest)
+    if plan.host_weight_bytes <= host_memory:
         return plan
-    lacking = plan.host_weights - host_memory
-    return replace(plan, missing=plan.missing + lacking, device_map=None, tokens_per_second=None)
+    lacking = plan.host_weight_bytes - host_memory
+    return replace(plan, shortfall_bytes=plan.shortfall_bytes + lacking, device_map=None, tokens_per_second=None)
 
 
 def _read_seconds(load: DeviceLoad, embedding: int) -> float:
     """Seconds to read once what a step needs: all weights but the embedding, of which it takes a row, and the cache."""
     if load.device.bandwidth is None:
         return math.nan
-    return (load.weights - embedding + load.cache) / (REACHED_BANDWIDTH * load.device.bandwidth)
+    return (load.weight_bytes - embedding + load.cache_bytes) / (REACHED_BANDWIDTH * load.device.bandwidth)
 
 
-def _rate(demand: Demand, seconds: float) -> float | None:
-    return None if math.isnan(seconds) else demand.batch / seconds
+def _rate(workload: Workload, seconds: float) -> float | None:
+    return None if math.isnan(seconds) else workload.batch / seconds
 
 
 def largest_context(config: ModelSizes, devices: Sequence[Device], **options: Any) -> int:

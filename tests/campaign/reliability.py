@@ -267,7 +267,7 @@ class Campaign:
         outcome = run("convert", source, place / "out", "--to", to)
         section.cases += 1
         section.ended(outcome, case, 2)
-        is_said = DAMAGES[name].finding_in(layout) in outcome.stderr and not outcome.stdout
+        is_said = DAMAGES[name].problem_in(layout) in outcome.stderr and not outcome.stdout
         section.hold(is_said, f"{case}: not said: {outcome.stderr[:300]}")
         origin = self.demo_hf if layout.is_consolidated else self.demo
         for arguments, codes in ((("verify", source, origin), (1, 2)), (("inspect", source), (0, 2))):
@@ -617,9 +617,9 @@ class Campaign:
 
             for turn in range(self.options.turns):
                 with ThreadPoolExecutor(CLIENTS) as threads:
-                    for number, finding in enumerate(threads.map(one, range(turn, turn + CLIENTS))):
+                    for number, problem in enumerate(threads.map(one, range(turn, turn + CLIENTS))):
                         section.cases += 1
-                        section.hold(finding is None, f"turn {turn}, client {number}: {finding}")
+                        section.hold(problem is None, f"turn {turn}, client {number}: {problem}")
             started = time.monotonic()
             section.hold(one(0) is None, "no answer after all of them")
             section.figures["seconds of an answer after all"] = round(time.monotonic() - started, 2)

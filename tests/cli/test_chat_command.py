@@ -255,7 +255,7 @@ def test_the_prompt_is_shown(demo_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "finding"),
+    ("line", "problem"),
     [
         ("/nonsense", "/nonsense: no such command; /help lists them; // begins a message with a slash"),
         ("/reset now", "/reset: takes nothing, not 'now'"),
@@ -274,7 +274,7 @@ def test_the_prompt_is_shown(demo_folder: Path) -> None:
         ("/tools {folder}/untyped.py", "untyped.py: f"),
     ],
 )
-def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: str, finding: str) -> None:
+def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: str, problem: str) -> None:
     for name, content in {
         "broken.json": "{",
         "number.json": "1",
@@ -287,7 +287,7 @@ def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: st
         (tmp_path / name).write_text(content)
     with pytest.raises(MistralLargeError) as caught:
         talk(demo_folder, line.format(folder=tmp_path))
-    assert finding in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Pat
 
 
 @pytest.mark.parametrize(
-    ("options", "finding"),
+    ("options", "problem"),
     [
         (("--temperature", "0", "--top-p", "0.9"), "top_p: has no effect at a temperature of 0"),
         (("--temperature", "inf"), "temperature inf: must be finite"),
@@ -341,14 +341,14 @@ def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Pat
     ],
 )
 def test_options_without_effect_are_refused(
-    demo_folder: Path, tmp_path: Path, options: tuple[str, ...], finding: str
+    demo_folder: Path, tmp_path: Path, options: tuple[str, ...], problem: str
 ) -> None:
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
     (tmp_path / "system.json").write_text(json.dumps(system))
     arguments = ["chat", str(demo_folder), *(option.format(folder=tmp_path) for option in options)]
     with pytest.raises(MistralLargeError) as caught:
         CliRunner().invoke(app, arguments, input="", catch_exceptions=False)
-    assert finding in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_a_device_map_under_torchrun_is_refused(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

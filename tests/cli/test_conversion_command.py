@@ -131,7 +131,7 @@ def test_the_way_back_with_another_dtype_and_model_type(
 
 
 @pytest.mark.parametrize(
-    ("options", "finding"),
+    ("options", "problem"),
     [
         (["--to", "consolidated", "--as", "mistral"], "--as mistral with --to consolidated: that layout has no model"),
         (["--to", "consolidated", "--as", "mistral_large"], "--as mistral_large with --to consolidated: that layout"),
@@ -149,18 +149,18 @@ def test_options_without_effect_or_meaning_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
-    finding: str,
+    problem: str,
 ) -> None:
     assert run(monkeypatch, "convert", source, source.parent / "out", *options) == 2
     error = capsys.readouterr().err
-    assert finding in error
+    assert problem in error
     assert error.startswith("mistral-large: ")
     assert (error.count("\n"), len(error) < 1000) == (1, True)
     assert not (source.parent / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("option", "finding"),
+    ("option", "problem"),
     [
         ({"to": "hff"}, "to 'hff': must be one of 'consolidated', 'hf'"),
         ({"dtype": "bfloat16"}, "dtype 'bfloat16': must be one of None, 'bf16', 'fp16', 'fp32'"),
@@ -170,9 +170,9 @@ def test_options_without_effect_or_meaning_are_one_line(
     ],
 )
 def test_values_of_options_that_mean_nothing_are_errors(
-    small_source: Path, tmp_path: Path, option: dict[str, Any], finding: str
+    small_source: Path, tmp_path: Path, option: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(SettingError, match=finding):
+    with pytest.raises(SettingError, match=problem):
         convert_checkpoint(small_source, tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
 

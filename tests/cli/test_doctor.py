@@ -101,9 +101,9 @@ def test_an_error_of_one_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("no kernel\nfor this")
 
     monkeypatch.setattr(MistralLargeForCausalLM, "generate", broken)
-    findings = wrong()
-    assert findings["cpu float32, with a cache"] == "RuntimeError: no kernel for this"
-    assert len(findings) == len(MODES) + 1
+    problems = wrong()
+    assert problems["cpu float32, with a cache"] == "RuntimeError: no kernel for this"
+    assert len(problems) == len(MODES) + 1
     monkeypatch.setattr(MistralLargeForCausalLM, "from_pretrained", broken)
     assert wrong() == {"cpu float32": "RuntimeError: no kernel for this"}
 

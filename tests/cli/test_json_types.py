@@ -16,7 +16,7 @@ from mistral_large_cli.plan import read_model_geometry
 from mistral_large_conversion import inspect_checkpoint, prepare_conversion
 from mistral_large_conversion.checkpoint.params import ABSENT, FIXED, IGNORED, KEYS, params_from_hf_config
 from mistral_large_conversion.checkpoint.safetensors_header import read_header
-from mistral_large_conversion.checkpoint.source_files import LARGEST_JSON, file_finding, parse_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import LARGEST_JSON, file_problem, parse_json_object, shown
 from mistral_large_conversion.errors import CheckpointError, MistralLargeError
 from mistral_large_conversion.manifest import read_manifest
 from mistral_large_conversion.retag import retag_checkpoint
@@ -56,7 +56,7 @@ def read_in_every_way(folder: Path, to: Any) -> list[str]:
         lambda: prepare_conversion(folder, folder.parent / "out", to=to),
         lambda: read_model_geometry(str(folder), {}),
     ]
-    said = list(inspect_checkpoint(folder).findings)
+    said = list(inspect_checkpoint(folder).problems)
     json.dumps(said)
     for call in calls:
         try:
@@ -107,7 +107,7 @@ GEOMETRY = {
 
 
 @pytest.mark.parametrize(
-    ("rope", "theta", "findings"),
+    ("rope", "theta", "problems"),
     [
         ({"rope_theta": 5.0}, 5.0, []),
         ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 5}, 5, []),
@@ -128,10 +128,10 @@ GEOMETRY = {
     ],
 )
 def test_rope_is_that_of_one_place_and_nothing_of_it_is_left_out(
-    rope: dict[str, Any], theta: float, findings: list[str]
+    rope: dict[str, Any], theta: float, problems: list[str]
 ) -> None:
     params, found = params_from_hf_config({**GEOMETRY, **rope})
-    assert (params["rope_theta"], found) == (theta, findings)
+    assert (params["rope_theta"], found) == (theta, problems)
 
 
 TEXTS = {
@@ -215,7 +215,7 @@ def test_what_is_no_small_file_is_refused_before_it_is_read(
             if (folder / name).exists():
                 (folder / name).rename(kept)
             make(folder / name)
-            assert file_finding(folder, name) == f"{name} {rule}"
+            assert file_problem(folder, name) == f"{name} {rule}"
             read_in_every_way(folder, to)
             if make is Path.mkdir:
                 (folder / name).rmdir()
@@ -254,13 +254,13 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_a_header_of_other_types_is_one_short_finding(tmp_path: Path, header: str) -> None:
-    data, finding = HEADERS[header]
+def test_a_header_of_other_types_is_one_short_problem(tmp_path: Path, header: str) -> None:
+    data, problem = HEADERS[header]
     (tmp_path / "x").write_bytes(len(data).to_bytes(8, "little") + data + b"\0\0")
-    tensors, findings = read_header(tmp_path / "x")
-    assert (tensors, len(findings)) == ([], 1)
-    assert findings[0].startswith(finding)
-    assert len(findings[0]) < 300
+    tensors, problems = read_header(tmp_path / "x")
+    assert (tensors, len(problems)) == ([], 1)
+    assert problems[0].startswith(problem)
+    assert len(problems[0]) < 300
 
 
 def test_a_value_is_shown_short_and_on_one_line() -> None:
@@ -281,8 +281,8 @@ def test_a_value_is_shown_short_and_on_one_line() -> None:
 @pytest.mark.parametrize("name", [b"n\xff", "ü \u202e 日本".encode(), b"n\n", b"a'b\"$(c)"])
 def test_a_folder_may_have_any_name(consolidated: Path, tmp_path: Path, name: bytes) -> None:
     folder = Path(shutil.copytree(consolidated, tmp_path / os.fsdecode(name)))
-    assert inspect_checkpoint(folder).findings == ()
+    assert inspect_checkpoint(folder).problems == ()
     conversion = prepare_conversion(folder, tmp_path / os.fsdecode(b"out" + name))
     assert conversion.run()
-    assert inspect_checkpoint(conversion.destination).findings == ()
+    assert inspect_checkpoint(conversion.destination).problems == ()
     assert retag_checkpoint(conversion.destination, "mistral")

@@ -93,7 +93,7 @@ def test_transformers_is_not_given_the_consolidated_layout(
 
 
 @pytest.mark.parametrize(
-    ("engine", "installed", "finding"),
+    ("engine", "installed", "problem"),
     [
         ("auto", ["fastapi", "uvicorn", "pydantic"], r"pip install vllm, or pip install 'transformers\[serving\]'"),
         ("vllm", list(SERVER), "vLLM is not installed; run pip install vllm$"),
@@ -106,10 +106,10 @@ def test_an_engine_that_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     engine: str,
     installed: list[str],
-    finding: str,
+    problem: str,
 ) -> None:
     install(monkeypatch, *installed)
-    with pytest.raises(MissingLibraryError, match=finding):
+    with pytest.raises(MissingLibraryError, match=problem):
         run(str(demo_folder), "--engine", engine)
     assert started == []
 
@@ -282,7 +282,7 @@ def test_pages_of_other_sites_are_told_apart(origin: str, asked_host: str, host:
 
 
 @pytest.mark.parametrize(
-    ("options", "finding"),
+    ("options", "problem"),
     [
         (["--continuous-batching"], "--continuous-batching: its requests would all be sampled as the first one is"),
         (["--cb-block-size", "16"], "--cb-block-size: there is no continuous batching"),
@@ -292,8 +292,8 @@ def test_pages_of_other_sites_are_told_apart(origin: str, asked_host: str, host:
         (["--tensor-parallel-size", "8"], "--tensor-parallel-size: no such option"),
     ],
 )
-def test_options_that_the_server_of_transformers_would_drop(options: list[str], finding: str) -> None:
-    with pytest.raises(SettingError, match=re.escape(finding)):
+def test_options_that_the_server_of_transformers_would_drop(options: list[str], problem: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(problem)):
         check_options(options)
 
 

@@ -157,14 +157,14 @@ REFUSED: dict[str, tuple[object, tuple[object, ...], str]] = {
 def test_what_cannot_be_shown_is_one_line(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content, options, finding = REFUSED[case]
+    content, options, problem = REFUSED[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if content is not None:
         written(tmp_path, content)
     assert run(monkeypatch, "conversation.json", *options) == 2
     error = capsys.readouterr().err
-    assert finding in error
+    assert problem in error
     assert error.startswith("mistral-large: ")
     assert error.count("\n") == 1
 

@@ -215,7 +215,7 @@ def test_what_is_imported_is_no_tool_unless_it_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "finding"),
+    ("content", "problem"),
     [
         ("import sys\nsys.exit(3)\n", r"ends the program with SystemExit\(3\).*if __name__ == \"__main__\":"),
         ("def f(:\n", "SyntaxError"),
@@ -230,13 +230,13 @@ def test_what_is_imported_is_no_tool_unless_it_is_named(tmp_path: Path) -> None:
         ("import json\n", "a module json is loaded already, .* rename"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: str | bytes, finding: str) -> None:
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: str | bytes, problem: str) -> None:
     (tmp_path / "station.py").write_bytes(content if isinstance(content, bytes) else content.encode())
     if content == "import json\n":
         # Python would import this one.
         write(tmp_path, "", name="json.py")
     modules, path = dict(sys.modules), list(sys.path)
-    with pytest.raises(ConversationError, match=finding):
+    with pytest.raises(ConversationError, match=problem):
         load_tools(tmp_path / "station.py")
     assert (sys.modules, sys.path) == (modules, path)
 

@@ -50,13 +50,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finding: str, *arguments: object
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem: str, *arguments: object
 ) -> None:
     """Run the command and hold it to its promise for a source that it cannot take."""
     before = everything_in(place)
     assert run(monkeypatch, *arguments) == 2
     printed = capsys.readouterr()
-    assert finding in printed.err
+    assert problem in printed.err
     assert printed.err.count("mistral-large: ") == 1
     assert printed.err.startswith("mistral-large: ")
     assert "Traceback" not in printed.err
@@ -75,8 +75,8 @@ def test_a_damaged_source_is_refused(
 ) -> None:
     source = Path(shutil.copytree(sound_consolidated, place / "source"))
     DAMAGES[damage].act(source, CONSOLIDATED)
-    finding = DAMAGES[damage].finding_in(CONSOLIDATED)
-    refused(place, monkeypatch, capsys, finding, "convert", source, place / "hf")
+    problem = DAMAGES[damage].problem_in(CONSOLIDATED)
+    refused(place, monkeypatch, capsys, problem, "convert", source, place / "hf")
 
 
 @pytest.mark.slow
@@ -86,9 +86,9 @@ def test_a_damaged_source_of_the_way_back_is_refused(
 ) -> None:
     source = Path(shutil.copytree(demo_folder, place / "source"))
     DAMAGES[damage].act(source, HF)
-    finding = DAMAGES[damage].finding_in(HF)
-    refused(place, monkeypatch, capsys, finding, "convert", source, place / "back", "--to", "consolidated")
-    refused(place, monkeypatch, capsys, finding, "convert", source, place / "back", "--to", "consolidated", "--dry-run")
+    problem = DAMAGES[damage].problem_in(HF)
+    refused(place, monkeypatch, capsys, problem, "convert", source, place / "back", "--to", "consolidated")
+    refused(place, monkeypatch, capsys, problem, "convert", source, place / "back", "--to", "consolidated", "--dry-run")
 
 
 def mkdir_with(name: str) -> Callable[[Path], object]:
@@ -127,19 +127,19 @@ def test_a_destination_that_must_not_be_written_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(sound_consolidated, place / "source")
-    name, make, finding = DESTINATIONS[case]
+    name, make, problem = DESTINATIONS[case]
     make(place / name)
-    refused_or_usage(place, monkeypatch, capsys, finding, "convert", place / "source", place / name)
+    refused_or_usage(place, monkeypatch, capsys, problem, "convert", place / "source", place / name)
 
 
 def refused_or_usage(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finding: str, *arguments: object
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem: str, *arguments: object
 ) -> None:
     """As `refused`, where the command line itself may have found that a path is a file."""
     before = everything_in(place)
     assert run(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
-    assert finding in error
+    assert problem in error
     assert "Traceback" not in error
     assert everything_in(place) == before
 
@@ -160,7 +160,7 @@ def test_a_process_of_its_own_says_the_same(sound_consolidated: Path, place: Pat
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert DAMAGES[damage].finding_in(CONSOLIDATED) in done.stderr
+    assert DAMAGES[damage].problem_in(CONSOLIDATED) in done.stderr
     assert done.stderr.startswith("mistral-large: ")
     assert "Traceback" not in done.stderr
     assert everything_in(place) == before
@@ -180,7 +180,7 @@ def test_inspect_finds_it_and_does_not_fail(
     assert run(monkeypatch, "inspect", source, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     # What a tokenizer does is not in any header.
-    assert bool(printed["findings"]) == (
+    assert bool(printed["problems"]) == (
         damage not in ("tokenizer empty", "tokenizer foreign", "tokenizer truncated", "vocabulary of another size")
     )
     assert everything_in(place) == before

@@ -305,7 +305,7 @@ def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "finding"),
+    ("change", "problem"),
     [
         ({"sliding_window": 4096}, "sliding_window is 4096"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
@@ -322,7 +322,7 @@ def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path
     ],
 )
 def test_a_config_that_params_cannot_say_is_refused(
-    tiny_config: MistralLargeConfig, tmp_path: Path, change: dict[str, Any], finding: str
+    tiny_config: MistralLargeConfig, tmp_path: Path, change: dict[str, Any], problem: str
 ) -> None:
     MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(b"")
@@ -330,7 +330,7 @@ def test_a_config_that_params_cannot_say_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError) as error:
         convert_checkpoint(tmp_path / "hf", tmp_path / "consolidated", to="consolidated")
-    assert finding in str(error.value)
+    assert problem in str(error.value)
     assert not (tmp_path / "consolidated").exists()
 
 
@@ -349,12 +349,12 @@ def test_a_state_dict_that_does_not_fit_is_refused(tiny_config: MistralLargeConf
     state_dict["model.norm.weight"] = torch.zeros(80, dtype=torch.int64)
     with pytest.raises(CheckpointError) as error:
         export_checkpoint(state_dict, tmp_path / "consolidated", config=tiny_config)
-    for finding in (
+    for problem in (
         "tensor 'extra' is extra",
         "tensor 'lm_head.weight' is missing",
         "tensor 'model.norm.weight' has dtype I64",
     ):
-        assert finding in str(error.value)
+        assert problem in str(error.value)
     with pytest.raises(TypeError, match="needs its config"):
         export_checkpoint(state_dict, tmp_path / "consolidated")
     assert not (tmp_path / "consolidated").exists()

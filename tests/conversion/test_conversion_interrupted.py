@@ -372,17 +372,17 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_finished_folder_that_has_changed_is_refused(small_source: Path, tmp_path: Path, change: str) -> None:
-    name, edit, finding = CHANGES[change]
+    name, edit, problem = CHANGES[change]
     convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS)
     edit(tmp_path / "hf" / name)
     before = contents(tmp_path / "hf")
-    with pytest.raises(DestinationError, match=finding):
+    with pytest.raises(DestinationError, match=problem):
         convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS)
     assert contents(tmp_path / "hf") == before
 
 
 @pytest.mark.parametrize(
-    ("options", "finding"),
+    ("options", "problem"),
     [
         ({"max_shard_size": "5GB"}, "its tensors have other shapes, dtypes or files"),
         ({"dtype": "fp16"}, "its tensors have other shapes, dtypes or files"),
@@ -390,11 +390,11 @@ def test_a_finished_folder_that_has_changed_is_refused(small_source: Path, tmp_p
     ],
 )
 def test_a_finished_folder_of_another_plan_is_refused(
-    small_source: Path, tmp_path: Path, options: dict[str, Any], finding: str
+    small_source: Path, tmp_path: Path, options: dict[str, Any], problem: str
 ) -> None:
     convert_checkpoint(small_source, tmp_path / "hf", max_shard_size=SHARDS)
     before = contents(tmp_path / "hf")
-    with pytest.raises(DestinationError, match=f"holds another finished conversion: .*{finding}"):
+    with pytest.raises(DestinationError, match=f"holds another finished conversion: .*{problem}"):
         convert_checkpoint(small_source, tmp_path / "hf", **{"max_shard_size": SHARDS, **options})
     assert contents(tmp_path / "hf") == before
 
@@ -411,7 +411,7 @@ def test_a_finished_folder_of_another_source_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("edit", "finding"),
+    ("edit", "problem"),
     [
         (lambda manifest: manifest.update(checksum="crc32"), "checksums of kind 'crc32', must be xxh3_128"),
         (lambda manifest: manifest.pop("checksum"), "KeyError: 'checksum'"),
@@ -420,7 +420,7 @@ def test_a_finished_folder_of_another_source_is_refused(
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused(
-    small_source: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], Any], finding: str
+    small_source: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], Any], problem: str
 ) -> None:
     convert_checkpoint(small_source, tmp_path / "hf")
     path = tmp_path / "hf" / MANIFEST_NAME
@@ -428,7 +428,7 @@ def test_a_manifest_that_is_not_one_is_refused(
     edit(manifest)
     path.write_text(json.dumps(manifest))
     for read in (lambda: read_manifest(tmp_path / "hf"), lambda: convert_checkpoint(small_source, tmp_path / "hf")):
-        with pytest.raises(CheckpointError, match=f"not a manifest of a conversion: {finding}"):
+        with pytest.raises(CheckpointError, match=f"not a manifest of a conversion: {problem}"):
             read()
 
 

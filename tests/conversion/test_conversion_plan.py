@@ -336,11 +336,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_one_error_and_nothing_is_written(source: Path, tmp_path: Path, damage: str) -> None:
-    act, finding = DAMAGES[damage]
+    act, problem = DAMAGES[damage]
     act(source)
     with pytest.raises(CheckpointError) as error:
         convert_checkpoint(source, tmp_path / "destination")
-    assert finding in str(error.value)
+    assert problem in str(error.value)
     assert str(source) in str(error.value)
     assert "\x1b" not in str(error.value)
     assert not (tmp_path / "destination").exists()
@@ -357,7 +357,7 @@ def test_an_unreadable_header_is_refused_by_name(source: Path, monkeypatch: pyte
         assert f"{name} cannot be read" in str(error.value)
 
 
-def test_a_file_that_vanishes_meanwhile_is_a_finding(tmp_path: Path) -> None:
+def test_a_file_that_vanishes_meanwhile_is_a_problem(tmp_path: Path) -> None:
     assert read_header(tmp_path / "gone") == ([], ["gone cannot be read: No such file or directory"])
 
 
@@ -374,15 +374,15 @@ def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         plan_conversion(tmp_path / "nowhere")
 
 
-def test_all_findings_come_in_one_error(source: Path) -> None:
+def test_all_problems_come_in_one_error(source: Path) -> None:
     edit_json(source / "params.json", lambda params: params.update(dim=0))
     (source / "tokenizer.model.v3").unlink()
     edit_header(source / FIRST, lambda header: header["tok_embeddings.weight"].update(dtype="I4"))
     (source / SECOND).write_bytes(b"")
     with pytest.raises(CheckpointError) as error:
         plan_conversion(source)
-    for finding in ("dim is 0", "tokenizer.model.v3 is missing", "has dtype 'I4'", f"{SECOND} is not a whole"):
-        assert finding in str(error.value)
+    for problem in ("dim is 0", "tokenizer.model.v3 is missing", "has dtype 'I4'", f"{SECOND} is not a whole"):
+        assert problem in str(error.value)
 
 
 def test_tensors_are_checked_although_a_file_is_missing(source: Path) -> None:
@@ -396,14 +396,14 @@ def test_tensors_are_checked_although_a_file_is_missing(source: Path) -> None:
     ]
 
 
-def test_an_endless_list_of_findings_is_cut(source: Path) -> None:
+def test_an_endless_list_of_problems_is_cut(source: Path) -> None:
     header = {f"{number}" * 1000: {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]} for number in range(1200)}
     (source / SECOND).write_bytes(raw_file(header))
     with pytest.raises(CheckpointError) as error:
         plan_conversion(source)
-    _, *findings, rest = str(error.value).splitlines()
-    assert len(findings) == 1000
-    assert max(map(len, findings)) <= 402
+    _, *problems, rest = str(error.value).splitlines()
+    assert len(problems) == 1000
+    assert max(map(len, problems)) <= 402
     assert rest.startswith("  and ")
 
 
@@ -460,7 +460,7 @@ def test_names_of_a_wrapped_model_are_taken_without_the_wrapper(
     # No loader would find these.
     inspection = inspect_checkpoint(tmp_path / "hf")
     assert inspection.loads_with == ()
-    assert any("has the name of a wrapper in its name" in finding for finding in inspection.findings)
+    assert any("has the name of a wrapper in its name" in problem for problem in inspection.problems)
     convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
     assert contents(tmp_path / "back") == contents(tmp_path / "expected")
 
@@ -510,24 +510,24 @@ def test_head_dim_is_that_of_the_query_weights_where_the_config_has_none(square_
     edit_json(tmp_path / "hf" / "config.json", of_2024)
     convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")
     assert contents(tmp_path / "back") == contents(tmp_path / "expected")
-    assert not any("head_dim" in finding for finding in inspect_checkpoint(tmp_path / "hf").findings)
+    assert not any("head_dim" in problem for problem in inspect_checkpoint(tmp_path / "hf").problems)
 
 
 def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_path: Path) -> None:
     # 80 / 6 is no whole number; 192 / 6 is 32, which the rows of the query weights must be as well.
-    for source, finding in ((small_source, "config.json: head_dim is missing"), (square_source, "")):
+    for source, problem in ((small_source, "config.json: head_dim is missing"), (square_source, "")):
         folder = tmp_path / f"{source.name}-hf"
         convert_checkpoint(source, folder)
         edit_json(folder / "config.json", of_2024)
-        if not finding:
-            finding = f"hidden_size / num_attention_heads is 32, but {FIRST_QUERY!r} has 384 rows, not 192"
+        if not problem:
+            problem = f"hidden_size / num_attention_heads is 32, but {FIRST_QUERY!r} has 384 rows, not 192"
             edit_tensors(
                 folder / "model.safetensors",
                 lambda tensors: tensors.update({FIRST_QUERY: tensors[FIRST_QUERY].repeat(2, 1)}),
             )
         with pytest.raises(CheckpointError) as error:
             plan_conversion(folder, to="consolidated")
-        assert finding in str(error.value)
+        assert problem in str(error.value)
 
 
 def test_special_ids_of_a_fine_tune_are_not_lost_on_the_way_back(small_source: Path, tmp_path: Path) -> None:
@@ -583,12 +583,12 @@ def test_an_adapter_is_named_as_one(source: Path, tmp_path: Path, config: str, b
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(config)
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    finding = f"an adapter \\(PEFT\\) of {base}"
+    problem = f"an adapter \\(PEFT\\) of {base}"
     for act in (plan_conversion, verify_checkpoint, lambda folder: plan_conversion(folder, to="consolidated")):
-        with pytest.raises(CheckpointError, match=finding):
+        with pytest.raises(CheckpointError, match=problem):
             act(adapter)
     inspection = inspect_checkpoint(adapter)
-    assert (inspection.kind, len(inspection.findings), inspection.loads_with) == ("an adapter (PEFT)", 1, ())
+    assert (inspection.kind, len(inspection.problems), inspection.loads_with) == ("an adapter (PEFT)", 1, ())
 
 
 def test_an_adapter_next_to_a_checkpoint_is_not_left_out(source: Path, tmp_path: Path) -> None:
@@ -616,7 +616,7 @@ def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config:
         started = time.process_time()
         with pytest.raises(CheckpointError):
             plan_conversion(folder)
-        assert len(inspect_checkpoint(folder).findings) > 1000
+        assert len(inspect_checkpoint(folder).problems) > 1000
         return time.process_time() - started
 
     # With the square of the length, the second would take 100 times as long.

@@ -12,7 +12,7 @@ from transformers import MistralForCausalLM
 
 from mistral_large_conversion.checkpoint.geometry import PUBLISHED
 from mistral_large_conversion.checkpoint.names import SHAPES, TO_CONSOLIDATED, TO_HF, expected_tensors
-from mistral_large_conversion.checkpoint.params import geometry_from_params, params_findings, params_from_geometry
+from mistral_large_conversion.checkpoint.params import geometry_from_params, params_from_geometry, params_problems
 from mistral_large_conversion.checkpoint.rope import join_rope_pairs, split_rope_pairs
 from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large import MistralLargeConfig
@@ -113,7 +113,7 @@ def test_keys_that_change_nothing_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "finding"),
+    ("change", "problem"),
     [
         *(({key: None}, f"{key} is None") for key in PARAMS_2407),
         *(({key: 0}, f"{key} is 0") for key in PARAMS_2407),
@@ -141,19 +141,19 @@ def test_keys_that_change_nothing_are_accepted() -> None:
         ({"q_lora_rank": 1536}, "'q_lora_rank' is unknown"),
     ],
 )
-def test_params_that_are_not_this_architecture_are_refused(change: dict[str, Any], finding: str) -> None:
+def test_params_that_are_not_this_architecture_are_refused(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(CheckpointError) as error:
         geometry_from_params({**PARAMS_2407, **change})
-    assert finding in str(error.value)
+    assert problem in str(error.value)
 
 
 @pytest.mark.parametrize("key", PARAMS_2407)
 def test_every_param_must_be_there(key: str) -> None:
-    assert params_findings({name: value for name, value in PARAMS_2407.items() if name != key}) == [f"{key} is missing"]
+    assert params_problems({name: value for name, value in PARAMS_2407.items() if name != key}) == [f"{key} is missing"]
 
 
-def test_all_findings_come_in_one_error() -> None:
+def test_all_problems_come_in_one_error() -> None:
     with pytest.raises(CheckpointError) as error:
         geometry_from_params({**PARAMS_2407, "dim": 0, "head_dim": "x", "moe": {}})
-    for finding in ("dim is 0", "head_dim is 'x'", "moe is {}"):
-        assert finding in str(error.value)
+    for problem in ("dim is 0", "head_dim is 'x'", "moe is {}"):
+        assert problem in str(error.value)

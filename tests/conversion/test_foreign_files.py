@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mistral_large_conversion import convert_checkpoint, retag_checkpoint
-from mistral_large_conversion.checkpoint.atomic_write import whole_file
+from mistral_large_conversion.checkpoint.atomic_write import atomic_write
 from mistral_large_conversion.checkpoint.remote_code import REMOTE_CODE_NAME
 from mistral_large_conversion.destination import UNFINISHED_NAME, UNFINISHED_TEXT
 from mistral_large_conversion.errors import DestinationError
@@ -95,7 +95,7 @@ def test_what_an_interrupted_run_has_finished_may_be_linked_elsewhere(
 
 
 @pytest.mark.parametrize(
-    ("make", "finding"),
+    ("make", "problem"),
     [
         (hard_link, "a hard link, so another file would be written too; remove the folder and convert again"),
         (link, "holds 'conversion.unfinished', not of an unfinished conversion; choose a new or empty folder"),
@@ -104,12 +104,12 @@ def test_what_an_interrupted_run_has_finished_may_be_linked_elsewhere(
     ],
 )
 def test_a_marker_that_is_someone_elses_is_refused(
-    small_source: Path, tmp_path: Path, make: Callable[[Path, Path], None], finding: str
+    small_source: Path, tmp_path: Path, make: Callable[[Path, Path], None], problem: str
 ) -> None:
     (tmp_path / "precious").write_bytes(UNFINISHED_TEXT)
     (tmp_path / "out").mkdir()
     make(tmp_path / "out" / UNFINISHED_NAME, tmp_path / "precious")
-    with pytest.raises(DestinationError, match=finding):
+    with pytest.raises(DestinationError, match=problem):
         convert_checkpoint(small_source, tmp_path / "out")
     assert (tmp_path / "precious").read_bytes() == UNFINISHED_TEXT
     assert [path.name for path in (tmp_path / "out").iterdir()] == [UNFINISHED_NAME]
@@ -149,7 +149,7 @@ def test_retag_and_all_whole_files_replace_a_name(
     assert contents(folder) == contents(tmp_path / "copy")
     assert (tmp_path / "precious").read_text() == "precious"
     make(tmp_path / "new.partial", tmp_path / "precious")
-    with whole_file(tmp_path / "new") as stream:
+    with atomic_write(tmp_path / "new") as stream:
         stream.write(b"new")
     assert (tmp_path / "new").read_bytes() == b"new"
     assert (tmp_path / "precious").read_text() == "precious"

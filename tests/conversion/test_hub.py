@@ -132,18 +132,18 @@ def test_a_gated_repository_is_one_line_that_says_where_to_accept_the_terms(
 
 
 @pytest.mark.parametrize(
-    ("status", "finding"),
+    ("status", "problem"),
     [
         (HTTPStatus.UNAUTHORIZED, "on the hub no repository open to you at"),
         (HTTPStatus.FORBIDDEN, "gated: accept its terms at"),
         (HTTPStatus.INTERNAL_SERVER_ERROR, "the download stopped: Server error '500"),
     ],
 )
-def test_a_hub_that_refuses_is_one_line(hub: LoopbackHub, status: HTTPStatus, finding: str) -> None:
+def test_a_hub_that_refuses_is_one_line(hub: LoopbackHub, status: HTTPStatus, problem: str) -> None:
     hub.refuse = status
     with pytest.raises(CheckpointError) as error:
         resolve_source(REPOSITORY)
-    assert finding in str(error.value)
+    assert problem in str(error.value)
     assert "\n" not in str(error.value)
     assert hub.downloads == []
 
@@ -169,7 +169,7 @@ def test_a_folder_is_never_looked_for_on_the_hub(
     assert resolve_source(REPOSITORY) == Path(REPOSITORY)
     assert resolve_source(tmp_path) == tmp_path
     Path("owner", "file").write_text("")
-    for source, finding in {
+    for source, problem in {
         "owner/file": "is a file",
         "nowhere": "no such folder",
         "./owner/other": "no such folder",
@@ -181,7 +181,7 @@ def test_a_folder_is_never_looked_for_on_the_hub(
     }.items():
         with pytest.raises(CheckpointError) as error:
             resolve_source(source)
-        assert str(error.value).startswith(f"{source}: {finding}; give a folder, or a repository")
+        assert str(error.value).startswith(f"{source}: {problem}; give a folder, or a repository")
     assert hub.downloads == []
 
 
@@ -193,7 +193,7 @@ def load_all(source: str | Path) -> dict[str, Any]:
         "ids": MistralLargeTokenizer.from_pretrained(source).encode("Hello"),
         "logits": model(torch.tensor([[1, 23325]])).logits.tolist(),
         "generation config": model.generation_config.to_dict(),
-        "findings": inspect_checkpoint(source).findings,
+        "problems": inspect_checkpoint(source).problems,
     }
 
 
@@ -359,9 +359,9 @@ def test_a_repository_is_inspected_without_its_weights(hub: LoopbackHub) -> None
     data = (hub.folder / name).read_bytes()[8 + length :]
     (hub.folder / name).write_bytes(len(padded).to_bytes(8, "little") + padded + data)
     inspection, of_folder = inspect_checkpoint(REPOSITORY), inspect_checkpoint(hub.folder)
-    for field in ("kind", "geometry", "dtypes", "tensors", "parameters", "file_bytes", "licence", "findings"):
+    for field in ("kind", "geometry", "dtypes", "tensors", "parameters", "file_bytes", "licence", "problems"):
         assert getattr(inspection, field) == getattr(of_folder, field), field
-    assert inspection.findings == ()
+    assert inspection.problems == ()
     assert inspection.parameters == 4_440_512
     assert f'.from_pretrained("{REPOSITORY}")' in inspection.loads_with[0]
     ranges = sorted(range_ or "all" for file, range_ in hub.downloads if file.endswith(".safetensors"))

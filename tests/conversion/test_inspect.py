@@ -1,4 +1,4 @@
-"""`mistral-large inspect`: what a folder is, from headers alone; what is wrong is a finding."""
+"""`mistral-large inspect`: what a folder is, from headers alone; what is wrong is a problem."""
 
 import json
 import os
@@ -52,14 +52,14 @@ def test_a_consolidated_folder(source: Path) -> None:
             f'modeling_mistral_large.MistralLargeForCausalLM.from_pretrained("{source}")',
             f"vllm serve {source} {NATIVE}",
         ),
-        findings=(),
+        problems=(),
     )
 
 
 def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> None:
     inspection, of_source = inspect_checkpoint(folder), inspect_checkpoint(source)
     assert inspection.kind == "HF layout, model type mistral_large"
-    for name in ("geometry", "dtypes", "tensors", "parameters", "licence", "findings"):
+    for name in ("geometry", "dtypes", "tensors", "parameters", "licence", "problems"):
         assert getattr(inspection, name) == getattr(of_source, name), name
     assert inspection.tokenizer == ("tokenizer.json", "tokenizer_config.json", "tokenizer.model.v3")
     pipeline = f'transformers.pipeline("text-generation", "{folder}", dtype="auto", device_map="auto")'
@@ -69,7 +69,7 @@ def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> Non
     retag_checkpoint(folder, "mistral")
     inspection = inspect_checkpoint(folder)
     assert inspection.kind == "HF layout, model type mistral"
-    assert inspection.findings == ()
+    assert inspection.problems == ()
     assert inspection.loads_with == (f"import transformers; {pipeline}", f"vllm serve {folder}")
 
 
@@ -90,7 +90,7 @@ def test_the_123b_is_inspected_from_its_headers(tmp_path: Path) -> None:
         # A sparse file: nothing of its 5 GB is on the disk.
         os.truncate(path, path.stat().st_size + start)
     inspection = inspect_checkpoint(tmp_path)
-    assert inspection.findings == ()
+    assert inspection.problems == ()
     assert (inspection.tensors, inspection.parameters) == (795, 122_610_069_504)
     assert len(inspection.file_bytes) == 51
     assert sum(size or 0 for size in inspection.file_bytes.values()) > 245_220_139_008
@@ -188,30 +188,30 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_wrong_is_a_finding_and_not_an_error(folder: Path, case: str) -> None:
-    act, kind, finding = CASES[case]
+def test_what_is_wrong_is_a_problem_and_not_an_error(folder: Path, case: str) -> None:
+    act, kind, problem = CASES[case]
     act(folder)
     before = sorted(folder.iterdir())
     inspection = inspect_checkpoint(folder)
     assert inspection.kind == kind
-    assert any(finding in found for found in inspection.findings) or (finding, inspection.findings) == ("", ())
+    assert any(problem in found for found in inspection.problems) or (problem, inspection.problems) == ("", ())
     is_sound = bool(inspection.loads_with)
     assert is_sound == (
         case in ("both layouts", "no tokenizer", "no template", "no licence", "licence a pipe", "another number")
     )
-    assert json.dumps(inspection.findings)
+    assert json.dumps(inspection.problems)
     assert sorted(folder.iterdir()) == before
 
 
 def test_a_quantized_checkpoint_is_counted(folder: Path) -> None:
     quantize(folder)
     changed = [f"{name} has changed since the conversion" for name in ("config.json", "model.safetensors")]
-    assert inspect_checkpoint(folder).findings == tuple(changed)
+    assert inspect_checkpoint(folder).problems == tuple(changed)
     (folder / "conversion.manifest.json").unlink()
     inspection = inspect_checkpoint(folder)
     assert inspection.dtypes == {"BF16": 30, "I32": 1}
     assert inspection.parameters == 4_440_512 + 16
-    assert inspection.findings == ()
+    assert inspection.problems == ()
     assert inspection.loads_with == ()
 
 

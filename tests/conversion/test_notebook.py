@@ -26,7 +26,7 @@ def test_an_inspection_is_a_table_of_what_it_says(tmp_path: Path) -> None:
     for name, value in (("n_layers", "3"), ("parameters", "4,440,512"), ("tokenizer", "tokenizer.model.v3")):
         assert f"<tr><td>{name}</td><td>{value}</td></tr>" in shown
     assert "problem" not in shown
-    shown = replace(inspection, name=SCRIPT, findings=(SCRIPT,))._repr_html_()
+    shown = replace(inspection, name=SCRIPT, problems=(SCRIPT,))._repr_html_()
     assert shown.count(ESCAPED) == 2
     assert SCRIPT not in shown
 

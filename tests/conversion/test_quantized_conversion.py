@@ -337,11 +337,11 @@ def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Sch
     name = "model.layers.0.self_attn.k_proj.weight"
     part = f"{name}_packed" if quantization == "int4" else name
     save_file({**weights, f"{name}_scale": weights[f"{name}_scale"].float()}, path)
-    assert f"tensor '{name}_scale' has dtype F32, must be one of BF16" in str(inspect_checkpoint(folder).findings)
+    assert f"tensor '{name}_scale' has dtype F32, must be one of BF16" in str(inspect_checkpoint(folder).problems)
     save_file({**weights, part: weights[part][:, :-1].clone()}, path)
-    assert f"tensor '{part}' has shape" in str(inspect_checkpoint(folder).findings)
+    assert f"tensor '{part}' has shape" in str(inspect_checkpoint(folder).problems)
     save_file({key: weights[key] for key in weights if key != part}, path)
-    assert f"tensor '{part}' is missing" in str(inspect_checkpoint(folder).findings)
+    assert f"tensor '{part}' is missing" in str(inspect_checkpoint(folder).problems)
     assert inspect_checkpoint(folder).loads_with == ()
 
 
@@ -349,7 +349,7 @@ def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Sch
 def test_inspect_tells_format_and_bits(source: Path, quantization: Scheme, bits: float) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     inspection = inspect_checkpoint(folder)
-    assert inspection.findings == ()
+    assert inspection.problems == ()
     assert f"quantized: {quantization}" in inspection.kind
     assert FORMATS[quantization] in inspection.kind
     assert inspection.bits_per_weight == pytest.approx(bits, abs=0.02)
@@ -369,7 +369,7 @@ def test_the_demo_passes_all_checks_and_retag_changes_its_model_type_alone(
     folder = converted(source, "own", quantize=quantization)
     own = contents(folder)
     assert all(check.is_ok for check in verify_checkpoint(folder, source))
-    assert inspect_checkpoint(folder).findings == ()
+    assert inspect_checkpoint(folder).problems == ()
     retag_checkpoint(folder, "mistral")
     assert contents(folder) == stock
     retag_checkpoint(folder, "mistral_large")

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoTokenizer
 import mistral_large_conversion.retag as retag_module
 from mistral_large_cli import main
 from mistral_large_conversion.chat_templates import PLAIN_CHAT_TEMPLATE
-from mistral_large_conversion.checkpoint.atomic_write import whole_file
+from mistral_large_conversion.checkpoint.atomic_write import atomic_write
 from mistral_large_conversion.checkpoint.read import load_headers
 from mistral_large_conversion.errors import CheckpointError, DestinationError
-from mistral_large_conversion.folder_checks import manifest_findings
+from mistral_large_conversion.folder_checks import manifest_problems
 from mistral_large_conversion.hf_files import hf_files
 from mistral_large_conversion.manifest import read_manifest
 from mistral_large_conversion.model_card import ModelType, licence_files
@@ -171,7 +171,7 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
     other: ModelType = "mistral_large" if model_type == "mistral" else "mistral"
     retag_checkpoint(folder, other)
     expected_ids = MistralLargeTokenizer.from_pretrained(folder).encode("a  b   c")
-    original = whole_file
+    original = atomic_write
     files = CHANGED_TO[model_type]
     for stop in range(1, 5):
         count = 0
@@ -183,16 +183,16 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
                 raise OSError(28, "No space left on device")
             return original(path)
 
-        monkeypatch.setattr(retag_module, "whole_file", stopping)
+        monkeypatch.setattr(retag_module, "atomic_write", stopping)
         with pytest.raises(DestinationError, match="No space left on device; when that is fixed, run it again"):
             retag_checkpoint(folder, model_type)
         assert AutoConfig.from_pretrained(folder).hidden_size == 64
         assert AutoTokenizer.from_pretrained(folder).encode("a  b   c") == expected_ids
-        monkeypatch.setattr(retag_module, "whole_file", original)
+        monkeypatch.setattr(retag_module, "atomic_write", original)
         assert retag_checkpoint(folder, model_type) == files[stop:]
         manifest = read_manifest(folder)
         assert manifest is not None
-        assert manifest_findings(folder, manifest) == []
+        assert manifest_problems(folder, manifest) == []
         retag_checkpoint(folder, other)
 
 
@@ -211,18 +211,18 @@ def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) 
 
 def test_an_interrupted_retagging_can_be_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(folder)
-    original = whole_file
+    original = atomic_write
 
     def failing(path: Path) -> Any:
         if path.name == "README.md":
             raise OSError(28, "No space left on device")
         return original(path)
 
-    monkeypatch.setattr(retag_module, "whole_file", failing)
+    monkeypatch.setattr(retag_module, "atomic_write", failing)
     with pytest.raises(DestinationError):
         retag_checkpoint(folder, "mistral")
     assert not all(check.is_ok for check in verify_checkpoint(folder))
-    monkeypatch.setattr(retag_module, "whole_file", original)
+    monkeypatch.setattr(retag_module, "atomic_write", original)
     retag_checkpoint(folder, "mistral_large")
     assert contents(folder) == before
 
@@ -305,18 +305,18 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_an_unknown_folder_is_refused_and_stays_as_it_is(
     folder: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    act, finding = REFUSED[case]
+    act, problem = REFUSED[case]
     act(folder)
     before = contents(folder)
     with pytest.raises(CheckpointError) as error:
         retag_checkpoint(folder, "mistral")
-    assert finding in str(error.value)
+    assert problem in str(error.value)
     assert str(folder) in str(error.value)
     monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2
-    assert finding in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
     assert contents(folder) == before
 
 

@@ -26,8 +26,8 @@ from mistral_large_conversion.sharding.memory import (
     DEQUANTIZED_AT_ONCE,
     GIB,
     PREFILL_CHUNK,
-    Demand,
     Sizes,
+    Workload,
     activation_bytes,
     cache_bytes_of_layer,
 )
@@ -52,7 +52,7 @@ MODULES = {"model.embed_tokens", "model.rotary_emb", *(f"model.layers.{n}" for n
 
 
 def by_way(plans: list[ShardingPlan]) -> dict[str, ShardingPlan]:
-    return {plan.way: plan for plan in plans}
+    return {plan.strategy: plan for plan in plans}
 
 
 # Worked out from the geometry alone: hidden size 12288, 28672 intermediate features, 96 query and 8 key-value heads of
@@ -108,18 +108,18 @@ def test_plans_are_those_worked_out_by_hand(
         assert sum(layers) == 88
         assert all(count <= most for count, most in zip(layers, room, strict=True))
         assert max(layers) - min(layers) <= 1 or len(set(room)) > 1
-        assert sum(load.weights for load in mapped.loads) == 245220139008
-        assert sum(load.cache for load in mapped.loads) == 360448 * context * batch
+        assert sum(load.weight_bytes for load in mapped.loads) == 245220139008
+        assert sum(load.cache_bytes for load in mapped.loads) == 360448 * context * batch
     else:
         assert layers == room
-        assert mapped.missing == (88 - sum(room)) * (2768289792 + 4096 * context * batch)
+        assert mapped.shortfall_bytes == (88 - sum(room)) * (2768289792 + 4096 * context * batch)
     if parallel is None:
         return
     left, rate = parallel
     shared = plans["tensor parallel"]
-    assert {round(load.free / GIB, 2) for load in shared.loads} == {left}
+    assert {round(load.free_bytes / GIB, 2) for load in shared.loads} == {left}
     assert shared.fits == (left >= 0)
-    assert shared.missing == sum(max(0, -load.free) for load in shared.loads)
+    assert shared.shortfall_bytes == sum(max(0, -load.free_bytes) for load in shared.loads)
     assert round(shared.tokens_per_second or 0, 1) == rate
 
 
@@ -145,18 +145,18 @@ def test_plans_of_quantized_weights_are_those_worked_out_by_hand(
 ) -> None:
     layer = {"fp8": 1384554496, "int4": 735363072}[weights]
     assert Sizes.of(CONFIG, weights).weights == weight_bytes == 88 * layer + 2 * 805306368 + 24576
-    assert 88 * cache_bytes_of_layer(CONFIG, Demand(1, weights=weights, kv=kv)) == cache_bytes
+    assert 88 * cache_bytes_of_layer(CONFIG, Workload(1, weights=weights, kv=kv)) == cache_bytes
     plans = by_way(plan_sharding(CONFIG, parse_devices(text), context=context, weights=weights, kv=kv))
     mapped = plans.get("device_map") or plans["one device"]
     assert mapped.weights == weights
     assert mapped.fits == (room >= 88)
-    assert mapped.missing == max(0, 88 - room) * (layer + cache_bytes // 88 * context)
+    assert mapped.shortfall_bytes == max(0, 88 - room) * (layer + cache_bytes // 88 * context)
 
 
 def test_the_weights_are_the_published_ones() -> None:
     assert Sizes.of(CONFIG, "bf16").weights == 245220139008
     assert Sizes.of(CONFIG, "fp32").weights == 2 * 245220139008
-    assert 88 * cache_bytes_of_layer(CONFIG, Demand(131072)) == 47244640256
+    assert 88 * cache_bytes_of_layer(CONFIG, Workload(131072)) == 47244640256
 
 
 GPUS = st.builds(
@@ -171,22 +171,22 @@ DEMANDS = st.fixed_dictionaries(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(GPUS, min_size=1, max_size=12), DEMANDS, st.sampled_from([0, 64 * GIB, 512 * GIB]))
-def test_every_plan_keeps_its_promises(devices: list[Device], demand: dict[str, Any], host_memory: int) -> None:
-    plans = plan_sharding(CONFIG, devices, **demand, host_memory=host_memory)
+def test_every_plan_keeps_its_promises(devices: list[Device], workload: dict[str, Any], host_memory: int) -> None:
+    plans = plan_sharding(CONFIG, devices, **workload, host_memory=host_memory)
     assert [plan.fits for plan in plans] == sorted((plan.fits for plan in plans), reverse=True)
     for plan in plans:
-        assert (plan.missing == 0) == plan.fits
+        assert (plan.shortfall_bytes == 0) == plan.fits
         if not plan.fits:
             assert plan.device_map is None
             continue
         # Every limit is respected, and all weights and all of the cache are somewhere.
-        assert all(load.free >= 0 for load in plan.loads)
+        assert all(load.free_bytes >= 0 for load in plan.loads)
         assert (plan.tokens_per_second is None) == any(load.device.bandwidth is None for load in plan.loads)
-        assert plan.host_weights <= host_memory
-        if plan.way == "tensor parallel":
+        assert plan.host_weight_bytes <= host_memory
+        if plan.strategy == "tensor parallel":
             continue
-        assert sum(load.weights for load in plan.loads) + plan.host_weights == 245220139008
-        assert sum(load.cache for load in plan.loads) == 360448 * demand["context"] * demand["batch"]
+        assert sum(load.weight_bytes for load in plan.loads) + plan.host_weight_bytes == 245220139008
+        assert sum(load.cache_bytes for load in plan.loads) == 360448 * workload["context"] * workload["batch"]
         # Every module once, layers whole and in their order.
         assert plan.device_map is not None
         assert set(plan.device_map) == MODULES
@@ -195,7 +195,7 @@ def test_every_plan_keeps_its_promises(devices: list[Device], demand: dict[str, 
         on_devices = [place for place in places if place != "cpu"]
         assert on_devices == sorted(on_devices)
         assert places == [*on_devices, *["cpu"] * (88 - len(on_devices))]
-        assert plan.host_weights == places.count("cpu") * 2768289792
+        assert plan.host_weight_bytes == places.count("cpu") * 2768289792
         for load in plan.loads:
             (place,) = {plan.device_map[module] for module in load.modules}
             assert devices[int(place)] == load.device
@@ -203,17 +203,17 @@ def test_every_plan_keeps_its_promises(devices: list[Device], demand: dict[str, 
 
 @settings(max_examples=100, deadline=None)
 @given(GPUS, st.integers(1, 16), DEMANDS)
-def test_equal_devices_are_loaded_equally(device: Device, count: int, demand: dict[str, Any]) -> None:
-    plans = by_way(plan_sharding(CONFIG, [device] * count, **demand))
+def test_equal_devices_are_loaded_equally(device: Device, count: int, workload: dict[str, Any]) -> None:
+    plans = by_way(plan_sharding(CONFIG, [device] * count, **workload))
     plan = plans.get("device_map") or plans["one device"]
-    own = Demand(**demand)
+    own = Workload(**workload)
     layer = 2768289792 + cache_bytes_of_layer(CONFIG, own)
     if plan.fits:
-        totals = [load.total for load in plan.loads]
+        totals = [load.total_bytes for load in plan.loads]
         assert max(totals) - min(totals) <= layer
         return
     # And where nothing is found, there is nothing.
-    room = device.memory - RESERVE - activation_bytes(CONFIG, own)
+    room = device.memory_bytes - RESERVE - activation_bytes(CONFIG, own)
     ends = [805306368, 805306368 + 24576] if count > 1 else [2 * 805306368 + 24576]
     rooms = [room - end for end in ends] + [room] * (count - len(ends))
     if min(rooms) >= 0:
@@ -242,19 +242,19 @@ def test_small_devices_are_left_out() -> None:
 
 def test_nothing_is_offloaded_unless_asked_for() -> None:
     devices = parse_devices("141GB")
-    assert [plan.way for plan in plan_sharding(CONFIG, devices, context=4096)] == ["one device"]
+    assert [plan.strategy for plan in plan_sharding(CONFIG, devices, context=4096)] == ["one device"]
     offloaded, one = plan_sharding(CONFIG, devices, context=4096, host_memory=256 * 10**9)
-    assert (offloaded.way, one.way) == ("device_map with offload", "one device")
+    assert (offloaded.strategy, one.strategy) == ("device_map with offload", "one device")
     assert offloaded.fits
     # The first device has the cache of all layers, and room for the weights of one more.
     (load,) = offloaded.loads
-    assert load.cache == 360448 * 4096
-    assert load.activations == activation_bytes(CONFIG, Demand(4096)) + 2768289792
+    assert load.cache_bytes == 360448 * 4096
+    assert load.activation_bytes == activation_bytes(CONFIG, Workload(4096)) + 2768289792
     assert offloaded.tokens_per_second == pytest.approx(
-        1 / (offloaded.host_weights / 25e9 + (load.weights - 805306368 + load.cache) / (0.9 * 4.8e12))
+        1 / (offloaded.host_weight_bytes / 25e9 + (load.weight_bytes - 805306368 + load.cache_bytes) / (0.9 * 4.8e12))
     )
     # One layer less on the host would be one too many on the device.
-    assert load.free < 2768289792
+    assert load.free_bytes < 2768289792
     short = plan_sharding(CONFIG, devices, context=4096, host_memory=64 * 10**9)[0]
     assert not short.fits
 
@@ -295,11 +295,11 @@ def test_memory_is_what_is_allocated(
         for start in range(0, context, chunk):
             end = start + chunk
             model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
-    demand = Demand(context, batch, prefill_chunk=chunk)
-    planned = 3 * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
+    workload = Workload(context, batch, prefill_chunk=chunk)
+    planned = 3 * cache_bytes_of_layer(config, workload) + activation_bytes(config, workload)
     assert planned == pytest.approx(memory.peak, rel=0.1)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 3 * cache_bytes_of_layer(config, demand)
+    assert held == 3 * cache_bytes_of_layer(config, workload)
 
 
 def test_planned_weights_are_the_allocated_ones(tiny_config: MistralLargeConfig) -> None:
@@ -313,7 +313,7 @@ def test_planned_weights_are_the_allocated_ones(tiny_config: MistralLargeConfig)
     modules = dict(model.named_modules())
     for load in plan.loads:
         held = sum(weight.nbytes for name in load.modules for weight in modules[name].parameters())
-        assert held == load.weights
+        assert held == load.weight_bytes
 
 
 def quantized_model(quantization: Scheme) -> Any:
@@ -357,8 +357,8 @@ def test_int4_takes_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> Non
     memory = PeakMemory()
     with torch.no_grad(), memory:
         model(torch.randint(0, 1000, (1, 256)), past_key_values=cache, logits_to_keep=1)
-    demand = Demand(256, weights="int4")
-    planned = config.num_hidden_layers * cache_bytes_of_layer(config, demand) + activation_bytes(config, demand)
+    workload = Workload(256, weights="int4")
+    planned = config.num_hidden_layers * cache_bytes_of_layer(config, workload) + activation_bytes(config, workload)
     assert planned * 0.75 < memory.peak < planned * 1.1
 
 
@@ -389,7 +389,7 @@ def test_what_names_no_devices(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "finding"),
+    ("options", "problem"),
     [
         ({"context": 0}, "context 0: the model has 1 to 131072 positions"),
         ({"context": 131073}, "context 131073"),
@@ -404,8 +404,8 @@ def test_what_names_no_devices(text: str) -> None:
         ({"context": 1, "weights": "fp8", "host_memory": 1}, "host_memory with fp8 weights: quantized weights are not"),
     ],
 )
-def test_demands_that_make_no_sense(options: dict[str, Any], finding: str) -> None:
-    with pytest.raises(PlanError, match=finding):
+def test_demands_that_make_no_sense(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
         plan_sharding(CONFIG, parse_devices("80GB"), **options)
 
 
@@ -420,9 +420,9 @@ def test_a_misspelt_option_is_an_error(ask: Any) -> None:
 def test_the_fewest_layers_are_offloaded() -> None:
     for text, context, batch in itertools.product(("24GB", "2x80GB", "24GB+80GB", "5x48GB"), (1, 8192, 60000), (1, 3)):
         devices = parse_devices(text)
-        demand = Demand(context, batch)
-        plan = _plan_offload(CONFIG, devices, demand, LARGEST)
-        one_by_one = (_plan_device_map(CONFIG, devices, demand, offloaded=count) for count in range(1, 89))
+        workload = Workload(context, batch)
+        plan = _plan_offload(CONFIG, devices, workload, LARGEST)
+        one_by_one = (_plan_device_map(CONFIG, devices, workload, offloaded=count) for count in range(1, 89))
         fitting = next((each for each in one_by_one if each.fits), None)
         if fitting is None:
             assert not plan.fits
@@ -498,14 +498,14 @@ def test_named_devices_have_the_figures_of_their_sheets(name: str) -> None:
     count, memory_gib, bandwidth = NAMED[name]
     devices = parse_devices(name)
     assert len(devices) == count
-    assert (devices[0].memory, round((devices[0].bandwidth or 0) / 1e9)) == (int(memory_gib * GIB), bandwidth)
+    assert (devices[0].memory_bytes, round((devices[0].bandwidth or 0) / 1e9)) == (int(memory_gib * GIB), bandwidth)
     # As it is written in a command that a plan prints.
-    assert parse_devices(devices[0].name)[0].memory == devices[0].memory
+    assert parse_devices(devices[0].name)[0].memory_bytes == devices[0].memory_bytes
 
 
 def test_this_machine_is_a_device_of_unknown_bandwidth() -> None:
     (device,) = parse_devices("cpu")
-    assert (device.kind, device.bandwidth, device.memory > GIB) == ("cpu", None, True)
+    assert (device.kind, device.bandwidth, device.memory_bytes > GIB) == ("cpu", None, True)
     assert device.assumption == "cpu: the memory of this machine"
 
 

@@ -375,7 +375,7 @@ def test_memory_does_not_grow_with_the_tensors(demo_folder: Path, demo_source: P
     tracemalloc.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream_module, "BLOCK_BYTES", 2**14)
-        patch.setattr(verify_module, "_tokenizer_findings", lambda *_: [])
+        patch.setattr(verify_module, "_tokenizer_problems", lambda *_: [])
         assert wrong(verify_checkpoint(demo_folder, demo_source)) == {}
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -16,7 +16,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_conversion import convert_checkpoint, inspect_checkpoint, read_manifest
-from mistral_large_conversion.folder_checks import READ_BY_LOADERS, manifest_findings
+from mistral_large_conversion.folder_checks import READ_BY_LOADERS, manifest_problems
 from mistral_large_conversion.manifest import ManifestFile
 from mistral_large_conversion.verify import Check, verify_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
@@ -105,7 +105,7 @@ def with_values_changed(value: Any) -> Iterator[Any]:
 @pytest.fixture
 def only_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the slow checks: what is asked here is whether the files' own check sees it."""
-    monkeypatch.setattr("mistral_large_conversion.verify._tokenizer_findings", lambda *_: [])
+    monkeypatch.setattr("mistral_large_conversion.verify._tokenizer_problems", lambda *_: [])
 
 
 def test_a_conversion_is_all_proven(converted: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_conversion_is_all_proven(converted: Path) -> None:
     assert manifest is not None
     assert manifest.files is not None
     assert set(manifest.files) == {path.name for path in converted.iterdir()} - {MANIFEST}
-    assert inspect_checkpoint(converted).findings == ()
+    assert inspect_checkpoint(converted).problems == ()
 
 
 @pytest.mark.usefixtures("only_the_files")
@@ -187,7 +187,7 @@ def test_a_file_that_a_loader_reads_is_wrong_where_a_conversion_wrote_none(hf: P
     (hf / name).write_bytes(b"{}")
     try:
         assert wrong(hf)
-        assert any(name in finding for finding in inspect_checkpoint(hf).findings)
+        assert any(name in problem for problem in inspect_checkpoint(hf).problems)
     finally:
         (hf / name).unlink()
 
@@ -227,7 +227,7 @@ def test_a_manifest_may_name_anything(folder: Path, name: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     manifest = read_manifest(folder)
     assert manifest is not None
-    assert manifest_findings(folder, manifest) == [f"{name} is missing"]
+    assert manifest_problems(folder, manifest) == [f"{name} is missing"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs links")
@@ -308,13 +308,13 @@ TOKENIZER_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 @pytest.mark.parametrize("edit", TOKENIZER_EDITS)
 @pytest.mark.parametrize("has_manifest", [True, False])
 def test_any_other_tokenizer_is_found_without_the_manifest_too(folder: Path, edit: str, has_manifest: bool) -> None:
-    act, finding = TOKENIZER_EDITS[edit]
+    act, problem = TOKENIZER_EDITS[edit]
     edit_tokenizer(act)(folder)
     if not has_manifest:
         (folder / MANIFEST).unlink()
     found = {check.name: check.detail for check in verify_checkpoint(folder) if check.is_ok is False}
     assert found.keys() == ({"tokenizer", "files"} if has_manifest else {"tokenizer"})
-    assert finding in found["tokenizer"]
+    assert problem in found["tokenizer"]
 
 
 def test_swapped_merges_do_change_ids(folder: Path, reference_tokenizer: Any) -> None:

@@ -104,9 +104,9 @@ def test_a_folder_without_a_geometry_has_not_the_default_one(tmp_path: Path, con
         MistralLargeConfig.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("wrong", "finding"), [*WRONG, UNEVEN], ids=name_of)
+@pytest.mark.parametrize(("wrong", "problem"), [*WRONG, UNEVEN], ids=name_of)
 def test_config_refuses_what_the_architecture_is_not(
-    wrong: dict[str, Any], finding: str, tiny_config: MistralLargeConfig, tmp_path: Path
+    wrong: dict[str, Any], problem: str, tiny_config: MistralLargeConfig, tmp_path: Path
 ) -> None:
     fields = {**tiny_config.to_dict(), **wrong}
     if "rope_theta" in wrong or "rope_scaling" in wrong:
@@ -120,13 +120,13 @@ def test_config_refuses_what_the_architecture_is_not(
     ):
         with pytest.raises(ConfigurationError, match=r"^MistralLargeConfig") as error:
             refuse()
-        assert finding in str(error.value)
+        assert problem in str(error.value)
     assert issubclass(ConfigurationError, (MistralLargeError, ValueError))
 
 
-@pytest.mark.parametrize(("wrong", "finding"), [*WRONG, UNEVEN], ids=name_of)
+@pytest.mark.parametrize(("wrong", "problem"), [*WRONG, UNEVEN], ids=name_of)
 def test_an_override_is_refused_as_the_file_is(
-    wrong: dict[str, Any], finding: str, tiny_config: MistralLargeConfig, tmp_path: Path
+    wrong: dict[str, Any], problem: str, tiny_config: MistralLargeConfig, tmp_path: Path
 ) -> None:
     MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path)
     calls: list[Callable[[], Any]] = [
@@ -140,7 +140,7 @@ def test_an_override_is_refused_as_the_file_is(
     for refuse in calls:
         with pytest.raises(ConfigurationError) as error:
             refuse()
-        assert finding in str(error.value)
+        assert problem in str(error.value)
 
 
 def test_overrides_that_say_what_is_so_are_taken(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
@@ -157,14 +157,14 @@ def test_overrides_that_say_what_is_so_are_taken(tiny_config: MistralLargeConfig
     assert (heads.num_attention_heads, heads.num_key_value_heads) == (9, 3)
 
 
-@pytest.mark.parametrize(("wrong", "finding"), WRONG, ids=name_of)
-def test_an_assignment_is_refused(wrong: dict[str, Any], finding: str, tiny_config: MistralLargeConfig) -> None:
+@pytest.mark.parametrize(("wrong", "problem"), WRONG, ids=name_of)
+def test_an_assignment_is_refused(wrong: dict[str, Any], problem: str, tiny_config: MistralLargeConfig) -> None:
     before = tiny_config.to_dict()
     ((name, value),) = wrong.items()
     for assign in (lambda: setattr(tiny_config, name, value), lambda: tiny_config.update(wrong)):
         with pytest.raises((ConfigurationError, StrictDataclassFieldValidationError)) as error:
             assign()
-        assert finding in str(error.value)
+        assert problem in str(error.value)
     assert tiny_config.to_dict() == before
 
 

@@ -28,7 +28,7 @@ from mistral_large_conversion.chat_templates import (
     template_sha256,
 )
 from mistral_large_conversion.errors import TokenizerFileError
-from mistral_large_conversion.folder_checks import chat_template_findings
+from mistral_large_conversion.folder_checks import chat_template_problems
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.chat_tokenization import CustomTemplateWarning
 from modeling_mistral_large.errors import ConversationError, KeywordError
@@ -199,7 +199,7 @@ def test_a_changed_byte_changes_no_id(
     assert loaded.prompt_format == "v3"
     assert tokenizer.apply_chat_template(HOSTILE, chat_template=changed) == tokenizer.apply_chat_template(HOSTILE)
     if (saved / "chat_template.jinja").exists():
-        assert chat_template_findings(saved) == []
+        assert chat_template_problems(saved) == []
 
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
@@ -217,7 +217,7 @@ def test_another_template_is_honoured_and_said_once(
     found = loaded.apply_chat_template(HOSTILE, tools=harmless["tools"], return_dict=False)
     assert [index for index in found if index < 751] == [1, 6, 7, 3, 4]
     if (saved / "chat_template.jinja").exists() and place is not assigned and place is not passed:
-        assert ["is not the bundled one" in finding for finding in chat_template_findings(saved)] == [True]
+        assert ["is not the bundled one" in problem for problem in chat_template_problems(saved)] == [True]
 
 
 def test_the_format_is_recorded_where_it_is_ours(own: MistralLargeTokenizer, tmp_path: Path) -> None:

@@ -274,21 +274,21 @@ def test_everything_wrong_with_the_tensors_is_one_error(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "finding"),
+    ("params", "problem"),
     [
         (None, "params.json is missing"),
         ("{", "Expecting property name"),
         ('{"dim": 80}', "n_layers is missing"),
     ],
 )
-def test_a_config_without_its_params_is_one_error(damaged: Path, params: str | None, finding: str) -> None:
+def test_a_config_without_its_params_is_one_error(damaged: Path, params: str | None, problem: str) -> None:
     (damaged / "params.json").unlink()
     if params is not None:
         (damaged / "params.json").write_text(params)
     for read in (MistralLargeConfig.from_pretrained, load):
         with pytest.raises(CheckpointError) as error:
             read(damaged)
-        assert finding in str(error.value)
+        assert problem in str(error.value)
 
 
 def test_params_without_weights_are_a_consolidated_folder_too(checkpoint: Checkpoint, tmp_path: Path) -> None:

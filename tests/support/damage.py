@@ -107,16 +107,16 @@ class Damage:
     """What is done to a sound folder, and what the message says; in `<…>` are names of the layout's files."""
 
     act: Act
-    finding: str
+    problem: str
     where: Callable[[Layout], bool] = field(default=everywhere)
 
-    def finding_in(self, layout: Layout) -> str:
+    def problem_in(self, layout: Layout) -> str:
         names = {"settings": layout.settings, "index": layout.index, "norm": layout.norm, "query": layout.query}
         names |= {"last": layout.weights[-1], "stem": layout.stem}
-        finding = self.finding
+        problem = self.problem
         for name, value in names.items():
-            finding = finding.replace(f"<{name}>", value)
-        return finding
+            problem = problem.replace(f"<{name}>", value)
+        return problem
 
 
 Name = Callable[[Layout], str]

@@ -145,7 +145,7 @@ def test_rounds_are_limited() -> None:
 
 # transformers 5.17 says nothing of a list's items in the schema of a function, so the function itself finds out.
 SAYS_ITEMS = tuple(map(int, transformers.__version__.split(".")[:2])) > (5, 17)
-ITEMS_FINDING = "items is ['1'] and must fit" if SAYS_ITEMS else "TypeError"
+ITEMS_PROBLEM = "items is ['1'] and must fit" if SAYS_ITEMS else "TypeError"
 
 ERRORS = {
     "unknown tool": ("search", {}, "there is no tool 'search'; the tools are get_current_weather, say, weigh, fail"),
@@ -156,7 +156,7 @@ ERRORS = {
     "truth as a number": ("get_current_weather", {"location": "Paris", "days": True}, "days is True and must fit"),
     "not one of the choices": ("get_current_weather", {"location": "Paris", "unit": "F"}, "unit is 'F' and must fit"),
     "null": ("say", {"text": None}, "text is None and must fit"),
-    "item of another type": ("weigh", {"items": ["1"], "note": None, "exact": True}, ITEMS_FINDING),
+    "item of another type": ("weigh", {"items": ["1"], "note": None, "exact": True}, ITEMS_PROBLEM),
     "none of the choices": ("weigh", {"items": 1, "note": None, "exact": True}, "items is 1 and must fit"),
     "number for text or null": ("weigh", {"items": [], "note": 7, "exact": True}, "note is 7 and must fit"),
     "number for a truth": ("weigh", {"items": [], "note": None, "exact": 1}, "exact is 1 and must fit"),
@@ -165,12 +165,12 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize(("name", "arguments", "finding"), ERRORS.values(), ids=ERRORS)
-def test_errors_go_to_the_model(name: str, arguments: Any, finding: str) -> None:
+@pytest.mark.parametrize(("name", "arguments", "problem"), ERRORS.values(), ids=ERRORS)
+def test_errors_go_to_the_model(name: str, arguments: Any, problem: str) -> None:
     error = json.loads(result_of(name, arguments))
     if isinstance(error, str):  # a text that no prompt can hold as it was
         error = json.loads(error)
-    assert finding in error["error"]
+    assert problem in error["error"]
 
 
 @pytest.mark.parametrize("items", [[1, 2.5], {"a": 1, "b": 2.5}])

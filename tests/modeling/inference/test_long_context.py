@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mistral_large_conversion.sharding.memory import Demand, activation_bytes, cache_bytes_of_layer
+from mistral_large_conversion.sharding.memory import Workload, activation_bytes, cache_bytes_of_layer
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.inference.attention import sdpa_attention
 from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
@@ -200,7 +200,7 @@ NARROW: dict[str, Any] = {
 ONE_LOGIT = {**GREEDY, "max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
 
 
-def check_memory(peak: int, config: MistralLargeConfig, demand: Demand, cache: Any) -> None:
+def check_memory(peak: int, config: MistralLargeConfig, demand: Workload, cache: Any) -> None:
     cached = config.num_hidden_layers * cache_bytes_of_layer(config, demand)
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == cached
     planned = cached + activation_bytes(config, demand)
@@ -228,7 +228,7 @@ def test_131072_tokens_have_stock_mistrals_completion_in_the_planned_memory(
     with memory:
         found = ours.generate(ids, **ONE_LOGIT, **cache_argument(cache))
     assert lengths == [2048] * 64
-    check_memory(memory.peak, config, Demand(131072, weights="fp32"), cache)
+    check_memory(memory.peak, config, Workload(131072, weights="fp32"), cache)
     # In a model of one layer the last token's logits depend on no query but its own.
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", last_query_attention)
     expected = stock.generate(ids, **ONE_LOGIT)
@@ -248,7 +248,7 @@ def test_an_fp8_cache_takes_the_planned_memory(dtype: torch.dtype) -> None:
     with memory:
         model.generate(random_ids(config, 1, 8192), **ONE_LOGIT, **cache_argument(cache), prefill_chunk_size=512)
     weights = "bf16" if dtype == torch.bfloat16 else "fp32"
-    check_memory(memory.peak, config, Demand(8192, weights=weights, kv="fp8", prefill_chunk=512), cache)
+    check_memory(memory.peak, config, Workload(8192, weights=weights, kv="fp8", prefill_chunk=512), cache)
 
 
 # 8 bits

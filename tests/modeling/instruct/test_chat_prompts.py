@@ -665,11 +665,11 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("messages", "finding"), REFUSED.values(), ids=REFUSED)
-def test_a_refusal_names_the_message(messages: list[Any], finding: str) -> None:
-    with pytest.raises(ConversationError, match=finding) as refusal:
+@pytest.mark.parametrize(("messages", "problem"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_names_the_message(messages: list[Any], problem: str) -> None:
+    with pytest.raises(ConversationError, match=problem) as refusal:
         build_prompt(messages)
-    # The finding, the rule and the way out.
+    # The problem, the rule and the way out.
     assert str(refusal.value).count(";") + str(refusal.value).count(":") >= 2
 
 
@@ -723,9 +723,9 @@ REFUSED_TOOLS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("tool", "finding"), REFUSED_TOOLS.values(), ids=REFUSED_TOOLS)
-def test_a_refusal_names_the_tool(tool: Any, finding: str) -> None:
-    with pytest.raises(ConversationError, match=finding):
+@pytest.mark.parametrize(("tool", "problem"), REFUSED_TOOLS.values(), ids=REFUSED_TOOLS)
+def test_a_refusal_names_the_tool(tool: Any, problem: str) -> None:
+    with pytest.raises(ConversationError, match=problem):
         build_prompt([user()], [tool])
 
 
