@@ -1,7 +1,6 @@
 """HTML that notebooks show of a result."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
 
 def html_table(rows: Iterable[Sequence[object]], *, head: Sequence[object] = ()) -> str:
@@ -12,4 +11,7 @@ def html_table(rows: Iterable[Sequence[object]], *, head: Sequence[object] = ())
 
 
 def _html_row(cells: Sequence[object], tag: str) -> str:
+    # Importing the package loads no more than stock Mistral does.
+    from html import escape
+
     return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"

@@ -200,7 +200,7 @@ def test_the_command_ends_with_the_tools_result_and_says_nothing_else(tmp_path: 
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[-1].split(maxsplit=1) == ["answer", "It is 22 °C in Paris right now."]
+    assert lines[-1].split(maxsplit=1) == ["response", "It is 22 °C in Paris right now."]
     assert ESCAPE not in result.stdout
     assert not [line for line in lines if line != line.rstrip()]
     for said in ("Arr, I be a pirate chatbot, matey!", "[TOOL_CALLS] [{", "result       22", "[TOOL_RESULTS] {"):
