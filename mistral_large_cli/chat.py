@@ -27,7 +27,7 @@ from .options import (
     hub_options,
 )
 from .terminal import printable
-from .tools_file import Tool, load_tools, tool_names
+from .tools_file import Tool, function_names, load_tools, tool_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -233,10 +233,12 @@ class Chat:
 
     def _mention_commands(self, line: str) -> None:
         """Say once, next to the responses, that what looks like a command was taken as text."""
-        name = line.split(maxsplit=1)[0]
+        name, *rest = line.split(maxsplit=1)
         if not self._has_mentioned_commands and name in (*self._commands, "/exit"):
             self._has_mentioned_commands = True
-            print(f"{name} is text here, as all that comes from a pipe; --commands obeys it", file=sys.stderr)
+            names = function_names(Path(rest[0].strip())) if rest and name == "/tools" else []
+            offered = f", so {', '.join(names)} cannot be called" if names else ""
+            print(f"{name} is text here, as all that comes from a pipe{offered}; --commands obeys it", file=sys.stderr)
 
     def _obey(self, line: str) -> bool:
         """Do what a command says, and return whether it ends the chat."""

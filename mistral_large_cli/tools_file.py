@@ -48,6 +48,24 @@ def load_tools(path: Path) -> list[Tool]:
     return list(tools.values())
 
 
+def function_names(path: Path) -> list[str]:
+    """Return the public functions at the top of a Python file, which is read and not run; none of what is no such file.
+
+    A file of any other kind, or of more than a megabyte, is not read.
+    """
+    try:
+        if path.suffix != ".py" or not path.is_file() or path.stat().st_size > 2**20:
+            return []
+        tree = ast.parse(path.read_bytes())
+    except (OSError, RecursionError, SyntaxError, ValueError):
+        return []
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+    ]
+
+
 def tool_names(tools: Sequence[Tool]) -> list[str]:
     """Return the names by which the model calls tools."""
     from modeling_mistral_large.instruct.tool_schemas import describe_function

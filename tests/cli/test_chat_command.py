@@ -24,7 +24,7 @@ from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversation
 from mistral_large_cli.generation_session import GenerationSession, Sampling
 from mistral_large_cli.highlighting import highlighted
 from mistral_large_cli.terminal import printable
-from mistral_large_cli.tools_file import load_tools
+from mistral_large_cli.tools_file import function_names, load_tools
 from mistral_large_conversion.errors import MistralLargeError, SettingError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.inference.kv_cache import Fp8Layer
@@ -234,6 +234,23 @@ def test_commands_that_are_taken_as_text_are_mentioned_once(demo_folder: Path, h
         assert result.stderr.endswith(expected)
         assert result.stderr.count("is text here") == bool(expected)
     assert heard == [*lines, "Who?"]
+
+
+def test_tools_that_a_pipe_names_are_read_and_not_run(demo_folder: Path, heard: list[str], tmp_path: Path) -> None:
+    path, ran = tmp_path / "tools.py", tmp_path / "ran"
+    path.write_text(
+        f"open({str(ran)!r}, 'w').close()\ndef forecast(): ...\ndef _private(): ...\nasync def news(): ...\n"
+    )
+    result = CliRunner().invoke(app, ["chat", str(demo_folder)], input=f"/tools {path}\n", catch_exceptions=False)
+    assert result.stderr.endswith(
+        "/tools is text here, as all that comes from a pipe, so forecast, news cannot be called; --commands obeys it\n"
+    )
+    assert heard == [f"/tools {path}"]
+    assert not ran.exists()
+    for content in ("def broken(:", "\0", "x" * 2**21):
+        path.write_text(content)
+        assert function_names(path) == []
+    assert function_names(tmp_path) == function_names(tmp_path / "absent.py") == []
 
 
 def test_messages_may_begin_with_a_slash(demo_folder: Path, heard: list[str]) -> None:
