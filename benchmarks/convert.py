@@ -89,7 +89,7 @@ def convert(source: Path, destination: Path) -> None:
 
 
 def convert_state_dict(source: Path, destination: Path) -> None:
-    """What the published script does, with the number of key heads mended."""
+    """What the published script does, with the number of key heads fixed."""
     import torch
     from safetensors.torch import load_file
     from transformers import MistralConfig, MistralForCausalLM

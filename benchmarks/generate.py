@@ -4,8 +4,8 @@ Our model and transformers' own MistralForCausalLM have the very same random wei
 compared first. Ours runs as it is loaded and, on processors with AMX, after `use_vector_products_` too; ours with FP8
 and 4-bit weights, random ones too, run beside them. The ways take turns, each turn begins
 with another one; a figure is the median of the turns, a ratio the median of the turns' ratios. A step is the whole of
-it: model, head and the choice of the likeliest token. For decoding the cache is filled with random numbers, as the time
-does not depend on them.
+it: model, head and the choice of the most likely token. For decoding the cache is filled with random values, as the
+time does not depend on them.
 
 The bandwidth is measured after every measurement, by reading a buffer of a gigabyte. What a step has to read are all
 weights but the embeddings, and the cache; what it gets through a second is given as a share of the bandwidth.

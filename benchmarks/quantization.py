@@ -4,7 +4,7 @@
 
 The demo model reads its own conversations, answers included, in FP32 arithmetic; KL is in nats, of the distribution of
 BF16 weights to that of quantized ones, and the mean over all positions, as is how often both hold the same token for
-the likeliest. It is a toy with rows of 64 to 256 weights: its figures are no forecast for the 123 B model.
+the most likely one. It is a toy with rows of 64 to 256 weights: its figures are no forecast for the 123 B model.
 The matrices are random, of normal and of long-tailed numbers; error is the norm of the difference by the norm. Outputs
 are those of the layers this package runs, for normal inputs.
 The conversion is of one decoder layer of full width, 2.77 GB in BF16, in a process of its own; its peak is less that of

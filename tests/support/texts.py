@@ -8,7 +8,7 @@ SPACE_CONTEXTS = (
     ("[REFERENCE_DOC_3]", "[REFERENCE_DOC_13]"),
 )
 CODE_POINT_CONTEXTS = (("", ""), ("a", "b"), (" ", " "), ("\n", "]"))
-GLUINGS = (
+CONTEXTS = (
     *(("", ""), ("x", "y"), (" ", "]"), ("\n", ">"), ("[REFERENCE_DOC_3]", "[REFERENCE_DOC_13]")),
     *(("[REFERENCE_DOC_3]", ""), ("[REFERENCE_DOC_3][", "]"), ("[REFERENCE_DOC_3] ", " ")),
 )
@@ -32,7 +32,7 @@ def all_texts(pieces: Sequence[str], *, seed: int, mixtures: int) -> list[str]:
     not_text = pieces[:1027]
     return [
         *(before + " " * length + after for length in range(1, 401) for before, after in SPACE_CONTEXTS),
-        *(before + piece + after for piece in not_text for before, after in GLUINGS),
+        *(before + piece + after for piece in not_text for before, after in CONTEXTS),
         *(before + unit * count for unit in REPEATED for count in range(1, 101) for before in ("", " ", "a")),
         *every_code_point(),
         # The tokenizer puts nothing before a text that follows a reference document.

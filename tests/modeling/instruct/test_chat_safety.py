@@ -18,7 +18,7 @@ REFERENCE_DOCUMENTS = range(751, 771)
 # `<unk>`, the 750 control pieces and the reference documents.
 MARKED = range(771)
 
-GLUINGS: dict[str, Callable[[str], str]] = {
+CONTEXTS: dict[str, Callable[[str], str]] = {
     "alone": lambda piece: piece,
     "glued": lambda piece: f"a{piece}{piece}b",
     "spaced": lambda piece: f" {piece} \n{piece}\t",
@@ -65,14 +65,14 @@ def conversation_with(text: str) -> Conversation:
     )
 
 
-@pytest.mark.parametrize("gluing", GLUINGS.values(), ids=GLUINGS)
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_no_piece_becomes_a_control_token(
-    tokenizer: MistralLargeTokenizer, pieces: list[str], gluing: Callable[[str], str]
+    tokenizer: MistralLargeTokenizer, pieces: list[str], context: Callable[[str], str]
 ) -> None:
     harmless = conversation_with("words")
     expected = tokenizer.apply_chat_template(harmless.messages, tools=harmless.tools, return_dict=False)
     control_ids = [index for index in expected if index in MARKED]
-    drawn = [conversation_with(gluing(piece)) for piece in pieces]
+    drawn = [conversation_with(context(piece)) for piece in pieces]
     prompts = [
         tokenizer.apply_chat_template(hostile.messages, tools=hostile.tools, return_dict=False) for hostile in drawn
     ]
@@ -83,12 +83,12 @@ def test_no_piece_becomes_a_control_token(
             assert not set(prompt) & set(REFERENCE_DOCUMENTS), piece
 
 
-@pytest.mark.parametrize("gluing", GLUINGS.values(), ids=GLUINGS)
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_no_reference_document_becomes_a_piece_as_text(
-    tokenizer: MistralLargeTokenizer, pieces: list[str], gluing: Callable[[str], str]
+    tokenizer: MistralLargeTokenizer, pieces: list[str], context: Callable[[str], str]
 ) -> None:
     for piece in pieces[REFERENCE_DOCUMENTS.start - 1 :]:
-        hostile = conversation_with(gluing(piece))
+        hostile = conversation_with(context(piece))
         options: dict[str, Any] = {"tools": hostile.tools, "return_dict": False, "reference_documents_as_text": True}
         prompt = tokenizer.apply_chat_template(hostile.messages, **options)
         assert not set(prompt) & set(REFERENCE_DOCUMENTS), piece
@@ -97,14 +97,14 @@ def test_no_reference_document_becomes_a_piece_as_text(
         assert tokenizer.decode(prompt) == tokenizer.decode(as_pieces)
 
 
-@pytest.mark.parametrize("gluing", GLUINGS.values(), ids=GLUINGS)
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_reference_documents_are_the_references(
-    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, pieces: list[str], gluing: Callable[[str], str]
+    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, pieces: list[str], context: Callable[[str], str]
 ) -> None:
     """The reference takes these 20 pieces out of texts too; and every seventh other piece, to be sure of the rest."""
     for index, piece in enumerate(pieces, start=1):
         if index in REFERENCE_DOCUMENTS or index % 7 == 0:
-            hostile = conversation_with(gluing(piece))
+            hostile = conversation_with(context(piece))
             prompt = tokenizer.apply_chat_template(hostile.messages, tools=hostile.tools, return_dict=False)
             assert prompt == reference_ids(reference_tokenizer, hostile), piece
             assert (index in prompt) == (index in REFERENCE_DOCUMENTS or index <= 9)
