@@ -72,6 +72,7 @@ def question(name: str) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_answers_are_the_golden_ones(demo_folder: Path) -> None:
     names = ("window_cleaner", "window_cleaner_follow_up")
     printed = talk(demo_folder, *map(question, names))
@@ -116,6 +117,7 @@ def test_both_layouts_are_read(tmp_path: Path) -> None:
     assert talk(folder, question("who_are_you")) == GOLDEN["who_are_you"].answer.splitlines()
 
 
+@pytest.mark.slow
 def test_system_prompts(demo_folder: Path) -> None:
     system = GOLDEN["pirate"].messages[0]["content"]
     pirate, plain = GOLDEN["pirate"].answer.splitlines(), GOLDEN["who_are_you"].answer.splitlines()
@@ -126,6 +128,7 @@ def test_system_prompts(demo_folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_tools_are_called_and_shown(demo_folder: Path, tools_file: Path) -> None:
     lines = [question("weather_call"), question("weather_follow_up_call")]
     expected = []
@@ -147,6 +150,7 @@ def test_rounds_are_limited(demo_folder: Path, tools_file: Path) -> None:
     assert printed[1:] == ["→ 22", "the model still calls tools after 1 rounds"]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_saved_and_loaded(demo_folder: Path, tools_file: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     options = ("--tools", str(tools_file), "--seed", "1")
@@ -164,6 +168,7 @@ def test_a_conversation_is_saved_and_loaded(demo_folder: Path, tools_file: Path,
     assert again[-1] == f"12 messages in {tmp_path / 'again.json'}"
 
 
+@pytest.mark.slow
 def test_a_seed_makes_everything_the_same(demo_folder: Path, tools_file: Path, tmp_path: Path) -> None:
     saved = [tmp_path / "one.json", tmp_path / "two.json"]
     options = ("--tools", str(tools_file), "--seed", "7", "--temperature", "1.5")
@@ -271,6 +276,7 @@ def test_the_prompt_is_shown(demo_folder: Path) -> None:
     assert "\n".join(printed[1:]) == f"{answer}\n<s> [INST] Who are you? [/INST] {answer} </s>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -395,6 +401,7 @@ def test_sampling_needs_numbers() -> None:
             Sampling(64, temperature, top_p, None)
 
 
+@pytest.mark.slow
 def test_a_system_prompt_goes_with_a_loaded_conversation_that_has_none(demo_folder: Path, tmp_path: Path) -> None:
     pirate = GOLDEN["pirate"]
     (tmp_path / "none.json").write_text(json.dumps([{"role": "user", "content": "x"}]))

@@ -55,6 +55,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"demo": str(demo), "empty": str(folder / "empty"), "none": str(folder / "none")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", AT_ONCE)
 def test_what_needs_no_model_imports_neither_torch_nor_transformers(typed: str, places: dict[str, str]) -> None:
     watch = (
@@ -86,6 +87,7 @@ def test_the_page_of_the_command_line_is_that_of_the_commands() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "bfloat16", "fp16", "float16", "fp32", "float32"])
 def test_dtypes_have_short_and_long_names(name: str, places: dict[str, str]) -> None:
     dtype = {"b": "BF16", "f": f"F{name[-2:]}"}[name[0]]
@@ -121,6 +123,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         yield hub
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ON_THE_HUB)
 def test_revision_token_and_cache_arrive_at_the_hub(
     command: str, hub: LoopbackHub, places: dict[str, str], tmp_path: Path
@@ -157,6 +160,7 @@ def test_a_folder_has_no_options_of_the_hub(command: str, option: str, places: d
     )
 
 
+@pytest.mark.slow
 def test_engines_are_told_of_revision_token_and_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.execv", lambda _, command: started.append(command))

@@ -34,6 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return exit_.value.code
 
 
+@pytest.mark.slow
 def test_convert_prints_the_plan_and_a_command_that_runs(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +71,7 @@ def test_dry_run_writes_nothing(
     assert not (source.parent / "hf").exists()
 
 
+@pytest.mark.slow
 def test_json_is_all_that_is_printed_and_says_what_is_there(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +97,7 @@ def test_json_is_all_that_is_printed_and_says_what_is_there(
     assert (planned["to"], planned["model_type"], planned["dtype"]) == ("hf", "mistral_large", "BF16")
 
 
+@pytest.mark.slow
 def test_a_rerun_says_that_it_goes_on_or_that_all_is_there(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +115,7 @@ def test_a_rerun_says_that_it_goes_on_or_that_all_is_there(
     assert "every tensor is what the source gives; nothing was written\n" in printed
 
 
+@pytest.mark.slow
 def test_the_way_back_with_another_dtype_and_model_type(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +134,7 @@ def test_the_way_back_with_another_dtype_and_model_type(
     assert all(torch.equal(written[name], of_source[name]) for name in written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -184,6 +189,7 @@ def test_a_misspelt_option_is_an_error(small_source: Path, tmp_path: Path) -> No
             function(small_source, tmp_path / "out", max_shard="5GB")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_what_cannot_be_converted_is_one_message_and_exit_code_2(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: list[str]

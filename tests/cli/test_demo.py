@@ -108,6 +108,7 @@ def test_a_batch_of_all_answers_the_same(demo_model: Any, demo_tokenizer: Mistra
     assert answers(demo_model, demo_tokenizer, conversations, batch=len(conversations)) == expected(conversations)
 
 
+@pytest.mark.slow
 def test_every_golden_token_leads_clearly(demo_folder: Path, dtype: str, demo_tokenizer: MistralLargeTokenizer) -> None:
     """Other engines and quantized weights compute other logits; the answers must bear that."""
     model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype=dtype)

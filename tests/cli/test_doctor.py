@@ -108,6 +108,7 @@ def test_an_error_of_one_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch
     assert wrong() == {"cpu float32": "RuntimeError: no kernel for this"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_float32")
 def test_other_ids_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     encode, convert = MistralLargeTokenizer.encode_texts, convert_demo_checkpoint
@@ -161,6 +162,7 @@ def test_what_cannot_be_run_is_not_right(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.stdout.endswith("0 of 2 checks are wrong, 1 could not be run; it says above what it needs.\n")
 
 
+@pytest.mark.slow
 def test_it_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)

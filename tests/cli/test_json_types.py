@@ -194,6 +194,7 @@ def of_10_gb(path: Path) -> None:
     os.truncate(path, 10**10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [pipe, local_socket, of_10_gb, Path.mkdir])
 def test_what_is_no_small_file_is_refused_before_it_is_read(
     folders: dict[str, tuple[Path, str]], make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch

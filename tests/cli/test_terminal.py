@@ -110,6 +110,7 @@ TEXTS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [*TEXTS, "the folder's name"])
 def test_no_text_of_a_checkpoint_commands_the_terminal(
     demo_folder: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -230,6 +231,7 @@ STREAMS: dict[str, tuple[str, dict[str, str], int, bytes, bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", STREAMS)
 def test_no_stream_ends_in_a_traceback(demo_folder: Path, tmp_path: Path, stream: str) -> None:
     (tmp_path / "café").symlink_to(demo_folder)

@@ -65,6 +65,7 @@ def refused(
     assert everything_in(place) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", OF_CONSOLIDATED)
 def test_a_damaged_source_is_refused(
     sound_consolidated: Path,
@@ -166,6 +167,7 @@ def test_a_process_of_its_own_says_the_same(sound_consolidated: Path, place: Pat
     assert everything_in(place) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [name for name in OF_CONSOLIDATED if name not in ("no folder", "folder a file")])
 def test_inspect_finds_it_and_does_not_fail(
     sound_consolidated: Path,

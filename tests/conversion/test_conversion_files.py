@@ -83,6 +83,7 @@ def test_logits_of_stock_mistral_from_converted_weights_are_the_references(
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_the_converted_folder_loads_through_the_auto_classes(config: MistralLargeConfig, source: Path) -> None:
     folder = source.parent / "hf"
     convert_checkpoint(source, folder)
@@ -427,6 +428,7 @@ def test_memory_does_not_grow_with_the_tensors(
     assert peak < largest / 2
 
 
+@pytest.mark.slow
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(
     small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,6 +535,7 @@ def test_a_tokenizer_that_is_not_exact_is_refused(
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_only_the_tokenizer_model_is_read_of_the_tokenizers_in_the_source(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "expected")
     # Such files are in the vendor's folder too.

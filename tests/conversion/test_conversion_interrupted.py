@@ -183,6 +183,7 @@ def test_killed_at_random_moments_a_rerun_ends_byte_identical(
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "source").iterdir()} == of_source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2, 7])
 def test_the_bytes_are_the_same_with_any_number_of_threads(
     small_source: Path, tmp_path: Path, expected: dict[str, bytes], jobs: int
@@ -215,6 +216,7 @@ def test_a_rerun_keeps_what_is_done(
     assert contents(tmp_path / "hf") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".safetensors.partial"])
 def test_what_a_run_has_left_must_prove_itself(
     small_source: Path, tmp_path: Path, expected: dict[str, bytes], suffix: str
@@ -230,6 +232,7 @@ def test_what_a_run_has_left_must_prove_itself(
     assert contents(tmp_path / "hf") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".safetensors.partial"])
 @pytest.mark.parametrize("length", [0, 10, 100_000])
 def test_a_file_that_was_cut_short_is_written_again(
@@ -432,6 +435,7 @@ def test_a_manifest_that_is_not_one_is_refused(
             read()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("limit", [0, 60_000, 300_000, 600_000])
 def test_a_disk_that_becomes_full_is_one_error_and_the_rerun_completes(

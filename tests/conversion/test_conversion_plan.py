@@ -544,6 +544,7 @@ def test_special_ids_of_a_fine_tune_are_not_lost_on_the_way_back(small_source: P
     convert_checkpoint(folder, tmp_path / "out", to="consolidated")
 
 
+@pytest.mark.slow
 def test_tokens_that_a_fine_tune_has_added_are_the_reason(small_source: Path, tmp_path: Path) -> None:
     convert_checkpoint(small_source, tmp_path / "hf")
     folder = tmp_path / "hf"

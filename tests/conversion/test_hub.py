@@ -93,6 +93,7 @@ def test_other_patterns_take_other_files(hub: LoopbackHub) -> None:
     assert hub.downloaded == wanted | {"LICENSE", "Notice", "tokenizer.model.v3"}
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_cut_goes_on_where_it_was(hub: LoopbackHub) -> None:
     name = "consolidated-00001-of-00002.safetensors"
     hub.cut_after[name] = 1_000_000
@@ -226,6 +227,7 @@ def unreachable(request: pytest.FixtureRequest, hub: LoopbackHub, monkeypatch: p
     return hub
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["toyy", "owner/other"])
 @pytest.mark.parametrize(
     "read",
@@ -252,6 +254,7 @@ def test_out_of_reach_what_is_not_here_is_one_line_at_once(
     assert unreachable.asked == []
 
 
+@pytest.mark.slow
 def test_out_of_reach_a_repository_is_read_from_the_cache(
     hub: LoopbackHub, closed_port: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +316,7 @@ def test_the_tokenizer_of_a_repository_is_read_without_the_weights(hub: Loopback
     assert MistralLargeTokenizer.from_pretrained(folder).encode("Hello") == [1, 23325]
 
 
+@pytest.mark.slow
 def test_a_gated_repository_is_one_line_of_the_command(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.gated = HTTPStatus.FORBIDDEN
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -338,6 +342,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(exit_.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_repository(
     hub: LoopbackHub, tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +373,7 @@ def test_a_repository_is_inspected_without_its_weights(hub: LoopbackHub) -> None
     assert ranges == ["bytes=0-99999", "bytes=0-99999", f"bytes=100000-{8 + len(padded) - 1}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN])
 def test_a_gated_repository_is_not_inspected(hub: LoopbackHub, status: HTTPStatus) -> None:
     hub.gated = status
@@ -375,6 +381,7 @@ def test_a_gated_repository_is_not_inspected(hub: LoopbackHub, status: HTTPStatu
         inspect_checkpoint(REPOSITORY)
 
 
+@pytest.mark.slow
 def test_a_hub_that_lists_places_outside_of_a_folder_writes_none(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.listed = ["model-/../../escaped.safetensors", "consolidated-/../../escaped.safetensors"]
     inspect_checkpoint(REPOSITORY)
@@ -400,6 +407,7 @@ def adapter(hub: LoopbackHub, tmp_path: Path) -> tuple[Path, torch.Tensor]:
     return base, adapted(IDS).logits
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_hub_is_loaded_on_its_base(
     hub: LoopbackHub,
     adapter: tuple[Path, torch.Tensor],
@@ -416,6 +424,7 @@ def test_an_adapter_of_the_hub_is_loaded_on_its_base(
     assert f"{REPOSITORY}: an adapter, loaded on {base}\n" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_hub_is_no_checkpoint(
     hub: LoopbackHub,
     adapter: tuple[Path, torch.Tensor],

@@ -248,6 +248,7 @@ def test_what_other_programs_make_of_the_config_is_still_known(quantization: Sch
         assert quantization_of(other) is None
 
 
+@pytest.mark.slow
 @every_quantization
 def test_any_number_of_threads_and_an_interruption_give_the_same_bytes(
     source: Path, quantization: Scheme, monkeypatch: pytest.MonkeyPatch

@@ -75,6 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_stock_transformers_reads_a_retagged_folder_without_us(
     folder: Path, tmp_path: Path, sentencepiece_processor: Any
 ) -> None:
@@ -117,6 +118,7 @@ def test_stock_transformers_reads_a_retagged_folder_without_us(
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
 
 
+@pytest.mark.slow
 def test_our_tokenizer_is_as_exact_in_a_folder_for_others(folder: Path, reference_tokenizer: Any) -> None:
     messages: list[Any] = [{"role": "user", "content": "[INST] </s> a  b"}]
     request = ChatCompletionRequest(messages=messages)
@@ -130,6 +132,7 @@ def test_our_tokenizer_is_as_exact_in_a_folder_for_others(folder: Path, referenc
     assert sum(masked["assistant_masks"]) == 2
 
 
+@pytest.mark.slow
 def test_retagging_touches_no_weights_and_goes_back_to_the_same_bytes(folder: Path) -> None:
     before, stat = contents(folder), (folder / WEIGHTS).stat()
     assert retag_checkpoint(folder, "mistral_large") == []
@@ -148,6 +151,7 @@ def test_retagging_touches_no_weights_and_goes_back_to_the_same_bytes(folder: Pa
     assert (now.st_ino, now.st_mtime_ns, now.st_ctime_ns) == (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
+@pytest.mark.slow
 def test_the_converter_writes_what_retagging_writes(folder: Path, demo_folder: Path) -> None:
     def written(model_type: ModelType, licences: dict[str, bytes]) -> dict[str, bytes]:
         geometry = load_headers(demo_folder).geometry
@@ -164,6 +168,7 @@ def test_the_converter_writes_what_retagging_writes(folder: Path, demo_folder: P
     assert b"generation -%}" not in written("mistral", {})["chat_template.jinja"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mistral", "mistral_large"])
 def test_an_interrupted_retagging_leaves_a_folder_that_loads(
     folder: Path, model_type: ModelType, monkeypatch: pytest.MonkeyPatch
@@ -196,6 +201,7 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
         retag_checkpoint(folder, other)
 
 
+@pytest.mark.slow
 def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) -> None:
     model_types: tuple[ModelType, ...] = ("mistral", "mistral_large")
     for model_type in model_types:
@@ -209,6 +215,7 @@ def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) 
         assert wrong == {"files": "tokenizer_config.json has changed since the conversion"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_retagging_can_be_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(folder)
     original = atomic_write
@@ -227,6 +234,7 @@ def test_an_interrupted_retagging_can_be_taken_back(folder: Path, monkeypatch: p
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_what_others_have_added_stays(folder: Path) -> None:
     changes: dict[str, dict[str, Any]] = {
         "config.json": {"my_key": [1]},
@@ -247,6 +255,7 @@ def test_what_others_have_added_stays(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["my_key"] == [1]
 
 
+@pytest.mark.slow
 def test_a_template_of_ours_is_known_whatever_an_editor_did_to_it(folder: Path) -> None:
     path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     assert json.loads(settings.read_text())["prompt_format"] == "v3"
@@ -258,6 +267,7 @@ def test_a_template_of_ours_is_known_whatever_an_editor_did_to_it(folder: Path) 
     assert json.loads(settings.read_text())["prompt_format"] == "v3"
 
 
+@pytest.mark.slow
 def test_a_config_of_an_older_transformers_keeps_its_theta(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     theta = settings.pop("rope_parameters")["rope_theta"]
@@ -320,6 +330,7 @@ def test_an_unknown_folder_is_refused_and_stays_as_it_is(
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

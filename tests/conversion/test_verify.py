@@ -61,6 +61,7 @@ def flip_bit(folder: Path, name: str, byte: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_changed_word_in_a_header_is_found_where_a_conversion_wrote_it(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'{"format":"pt"}', b'{"format":"pu"}', 1))
@@ -70,6 +71,7 @@ def test_a_changed_word_in_a_header_is_found_where_a_conversion_wrote_it(folder:
     assert wrong(verify_checkpoint(folder)) == {}
 
 
+@pytest.mark.slow
 def test_every_way_between_the_layouts_is_verified(demo_source: Path, demo_folder: Path, back_folder: Path) -> None:
     for folder, source in [
         (demo_folder, demo_source),
@@ -116,6 +118,7 @@ def test_one_changed_bit_is_named_with_its_place_and_both_values(
         assert wrong(verify_checkpoint(demo_source, folder)) == {"tensors": f"1 of 30 differ, first {detail}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.model", "missing"])
 def test_the_tokenizer_is_compared_under_its_other_name(
     demo_folder: Path, demo_source: Path, tmp_path: Path, name: str
@@ -139,6 +142,7 @@ def test_the_tokenizer_is_compared_under_its_other_name(
     assert (check.is_ok, check.detail) == (True, "the vendor's, made again from it")
 
 
+@pytest.mark.slow
 def test_the_first_of_several_differences_is_named(folder: Path, demo_source: Path) -> None:
     for name in ("model.norm.weight", "model.layers.2.mlp.up_proj.weight", "lm_head.weight"):
         flip_bit(folder, name, 0)
@@ -146,12 +150,14 @@ def test_the_first_of_several_differences_is_named(folder: Path, demo_source: Pa
     assert detail.startswith("3 of 30 differ, first model.layers.2.mlp.up_proj.weight at [0, 0]: ")
 
 
+@pytest.mark.slow
 def test_the_place_of_a_difference_is_right_beyond_the_first_block(folder: Path, demo_source: Path) -> None:
     flip_bit(folder, "lm_head.weight", 2 * (32_767 * 64 + 63))
     (detail,) = wrong(verify_checkpoint(folder, demo_source)).values()
     assert "lm_head.weight at [32767, 63]: " in detail
 
 
+@pytest.mark.slow
 def test_small_buffers_find_the_same(folder: Path, demo_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip_bit(folder, "model.layers.1.self_attn.q_proj.weight", 2 * (100 * 64 + 9))
     expected = verify_checkpoint(folder, demo_source)
@@ -160,6 +166,7 @@ def test_small_buffers_find_the_same(folder: Path, demo_source: Path, monkeypatc
     assert "q_proj.weight at [100, 9]: " in wrong(expected)["tensors"]
 
 
+@pytest.mark.slow
 def test_a_nan_is_compared_by_its_bits(folder: Path, demo_source: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(demo_source, tmp_path / "source"))
     # Another program writes the files.
@@ -175,6 +182,7 @@ def test_a_nan_is_compared_by_its_bits(folder: Path, demo_source: Path, tmp_path
     assert "model.norm.weight at [3]: nan, the source has nan" in wrong(verify_checkpoint(folder, source))["tensors"]
 
 
+@pytest.mark.slow
 def test_a_cast_checkpoint_is_compared_with_the_rounded_source(
     demo_folder: Path, demo_source: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +265,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_where_it_is(folder: Path, demo_source: Path, damage: str) -> None:
     act, name, detail = DAMAGES[damage]
@@ -267,6 +276,7 @@ def test_damage_is_found_where_it_is(folder: Path, demo_source: Path, damage: st
     assert detail in found[name]
 
 
+@pytest.mark.slow
 def test_without_a_source_the_licence_of_the_vendor_needs_both_files(folder: Path) -> None:
     (folder / "conversion.manifest.json").unlink()
     (folder / "Notice").write_text("Licensed by Mistral AI under the Mistral AI Research License\n")
@@ -277,6 +287,7 @@ def test_without_a_source_the_licence_of_the_vendor_needs_both_files(folder: Pat
     assert wrong(verify_checkpoint(folder)) == {"licence": "no LICENSE: it must go with the weights"}
 
 
+@pytest.mark.slow
 def test_without_a_source_the_checksums_of_the_manifest_are_compared(folder: Path) -> None:
     checks = by_name(verify_checkpoint(folder))
     assert checks["tensors"] == Check("tensors", True, "all 30 have the manifest's checksums")
@@ -298,6 +309,7 @@ def test_without_a_source_the_checksums_of_the_manifest_are_compared(folder: Pat
     assert checks["tensors"] == Check("tensors", None, "not compared: the folder has no manifest; give the source")
 
 
+@pytest.mark.slow
 def test_another_geometry_is_not_compared(folder: Path, demo_source: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(demo_source, tmp_path / "source"))
     params = json.loads((source / "params.json").read_text())
@@ -342,6 +354,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(exit_.value.code or 0)
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_a_table_in_json_and_in_its_exit_code(
     folder: Path, demo_source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +383,7 @@ def test_what_is_no_checkpoint_is_an_error(
         verify_checkpoint(folders["folder"], folders["source"])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensors(demo_folder: Path, demo_source: Path) -> None:
     verify_checkpoint(demo_folder, demo_source)
     tracemalloc.start()

@@ -108,6 +108,7 @@ def only_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mistral_large_conversion.verify._tokenizer_problems", lambda *_: [])
 
 
+@pytest.mark.slow
 def test_a_conversion_is_all_proven(converted: Path) -> None:
     assert [check for check in verify_checkpoint(converted) if not check.is_ok] == []
     manifest = read_manifest(converted)
@@ -117,6 +118,7 @@ def test_a_conversion_is_all_proven(converted: Path) -> None:
     assert inspect_checkpoint(converted).problems == ()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_the_files")
 def test_no_changed_byte_of_any_file_is_called_proven(converted: Path) -> None:
     rng = random.Random(7)
@@ -139,6 +141,7 @@ def test_no_changed_byte_of_any_file_is_called_proven(converted: Path) -> None:
     assert is_all_proven(converted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_the_files")
 def test_no_changed_value_of_any_setting_is_called_proven(converted: Path) -> None:
     tested = 0
@@ -305,6 +308,7 @@ TOKENIZER_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", TOKENIZER_EDITS)
 @pytest.mark.parametrize("has_manifest", [True, False])
 def test_any_other_tokenizer_is_found_without_the_manifest_too(folder: Path, edit: str, has_manifest: bool) -> None:
@@ -317,6 +321,7 @@ def test_any_other_tokenizer_is_found_without_the_manifest_too(folder: Path, edi
     assert problem in found["tokenizer"]
 
 
+@pytest.mark.slow
 def test_swapped_merges_do_change_ids(folder: Path, reference_tokenizer: Any) -> None:
     """The damage that the test above wants found is one: text gets other ids."""
     text = " ".join(MistralLargeTokenizer.from_pretrained(folder).pieces[5000:9000])
@@ -328,6 +333,7 @@ def test_swapped_merges_do_change_ids(folder: Path, reference_tokenizer: Any) ->
     assert ids != reference_tokenizer.encode_chat_completion(request).tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hf", "consolidated"])
 def test_an_altered_vocabulary_is_never_called_the_vendors(
     folder: Path, source: Path, tmp_path: Path, layout: str
@@ -351,6 +357,7 @@ def unproven(folder: Path, source: Path | None = None) -> dict[str, str]:
     return {check.name: check.detail for check in checks if check.is_ok is None}
 
 
+@pytest.mark.slow
 def test_without_a_manifest_what_is_not_proven_is_said(folder: Path, source: Path) -> None:
     (folder / MANIFEST).unlink()
     no_manifest = "not proven: no manifest; convert again for one; made again from "
@@ -375,6 +382,7 @@ def test_without_a_manifest_what_is_not_proven_is_said(folder: Path, source: Pat
     )
 
 
+@pytest.mark.slow
 def test_a_manifest_of_before_is_not_proven_and_not_wrong(folder: Path) -> None:
     content = json.loads((folder / MANIFEST).read_text())
     del content["files"]
@@ -391,6 +399,7 @@ def test_what_transformers_saved_is_sound_and_not_proven(conversions: dict[str, 
     assert unproven(saved).keys() == {"config", "tensors", "licence", "files"}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_saved_over_a_conversion_is_not_what_was_converted(folder: Path) -> None:
     model = MistralLargeForCausalLM.from_pretrained(folder)
     model.lm_head.weight.data[7] += 1

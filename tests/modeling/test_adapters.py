@@ -103,6 +103,7 @@ def train(base: Path, folder: Path) -> Tensor:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "load",
     [
@@ -116,6 +117,7 @@ def test_an_adapter_is_loaded_on_its_base(load: Callable[..., Any], base: Path, 
     assert torch.equal(load(tmp_path / "adapter", dtype=torch.float32).eval()(IDS).logits, expected)
 
 
+@pytest.mark.slow
 def test_options_of_the_adapter_and_of_the_base(base: Path, tmp_path: Path) -> None:
     expected = train(base, tmp_path / "adapters" / "first")
     model, info = MistralLargeForCausalLM.from_pretrained(

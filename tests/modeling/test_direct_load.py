@@ -328,6 +328,7 @@ def test_what_asks_for_other_files_is_left_to_transformers(checkpoint: Checkpoin
         load(checkpoint.consolidated, config=CONFIG, variant="fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_config", [False, True])
 def test_the_auto_classes_load_a_consolidated_folder(checkpoint: Checkpoint, with_config: bool) -> None:
     folder = checkpoint.consolidated
@@ -476,6 +477,7 @@ def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path) -> Non
         assert (found["logits"] - logits).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_repository_is_loaded_from_what_is_needed_of_it(hub: LoopbackHub, demo_folder: Path) -> None:  # noqa: F811
     config = MistralLargeConfig.from_pretrained(REPOSITORY)
     assert config.hidden_size == 64

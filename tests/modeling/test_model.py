@@ -69,6 +69,7 @@ def test_loss_and_every_gradient_equal_stock_mistral(tiny_config: MistralLargeCo
         assert torch.equal(parameter.grad, expected[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_converted_random_weights_give_the_plain_references_logits(
     tiny_config: MistralLargeConfig, attention: str, tmp_path: Path

@@ -141,6 +141,7 @@ def test_without_an_installation_the_error_says_what_to_install(demo_folder: Pat
     assert "modeling_mistral_large" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}], ids=str)
 def test_with_the_package_the_registered_classes_load_without_a_question(
     folder: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -199,6 +200,7 @@ def test_the_module_has_every_class_that_is_registered() -> None:
     assert found["MistralLargeTokenizer"] is MistralLargeTokenizer
 
 
+@pytest.mark.slow
 def test_a_folder_for_stock_transformers_names_no_code(demo_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(demo_folder, tmp_path / "back", to="consolidated")
     convert_checkpoint(tmp_path / "back", tmp_path / "stock", model_type="mistral")

@@ -78,6 +78,7 @@ def saved_folder(tokenizer: MistralLargeTokenizer, tmp_path: Path) -> Path:
 # Ids
 
 
+@pytest.mark.slow
 def test_ids_of_100_000_texts_are_sentencepieces(
     tokenizer: MistralLargeTokenizer, sentencepiece_processor: SentencePieceProcessor, pieces: list[str]
 ) -> None:
@@ -424,6 +425,7 @@ def test_bos_stays_where_eos_is_added(saved_folder: Path, tmp_path: Path) -> Non
 # Files
 
 
+@pytest.mark.slow
 def test_save_writes_both_files_and_each_loads_alone(
     tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, saved_folder: Path, some_texts: list[str]
 ) -> None:
@@ -473,6 +475,7 @@ def test_save_with_a_prefix(tokenizer: MistralLargeTokenizer, tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {Path(name).name for name in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.model.v3", "renamed.model"])
 def test_single_files_load(tokenizer_model_file: Path, tmp_path: Path, name: str) -> None:
     shutil.copyfile(tokenizer_model_file, tmp_path / name)
@@ -485,6 +488,7 @@ def test_single_files_load(tokenizer_model_file: Path, tmp_path: Path, name: str
     assert MistralLargeTokenizer(tokenizer_file=str(tmp_path / "tokenizer.json")).encode("a  b") == expected
 
 
+@pytest.mark.slow
 def test_under_its_other_name_the_vendors_file_is_known(tokenizer_model_file: Path, tmp_path: Path) -> None:
     expected = [1, *SentencePieceProcessor(model_file=str(tokenizer_model_file)).encode("a  b")]
     assert find_vocabulary(tmp_path) is None
@@ -508,6 +512,7 @@ def test_an_altered_file_is_not_saved_again(saved_folder: Path) -> None:
     assert not (saved_folder / "again" / "tokenizer.model.v3").exists()
 
 
+@pytest.mark.slow
 def test_foreign_tokenizer_json_gives_way_to_the_vendors_file(saved_folder: Path) -> None:
     # The vendor publishes both; the tokenizer.json is not exact, and its config lists added tokens of its own.
     path = saved_folder / "tokenizer.json"
@@ -649,6 +654,7 @@ def alter(model: bytes, case: str) -> bytes:
     return model[:start] + new + model[start + len(new) :]
 
 
+@pytest.mark.slow
 def test_the_vendors_file_is_known_by_its_content(tokenizer_model_file: Path, tmp_path: Path) -> None:
     model = tokenizer_model_file.read_bytes()
     path = tmp_path / "any.name"
@@ -667,6 +673,7 @@ def test_the_vendors_file_is_known_by_its_content(tokenizer_model_file: Path, tm
         assert known_vocabulary(tokenizer_model_file.with_name(name)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALTERED_MODELS)
 def test_an_altered_file_is_never_called_exact(tokenizer_model_file: Path, tmp_path: Path, case: str) -> None:
     path = tmp_path / "tokenizer.model.v3"
@@ -697,6 +704,7 @@ SETTINGS_OF_A_MODEL: dict[str, tuple[Callable[[Any], object], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SETTINGS_OF_A_MODEL)
 def test_a_model_is_read_as_protobuf_writes_it(tokenizer_model_file: Path, tmp_path: Path, case: str) -> None:
     change, is_vendors = SETTINGS_OF_A_MODEL[case]
@@ -709,6 +717,7 @@ def test_a_model_is_read_as_protobuf_writes_it(tokenizer_model_file: Path, tmp_p
     assert known_vocabulary(path) == ("v3" if is_vendors else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*ALTERED_MODELS, "pointer"])
 def test_an_altered_file_next_to_an_exact_tokenizer_json_is_refused(saved_folder: Path, case: str) -> None:
     path = saved_folder / "tokenizer.model.v3"
@@ -813,6 +822,7 @@ def test_copies_are_equal_and_apart(tokenizer: MistralLargeTokenizer, some_texts
     assert tokenizer.encode_texts(some_texts) == ids
 
 
+@pytest.mark.slow
 def test_threads(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
     own = copy.deepcopy(tokenizer)
     expected = tokenizer.encode_texts(some_texts), tokenizer.apply_chat_template(CONVERSATION)["input_ids"]

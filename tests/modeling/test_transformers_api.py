@@ -228,6 +228,7 @@ def _fresh_compiler() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 @every_class
 def test_forward_compiles_into_one_graph(tiny_config: MistralLargeConfig, model_class: Any) -> None:
@@ -241,6 +242,7 @@ def test_forward_compiles_into_one_graph(tiny_config: MistralLargeConfig, model_
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_model_takes_the_options_of_its_attention_and_no_others(tiny_config: MistralLargeConfig) -> None:
     model, ids = build(MistralLargeForCausalLM, tiny_config), random_ids(tiny_config, 1, 5)
@@ -337,6 +339,7 @@ def touches(name: str, tree: ast.Module, own: set[str], host: set[str]) -> Itera
                 yield f"{where} touches .{key.value}"
 
 
+@pytest.mark.slow
 def test_no_other_module_tests_a_version_or_touches_an_underscore_of_transformers() -> None:
     trees = dict(sources())
     assert len(trees) > 50

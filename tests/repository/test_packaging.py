@@ -225,6 +225,7 @@ def test_the_range_is_literals_that_can_be_read_without_an_import() -> None:
     assert (found["OLDEST_TRANSFORMERS"], found["NEWEST_TRANSFORMERS"]) == (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -59,6 +59,7 @@ def test_the_readme_has_code() -> None:
     assert {block.language for block in BLOCKS if block.document == "README.md"} == {"bash", "python"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_a_block_of_the_documents_runs(block: Block, workplace: Path) -> None:
     # In whatever order blocks run, what another one of them converts is there.

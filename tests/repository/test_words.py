@@ -53,6 +53,7 @@ def test_a_page_is_in_the_words_of_the_field(page: str) -> None:
     assert offences((ROOT / page).read_text(encoding="utf-8"), page) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_is_in_the_words_of_the_field(command: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb"}

@@ -10,6 +10,7 @@ from modeling_mistral_large.generation.compiled_layers import compile_layers_
 from tests.support.models import GREEDY, ours_only, random_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_layers_decode_by_one_graph_with_the_same_tokens(
     tiny_config: MistralLargeConfig, dtype: torch.dtype

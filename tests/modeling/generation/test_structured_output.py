@@ -259,6 +259,7 @@ def assert_json(tokenizer: MistralLargeTokenizer, ids: list[int], schema: Any) -
 # Schemas
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("is_fixed", [False, True])
 def test_every_answer_is_valid_under_its_schema(
@@ -295,6 +296,7 @@ def test_json_without_a_schema(
         assert_json(tokenizer, ids, schema)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_truncated_answer_can_always_be_completed(tokenizer: MistralLargeTokenizer, write: Writer, name: str) -> None:
     processors = constrain(tokenizer, response_format=schema_format(SCHEMAS[name]))
@@ -422,6 +424,7 @@ def ended_answers(write: Writer, processors: Any, seeds: range) -> list[list[int
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["required", "any"])
 def test_required(tokenizer: MistralLargeTokenizer, write: Writer, choice: str) -> None:
     ended = ended_answers(write, constrain(tokenizer, tools=TOOLS, tool_choice=choice), range(8))
@@ -432,6 +435,7 @@ def test_required(tokenizer: MistralLargeTokenizer, write: Writer, choice: str) 
     assert {"id" in call for answer in calls for call in answer} == {True, False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_named(tokenizer: MistralLargeTokenizer, write: Writer, name: str) -> None:
     processors = constrain(tokenizer, tools=TOOLS, tool_choice=named(name))
@@ -766,6 +770,7 @@ def test_what_cannot_be_kept_to_is_refused(
         constrain(tokenizer, **request_)
 
 
+@pytest.mark.slow
 def test_a_schema_that_turns_out_too_large(tokenizer: MistralLargeTokenizer) -> None:
     schema = {"type": "object", "properties": {f"a{number}": {"type": "null"} for number in range(2100)}}
     processors = constrain(tokenizer, response_format=schema_format(schema))

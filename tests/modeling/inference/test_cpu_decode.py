@@ -370,6 +370,7 @@ def test_the_demos_golden_answers_are_the_same(demo_folder: Path, products: list
         assert answers(model, tokenizer, conversations, batch) == expected(conversations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_vectors", [False, True])
 def test_decoding_compiles_into_one_graph(tiny_config: MistralLargeConfig, has_vectors: bool) -> None:
     model, ids = (vector_model if has_vectors else bf16_model)(tiny_config), random_ids(tiny_config, 1, 9)

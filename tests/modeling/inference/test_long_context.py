@@ -108,6 +108,7 @@ def test_parts_go_on_from_a_cache(
     assert prompt_chunks(lengths) == [10, 10, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["output_hidden_states", "output_attentions"])
 def test_what_is_asked_of_the_whole_prompt_is_of_the_whole(tiny_config: MistralLargeConfig, wanted: str) -> None:
     tiny_config.max_position_embeddings = 4096

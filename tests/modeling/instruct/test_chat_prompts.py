@@ -111,6 +111,7 @@ def test_strict_accepts_what_the_reference_accepts(
         assert our_ids(tokenizer, conversation, strict=True) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_final_answer_is_what_the_reference_trains_on(
     tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, kind: Kind

@@ -97,6 +97,7 @@ def test_no_reference_document_becomes_a_piece_as_text(
         assert tokenizer.decode(prompt) == tokenizer.decode(as_pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_reference_documents_are_the_references(
     tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, pieces: list[str], context: Callable[[str], str]

@@ -74,6 +74,7 @@ def test_the_plain_template_lacks_the_marks_only() -> None:
     assert CHAT_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "") == PLAIN_CHAT_TEMPLATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_simple", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_engine_renders_the_same(kind: Kind, is_simple: bool) -> None:
@@ -161,6 +162,7 @@ def test_the_template_refuses_a_wrong_order(name: str) -> None:
         render_plain(messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_python_takes_the_template_takes(kind: Kind) -> None:
     for conversation in map(as_prefix, invalid_conversations(kind, seed=24, count=150)):

@@ -68,6 +68,7 @@ def test_new_ids_are_valid_and_follow_their_seed() -> None:
     assert new_tool_call_id(source) != new_tool_call_id(source)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
@@ -158,6 +159,7 @@ def test_messages_survive_their_ids(tokenizer: MistralLargeTokenizer, message: d
     assert answer_ids(tokenizer, parsed.message) == ids
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(message=ANSWERS, data=st.data())
 def test_any_cut_of_the_ids_gives_the_same(
@@ -414,6 +416,7 @@ class Scan:
         monkeypatch.setattr(of, name, counting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize("name", REPEATED)
 def test_reading_is_linear(name: str, is_streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,7 @@ def dequantized_weights(folder: Path, quantization: Scheme, group_size: int = 64
     return {name: tensor.float() for name, tensor in (expanded | stored).items()}
 
 
+@pytest.mark.slow
 @every_quantization
 def test_it_loads_with_no_flag_and_gives_the_golden_answers(folder: Path) -> None:
     model = load(folder)
@@ -293,6 +294,7 @@ def test_shares_are_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.
         model.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_groups_are_not_cut_by_ranks(quantized_demos: dict[Scheme, Path], tmp_path: Path) -> None:
     result = run_ranks(quantized_demos["int4"], tmp_path / "result")
     assert "96 columns for a rank are no whole number of groups of 64; use fewer ranks" in result["error"]
