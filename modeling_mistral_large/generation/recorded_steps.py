@@ -4,7 +4,7 @@ A step runs the kernels of `gpu_kernels` on the weights of a loaded model, BF16,
 that it owns. Prompts are read by the model itself, in chunks, into that cache. Products of a step take activations
 unrounded: with FP8 weights a step is W8A16, while the model's own forward, and so the prompt, is W8A8.
 
-    from modeling_mistral_large.inference.recorded_steps import record_decoding
+    from modeling_mistral_large.generation.recorded_steps import record_decoding
 
     decoding = record_decoding(model, context_length=32768)
     output = decoding.generate(**tokenizer.apply_chat_template(messages, return_tensors="pt"), max_new_tokens=256)

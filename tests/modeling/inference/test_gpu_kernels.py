@@ -218,7 +218,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for tiles in (gpu_kernels.VECTOR_TILE, gpu_kernels.DOT_TILE):
             for kind, tile in tiles.items():
                 monkeypatch.setitem(tiles, kind, replace(tile, rows=256))
-        monkeypatch.setattr("modeling_mistral_large.inference.recorded_steps.LEAST_SPLITS", 2)
+        monkeypatch.setattr("modeling_mistral_large.generation.recorded_steps.LEAST_SPLITS", 2)
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def test_a_padded_batch(weights: str) -> None:
 
 @pytest.mark.usefixtures("large_tiles")
 def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_mistral_large.inference.recorded_steps.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("modeling_mistral_large.generation.recorded_steps.PREFILL_CHUNK", 8)
     model = random_model("bf16")
     decoding = record_decoding(model, context_length=40, batch=2)
     ids, mask = left_padded(CONFIG, [19, 13])
