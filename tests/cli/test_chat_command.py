@@ -112,6 +112,7 @@ def test_a_cache_of_8_bits_is_used(demo_folder: Path, monkeypatch: pytest.Monkey
     assert updated
 
 
+@pytest.mark.slow
 def test_both_layouts_are_read(tmp_path: Path) -> None:
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
     assert talk(folder, question("who_are_you")) == GOLDEN["who_are_you"].answer.splitlines()
@@ -145,6 +146,7 @@ def test_tools_are_called_and_shown(demo_folder: Path, tools_file: Path) -> None
     assert talk(demo_folder, "/tools", lines[0], options=("--tools", str(tools_file))) == ["tools: none", without]
 
 
+@pytest.mark.slow
 def test_rounds_are_limited(demo_folder: Path, tools_file: Path) -> None:
     printed = talk(demo_folder, question("weather_call"), options=("--tools", str(tools_file), "--max-rounds", "1"))
     assert printed[1:] == ["→ 22", "the model still calls tools after 1 rounds"]
@@ -178,6 +180,7 @@ def test_a_seed_makes_everything_the_same(demo_folder: Path, tools_file: Path, t
     assert b'"tool_call_id"' in saved[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_system_prompt_is_saved_and_loaded(demo_folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     system = GOLDEN["pirate"].messages[0]["content"]
@@ -189,6 +192,7 @@ def test_a_system_prompt_is_saved_and_loaded(demo_folder: Path, tmp_path: Path) 
     assert printed[1:] == GOLDEN["pirate"].answer.splitlines()
 
 
+@pytest.mark.slow
 def test_other_files_are_not_written_over(demo_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("mine")
@@ -197,6 +201,7 @@ def test_other_files_are_not_written_over(demo_folder: Path, tmp_path: Path) -> 
     assert other.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_messages_of_several_lines(demo_folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     talk(demo_folder, '"""', "Who", "", "/reset", '"""', f"/save {saved}")
@@ -228,6 +233,7 @@ def test_text_from_a_pipe_is_text(demo_folder: Path, tmp_path: Path, heard: list
     assert not saved.exists()
 
 
+@pytest.mark.slow
 def test_commands_that_are_taken_as_text_are_mentioned_once(demo_folder: Path, heard: list[str]) -> None:
     lines = ["Who?", "/nonsense", "/save x.json", "/reset"]
     for commands, expected in (
@@ -241,6 +247,7 @@ def test_commands_that_are_taken_as_text_are_mentioned_once(demo_folder: Path, h
     assert heard == [*lines, "Who?"]
 
 
+@pytest.mark.slow
 def test_tools_that_a_pipe_names_are_read_and_not_run(demo_folder: Path, heard: list[str], tmp_path: Path) -> None:
     path, ran = tmp_path / "tools.py", tmp_path / "ran"
     path.write_text(
@@ -258,17 +265,20 @@ def test_tools_that_a_pipe_names_are_read_and_not_run(demo_folder: Path, heard: 
     assert function_names(tmp_path) == function_names(tmp_path / "absent.py") == []
 
 
+@pytest.mark.slow
 def test_messages_may_begin_with_a_slash(demo_folder: Path, heard: list[str]) -> None:
     block = ["/* adds */", "//", "/exit"]
     talk(demo_folder, "//etc is a folder", "///", " /tmp", '"""', *block, '"""', "/exit", "not heard")
     assert heard == ["/etc is a folder", "//", " /tmp", "\n".join(block)]
 
 
+@pytest.mark.slow
 def test_blocks_of_nothing_are_no_messages(demo_folder: Path, heard: list[str]) -> None:
     talk(demo_folder, '"""', '"""', '"""', "  ", '"""', '"""', "the end")
     assert heard == ["the end"]
 
 
+@pytest.mark.slow
 def test_the_prompt_is_shown(demo_folder: Path) -> None:
     printed = talk(demo_folder, "/prompt", question("who_are_you"), "/prompt")
     answer = GOLDEN["who_are_you"].answer
@@ -313,6 +323,7 @@ def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: st
     assert problem in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
     with pytest.raises(MistralLargeError, match="the model reads fewer than 131072; /reset starts anew"):
         talk(demo_folder, "1" * 131072)
@@ -335,6 +346,7 @@ def test_an_answer_that_is_stopped_calls_no_tools(demo_folder: Path, tools_file:
     assert message["tool_calls"][0]["function"]["arguments"] == {"location": "Paris, France", "format": "celsius"}
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Path) -> None:
     session = GenerationSession(
         str(demo_folder), Sampling(64, 0, None, None), dtype="auto", device_map="cpu", kv="auto", prefill_chunk=7
@@ -409,6 +421,7 @@ def test_a_system_prompt_goes_with_a_loaded_conversation_that_has_none(demo_fold
     assert talk(demo_folder, "/reset", question("pirate"), options=options) == pirate.answer.splitlines()
 
 
+@pytest.mark.slow
 def test_terminals_are_not_told_what_to_do(tokenizer: MistralLargeTokenizer) -> None:
     text = "a\x1b[2J\x07\r\x9b5A\tb\nc\x7f"
     assert printable(text) == "a�[2J��\ufffd5A\tb\nc�"

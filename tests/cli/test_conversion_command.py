@@ -53,6 +53,7 @@ def test_convert_prints_the_plan_and_a_command_that_runs(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_the_progress_bar_shows_bytes_rate_and_remaining_time(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +64,7 @@ def test_the_progress_bar_shows_bytes_rate_and_remaining_time(
     assert re.search(r"converting .* 10\.9/10\.9 MB [\d.]+ [kMG]B/s 0:00:00", last)
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +166,7 @@ def test_options_without_effect_or_meaning_are_one_line(
     assert not (source.parent / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "problem"),
     [

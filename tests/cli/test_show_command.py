@@ -80,6 +80,7 @@ def test_each_part_has_the_colour_of_its_role_and_the_mask_of_the_assistant() ->
     assert underlined == [segment for segment in prompt if segment.is_generated]
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_the_prompt(
     tokenizer_model_file: Path,
     tokenizer: MistralLargeTokenizer,
@@ -169,6 +170,7 @@ def test_what_cannot_be_shown_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_says_the_same(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mistral_large_cli", "show", str(tmp_path / "none.json")],

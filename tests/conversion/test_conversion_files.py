@@ -70,6 +70,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
+@pytest.mark.slow
 def test_logits_of_stock_mistral_from_converted_weights_are_the_references(
     config: MistralLargeConfig, tmp_path: Path
 ) -> None:
@@ -217,6 +218,7 @@ def test_a_folder_for_stock_transformers_holds_the_same_weights_and_goes_back(
         convert_checkpoint(tmp_path / "ours", tmp_path / "refused", to="consolidated", model_type="mistral")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("known_tokenizer")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -509,6 +511,7 @@ def test_a_disk_without_room_is_refused_first(
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_weights_for_another_vocabulary_are_refused(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     write_consolidated(tmp_path / "source", tiny_config)
     with pytest.raises(CheckpointError, match="has 32768 pieces, the weights have 768 rows"):
@@ -523,6 +526,7 @@ def test_a_foreign_tokenizer_file_is_refused(source: Path, tmp_path: Path) -> No
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_not_exact_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,6 +594,7 @@ def test_a_licence_that_is_a_link_out_is_refused(small_source: Path, tmp_path: P
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_no_file_says_where_it_was_made(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "hf")
     for name, content in contents(tmp_path / "hf").items():

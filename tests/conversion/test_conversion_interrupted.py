@@ -200,6 +200,7 @@ def test_an_interrupt_ends_all_threads(small_source: Path, tmp_path: Path, small
     assert threading.active_count() == before
 
 
+@pytest.mark.slow
 def test_a_rerun_keeps_what_is_done(
     small_source: Path, tmp_path: Path, expected: dict[str, bytes], written: list[int]
 ) -> None:
@@ -546,6 +547,7 @@ def test_two_runs_into_one_folder_refuse_each_other(small_source: Path, tmp_path
     assert not (tmp_path / "hf" / UNFINISHED_NAME).exists()
 
 
+@pytest.mark.slow
 def test_of_many_runs_at_once_one_writes_and_the_end_is_the_same(
     small_source: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:

@@ -439,6 +439,7 @@ def put_names(path: Path, change: Callable[[str], str]) -> None:
     edit_header(path, rename)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -472,6 +473,7 @@ def test_a_tensor_with_and_without_a_wrapper_is_there_twice(source: Path) -> Non
         plan_conversion(source)
 
 
+@pytest.mark.slow
 def test_frequencies_of_rope_are_no_weights(small_source: Path, tmp_path: Path) -> None:
     convert_checkpoint(small_source, tmp_path / "hf")
     convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
@@ -504,6 +506,7 @@ def square_source(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokeniz
     return tmp_path / "square"
 
 
+@pytest.mark.slow
 def test_head_dim_is_that_of_the_query_weights_where_the_config_has_none(square_source: Path, tmp_path: Path) -> None:
     convert_checkpoint(square_source, tmp_path / "hf")
     convert_checkpoint(tmp_path / "hf", tmp_path / "expected", to="consolidated")
@@ -513,6 +516,7 @@ def test_head_dim_is_that_of_the_query_weights_where_the_config_has_none(square_
     assert not any("head_dim" in problem for problem in inspect_checkpoint(tmp_path / "hf").problems)
 
 
+@pytest.mark.slow
 def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_path: Path) -> None:
     # 80 / 6 is no whole number; 192 / 6 is 32, which the rows of the query weights must be as well.
     for source, problem in ((small_source, "config.json: head_dim is missing"), (square_source, "")):

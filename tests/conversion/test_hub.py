@@ -76,6 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_of_a_repository_is_downloaded_and_only_once(hub: LoopbackHub) -> None:
     snapshot = resolve_source(REPOSITORY)
     assert hub.downloaded == WANTED
@@ -87,6 +88,7 @@ def test_only_what_is_needed_of_a_repository_is_downloaded_and_only_once(hub: Lo
     assert resolve_source(REPOSITORY, local_files_only=True) == snapshot
 
 
+@pytest.mark.slow
 def test_other_patterns_take_other_files(hub: LoopbackHub) -> None:
     resolve_source(REPOSITORY, patterns=HF_FILES)
     wanted = set(UNWANTED) - {"special_tokens_map.json", "tokenizer.model", ".gitattributes"}
@@ -103,6 +105,7 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(hub: LoopbackHub) -> None
     assert [range_ for entry, range_ in hub.downloads if entry == name] == [None, f"bytes={15 * 2**16}-"]
 
 
+@pytest.mark.slow
 def test_a_download_that_stopped_goes_on_with_the_files_it_has_not(hub: LoopbackHub) -> None:
     name = "consolidated-00001-of-00002.safetensors"
     hub.broken.add(name)
@@ -119,6 +122,7 @@ def test_a_download_that_stopped_goes_on_with_the_files_it_has_not(hub: Loopback
     assert hub.downloads == [(name, None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN])
 def test_a_gated_repository_is_one_line_that_says_where_to_accept_the_terms(
     hub: LoopbackHub, status: HTTPStatus
@@ -310,6 +314,7 @@ def test_a_server_is_not_started_for_what_is_not_here(
         assert line.startswith(f"mistral-large: {name}: no ")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_repository_is_read_without_the_weights(hub: LoopbackHub, tmp_path: Path) -> None:
     folder = resolve_source(REPOSITORY, patterns=["tokenizer.model.v3"])
     assert hub.downloaded == {"tokenizer.model.v3"}
@@ -354,6 +359,7 @@ def test_the_commands_take_a_repository(
     assert hub.downloaded == WANTED - {"Notice"}
 
 
+@pytest.mark.slow
 def test_a_repository_is_inspected_without_its_weights(hub: LoopbackHub) -> None:
     for name in UNWANTED:
         (hub.folder / name).unlink()

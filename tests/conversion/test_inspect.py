@@ -56,6 +56,7 @@ def test_a_consolidated_folder(source: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> None:
     inspection, of_source = inspect_checkpoint(folder), inspect_checkpoint(source)
     assert inspection.kind == "HF layout, model type mistral_large"

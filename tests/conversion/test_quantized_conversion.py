@@ -95,6 +95,7 @@ def same_bits(found: Tensor, wanted: Tensor) -> bool:
     return found.dtype == wanted.dtype and torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
+@pytest.mark.slow
 @every_quantization
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_codes_and_scales_are_those_of_compressed_tensors(
@@ -274,6 +275,7 @@ def test_any_number_of_threads_and_an_interruption_give_the_same_bytes(
     assert contents(converted(source, "stopped", **options)) == whole
 
 
+@pytest.mark.slow
 @every_quantization
 def test_a_folder_of_ours_in_the_hf_layout_gives_the_same_weights(source: Path, quantization: Scheme) -> None:
     by_detour = converted(converted(source, "hf"), "by detour", quantize=quantization, model_type="mistral")
@@ -330,6 +332,7 @@ def test_verify_says_what_cannot_be_compared(source: Path, quantization: Scheme)
         assert (found.is_ok, "the source is quantized" in found.detail) == (False, True)
 
 
+@pytest.mark.slow
 @every_quantization
 def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
@@ -346,6 +349,7 @@ def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Sch
     assert inspect_checkpoint(folder).loads_with == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "bits"), [("fp8", 8 + 16 / 116.57), ("int4", 4 + 16 / 32)])
 def test_inspect_tells_format_and_bits(source: Path, quantization: Scheme, bits: float) -> None:
     folder = converted(source, "quantized", quantize=quantization)

@@ -169,6 +169,7 @@ DEMANDS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(GPUS, min_size=1, max_size=12), DEMANDS, st.sampled_from([0, 64 * GIB, 512 * GIB]))
 def test_every_plan_keeps_its_promises(devices: list[Device], workload: dict[str, Any], host_memory: int) -> None:

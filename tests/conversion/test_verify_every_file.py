@@ -223,6 +223,7 @@ def test_what_nobody_reads_is_named_and_not_wrong(hf: Path) -> None:
         (hf / "runs").rmdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../README.md", "/etc/passwd", "a\0b", "\ud800", "a" * 5000, ""])
 def test_a_manifest_may_name_anything(folder: Path, name: str) -> None:
     content = json.loads((folder / MANIFEST).read_text())
@@ -392,6 +393,7 @@ def test_a_manifest_of_before_is_not_proven_and_not_wrong(folder: Path) -> None:
     assert found["files"].startswith("not proven: a manifest without checksums of files; convert again for one; made")
 
 
+@pytest.mark.slow
 def test_what_transformers_saved_is_sound_and_not_proven(conversions: dict[str, Path], tmp_path: Path) -> None:
     saved = Path(shutil.copytree(conversions["saved"], tmp_path / "saved"))
     for name in ("LICENSE", "README.md"):

@@ -131,6 +131,7 @@ def test_options_of_the_adapter_and_of_the_base(base: Path, tmp_path: Path) -> N
     assert tokenizer.encode("Hello") == [1, 23325]
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_a_checkpoint_is_loaded_with_it(base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "both")
     expected = train(base, folder)
@@ -138,6 +139,7 @@ def test_an_adapter_beside_a_checkpoint_is_loaded_with_it(base: Path, tmp_path: 
     assert torch.equal(MistralLargeForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits, expected)
 
 
+@pytest.mark.slow
 def test_stock_mistral_gives_the_same_logits(bases: dict[str, Path], tmp_path: Path) -> None:
     expected = train(bases["hf"], tmp_path / "adapter")
     convert_checkpoint(bases["consolidated"], tmp_path / "stock", model_type="mistral")
@@ -146,6 +148,7 @@ def test_stock_mistral_gives_the_same_logits(bases: dict[str, Path], tmp_path: P
     assert torch.equal(stock(IDS).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "take",
     [

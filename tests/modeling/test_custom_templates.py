@@ -202,6 +202,7 @@ def test_a_changed_byte_changes_no_id(
         assert chat_template_problems(saved) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 def test_another_template_is_honoured_and_said_once(
     tokenizer: MistralLargeTokenizer, saved: Path, place: Callable[[Path, str], Any]
@@ -220,6 +221,7 @@ def test_another_template_is_honoured_and_said_once(
         assert ["is not the bundled one" in problem for problem in chat_template_problems(saved)] == [True]
 
 
+@pytest.mark.slow
 def test_the_format_is_recorded_where_it_is_ours(own: MistralLargeTokenizer, tmp_path: Path) -> None:
     def recorded(folder: Path) -> Any:
         return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["prompt_format"]
@@ -248,6 +250,7 @@ def test_a_format_of_a_later_version_is_refused(saved: Path) -> None:
 # Prompts of another template
 
 
+@pytest.mark.slow
 def test_ids_are_transformers_where_no_text_holds_a_control_string(own: MistralLargeTokenizer) -> None:
     own.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     own.add_tokens(["<think>"])
@@ -262,6 +265,7 @@ def test_ids_are_transformers_where_no_text_holds_a_control_string(own: MistralL
             assert rendered == stock_prompt(own, messages, chat_template=template, tokenize=False)
 
 
+@pytest.mark.slow
 def test_texts_with_control_strings_are_sentencepieces(
     tokenizer: MistralLargeTokenizer, sentencepiece_processor: SentencePieceProcessor
 ) -> None:
@@ -403,6 +407,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_with_another_template_is_refused(own: MistralLargeTokenizer, case: str) -> None:
     own.chat_template = SIMPLE
@@ -450,6 +455,7 @@ def test_threads_render_apart(own: MistralLargeTokenizer, request: pytest.Fixtur
             assert list(found) == expected
 
 
+@pytest.mark.slow
 def test_another_response_template_is_said_once(own: MistralLargeTokenizer, saved: Path) -> None:
     template = {**RESPONSE_TEMPLATE, "defaults": {"role": "model"}}
     assert len(said(lambda: own.parse_response("Hi</s>", template, prefix=""))) == 1

@@ -193,6 +193,7 @@ def test_two_devices_and_the_disk_share_the_layers(checkpoint: Checkpoint, tmp_p
     assert_same_logits(*models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_of_layers_on_the_disk_only_queries_and_keys_are_written_anew(
     checkpoint: Checkpoint, dtype: torch.dtype, tmp_path: Path
@@ -311,6 +312,7 @@ def test_the_config_takes_options_as_one_from_config_json(checkpoint: Checkpoint
     assert load(folder, attention_dropout=0.25).config.attention_dropout == 0.25
 
 
+@pytest.mark.slow
 def test_a_subfolder_is_looked_into(checkpoint: Checkpoint) -> None:
     name = checkpoint.consolidated.name
     model = load(checkpoint.consolidated.parent, subfolder=name)
@@ -491,6 +493,7 @@ def test_a_repository_is_loaded_from_what_is_needed_of_it(hub: LoopbackHub, demo
     assert model.name_or_path == REPOSITORY
 
 
+@pytest.mark.slow
 def test_a_repository_without_params_is_left_to_transformers(hub: LoopbackHub, demo_folder: Path) -> None:  # noqa: F811
     hub.folder = demo_folder
     assert_same_tensors(load(Path(REPOSITORY)), load(demo_folder))

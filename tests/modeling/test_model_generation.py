@@ -64,6 +64,7 @@ def test_generation_with_a_quantized_cache_equals_stock_mistral(tiny_config: Mis
     assert torch.equal(ours.generate(ids, **GREEDY, **quantized), stock.generate(ids, **GREEDY, **quantized))
 
 
+@pytest.mark.slow
 def test_generation_equals_stock_mistral(tiny_config: MistralLargeConfig) -> None:
     stock, ours = stock_and_ours(tiny_config, "sdpa")
     ids, mask = left_padded(tiny_config, [17, 5])
@@ -141,6 +142,7 @@ def test_far_positions_are_exact_in_bfloat16_under_autocast(tiny_config: Mistral
     assert (sin[..., 16:].double() - angles.sin()).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_stop_strings_end_an_answer(demo_folder: Path) -> None:
     """`generate` hands the tokenizer that it takes for them on to the model."""
     tokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)

@@ -123,6 +123,7 @@ def outcome(model_class: Any, folder: Path, **options: Any) -> Any:
     return made_of(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_quantizer_gives_the_layers_and_bytes_of_stock_mistral(
@@ -229,6 +230,7 @@ STORED: dict[str, tuple[Callable[[Tensor], dict[str, Tensor]], dict[str, Any]]] 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STORED)
 def test_weights_stored_in_formats_of_others_load_as_in_stock_mistral(
     folders: dict[str, Path], name: str, tmp_path: Path

@@ -126,6 +126,7 @@ def test_small_words(marked_text: str, words: list[str]) -> None:
     assert small_words(marked_text) == words
 
 
+@pytest.mark.slow
 def test_reference_documents_as_text(
     tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, pieces: list[str]
 ) -> None:
@@ -167,6 +168,7 @@ def test_remembered_words_are_few_and_short(
     assert (most, longest) == (7, 5)
 
 
+@pytest.mark.slow
 def test_ids_from_tokenizer_json(
     saved_folder: Path, tokenizer: MistralLargeTokenizer, pieces: list[str], some_texts: list[str]
 ) -> None:
@@ -217,6 +219,7 @@ def test_decode_gives_the_text_back(
     assert tokenizer.batch_decode(ids) == sentencepiece_processor.decode(ids) == some_texts
 
 
+@pytest.mark.slow
 def test_decode_gives_prompts_back(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
     # Here the control strings in the texts become control tokens.
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in some_texts]
@@ -292,6 +295,7 @@ def test_convert_tokens_to_string(
     assert [tokenizer.convert_tokens_to_string(row) for row in rows] == [*some_texts, "慹\ufffd\ufffd"]
 
 
+@pytest.mark.slow
 def test_decode_stream_gives_the_text_back(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
     # The stream holds back a � at the end, which could be a character to come.
     texts = [text for text in some_texts if not text.endswith("\ufffd")]
@@ -347,6 +351,7 @@ def test_text_streamer_goes_on_from_a_text(tokenizer: MistralLargeTokenizer, is_
 # Offsets
 
 
+@pytest.mark.slow
 def test_offsets_are_sentencepieces(
     tokenizer: MistralLargeTokenizer, sentencepiece_processor: SentencePieceProcessor, some_texts: list[str]
 ) -> None:
@@ -411,6 +416,7 @@ def test_labels_keep_the_end_of_an_answer(tokenizer: MistralLargeTokenizer) -> N
     assert [[label for label in row if label != -100] for row in labels] == answers
 
 
+@pytest.mark.slow
 def test_bos_stays_where_eos_is_added(saved_folder: Path, tmp_path: Path) -> None:
     tokenizer = MistralLargeTokenizer.from_pretrained(saved_folder)
     assert (tokenizer.add_bos_token, tokenizer.add_eos_token) == (True, False)
@@ -454,6 +460,7 @@ def test_save_writes_both_files_and_each_loads_alone(
     assert MistralLargeTokenizer.from_pretrained(saved_folder).encode_texts(some_texts) == ids
 
 
+@pytest.mark.slow
 def test_save_without_the_file_it_came_from(saved_folder: Path) -> None:
     tokenizer = MistralLargeTokenizer.from_pretrained(saved_folder)
     (saved_folder / "tokenizer.model.v3").unlink()
@@ -461,6 +468,7 @@ def test_save_without_the_file_it_came_from(saved_folder: Path) -> None:
     assert MistralLargeTokenizer.from_pretrained(saved_folder / "again").encode("a") == tokenizer.encode("a")
 
 
+@pytest.mark.slow
 def test_save_into_the_folder_it_came_from(saved_folder: Path, tokenizer_model_file: Path) -> None:
     MistralLargeTokenizer.from_pretrained(saved_folder).save_pretrained(saved_folder)
     assert (saved_folder / "tokenizer.model.v3").read_bytes() == tokenizer_model_file.read_bytes()
@@ -505,6 +513,7 @@ def test_under_its_other_name_the_vendors_file_is_known(tokenizer_model_file: Pa
             MistralLargeTokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_altered_file_is_not_saved_again(saved_folder: Path) -> None:
     own = MistralLargeTokenizer.from_pretrained(saved_folder)
     patch_model(saved_folder, "▁window".encode(), "▁windoW".encode())
@@ -637,6 +646,7 @@ VENDOR_FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG_MODELS)
 def test_wrong_models_are_refused(tokenizer_model_file: Path, tmp_path: Path, case: str) -> None:
     shutil.copyfile(tokenizer_model_file, tmp_path / "tokenizer.model.v3")
@@ -781,6 +791,7 @@ def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
 # Copies, added tokens, threads
 
 
+@pytest.mark.slow
 def test_added_tokens(tokenizer: MistralLargeTokenizer, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     text = "a <think> b<stop> c"
@@ -811,6 +822,7 @@ def test_added_tokens(tokenizer: MistralLargeTokenizer, tmp_path: Path) -> None:
     assert 32769 not in as_text
 
 
+@pytest.mark.slow
 def test_copies_are_equal_and_apart(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
     ids = tokenizer.encode_texts(some_texts)
     for own in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
@@ -834,6 +846,7 @@ def test_threads(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> Non
         assert list(pool.map(work, range(12))) == [expected] * 12
 
 
+@pytest.mark.slow
 def test_threads_with_options_of_their_own(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
     """What one call sets is never seen by another: control strings as text, truncation, padding."""
     own = copy.deepcopy(tokenizer)
@@ -935,6 +948,7 @@ def test_settings_that_this_tokenizer_does_not_have_are_refused(
             make(**options)
 
 
+@pytest.mark.slow
 def test_settings_that_are_as_they_must_be_are_taken(saved_folder: Path) -> None:
     expected = MistralLargeTokenizer.from_pretrained(saved_folder)
     own = MistralLargeTokenizer.from_pretrained(
@@ -985,6 +999,7 @@ def test_options_that_are_off_are_taken(tokenizer: MistralLargeTokenizer) -> Non
     assert tokenizer.decode([5], spaces_between_special_tokens=False) == "[TOOL_CALLS]"
 
 
+@pytest.mark.slow
 def test_another_backend_is_refused(tokenizer: MistralLargeTokenizer, pieces: list[str]) -> None:
     own = MistralLargeTokenizer(tokenizer_object=tokenizer.backend_tokenizer)
     own.add_tokens(["<new>"])

@@ -132,6 +132,7 @@ def test_generate_takes_a_cache_and_goes_on_from_it(tiny_config: MistralLargeCon
 # Keywords
 
 
+@pytest.mark.slow
 @every_class
 @pytest.mark.parametrize(
     ("name", "advice"),

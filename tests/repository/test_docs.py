@@ -53,6 +53,7 @@ def test_every_row_of_the_tables_is_read() -> None:
     assert len(messages("message")) + len(messages("message of transformers")) == len(rows) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", messages("message"))
 def test_a_message_that_is_explained_occurs_in_the_source(message: str, own_texts: list[str]) -> None:
     assert sum(map(len, re.split("…", message))) > 6

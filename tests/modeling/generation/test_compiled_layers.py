@@ -36,6 +36,7 @@ def test_all_layers_decode_by_one_graph_with_the_same_tokens(
     assert steps == [tiny_config.num_hidden_layers * (GREEDY["max_new_tokens"] - 1)]
 
 
+@pytest.mark.slow
 def test_a_decoder_without_a_head_and_without_a_cache_is_compiled_too(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config).model
     ids = random_ids(tiny_config, 2, 1)

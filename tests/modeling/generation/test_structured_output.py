@@ -274,6 +274,7 @@ def test_every_answer_is_valid_under_its_schema(
         assert_json(tokenizer, ids, SCHEMAS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("response_format", "schema"),
     [
@@ -443,6 +444,7 @@ def test_named(tokenizer: MistralLargeTokenizer, write: Writer, name: str) -> No
         assert {call["name"] for call in read_calls(tokenizer, ids)} == {name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["required", "auto", named("ping")])
 def test_no_parallel_calls(tokenizer: MistralLargeTokenizer, write: Writer, choice: Any) -> None:
     processors = constrain(tokenizer, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
@@ -452,6 +454,7 @@ def test_no_parallel_calls(tokenizer: MistralLargeTokenizer, write: Writer, choi
         assert len(read_calls(tokenizer, ids)) == 1
 
 
+@pytest.mark.slow
 def test_auto_writes_text_calls_or_both(tokenizer: MistralLargeTokenizer, write: Writer) -> None:
     ended = ended_answers(write, constrain(tokenizer, tools=TOOLS), range(12))
     kinds = set()
@@ -483,6 +486,7 @@ def test_none_writes_text_only(tokenizer: MistralLargeTokenizer, write: Writer, 
     assert len(steps(constrain(tokenizer, **request_), [])) > 31_000
 
 
+@pytest.mark.slow
 def test_json_or_calls(tokenizer: MistralLargeTokenizer, write: Writer) -> None:
     processors = constrain(tokenizer, tools=TOOLS, response_format=schema_format(SCHEMAS["flat"]))
     kinds = set()
@@ -540,6 +544,7 @@ def answers_of(model: Any, inputs: Any, processors: Any, **options: Any) -> list
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_its_rows_give(tokenizer: MistralLargeTokenizer, model: Any, prompts: Any) -> None:
     processors = constrain(tokenizer, response_format=schema_format(SHORT))
     answers = answers_of(model, prompts, processors, do_sample=False)
@@ -574,6 +579,7 @@ def test_every_way_to_generate(
             assert_json(tokenizer, ids, SHORT)
 
 
+@pytest.mark.slow
 def test_beams_with_tool_calls(tokenizer: MistralLargeTokenizer, model: Any, prompts: Any) -> None:
     tools = [{"type": "function", "function": {"name": "short", "parameters": SHORT}}]
     processors = constrain(tokenizer, tools=tools, tool_choice="required", parallel_tool_calls=False)
@@ -582,6 +588,7 @@ def test_beams_with_tool_calls(tokenizer: MistralLargeTokenizer, model: Any, pro
         jsonschema.validate(call["arguments"], SHORT)
 
 
+@pytest.mark.slow
 def test_assisted_generation_gives_the_same(tokenizer: MistralLargeTokenizer, model: Any) -> None:
     messages = [{"role": "user", "content": '{"number": 999, "kind": "ö", "flags": [true, false], "text": "x"}'}]
     prompt = tokenizer.apply_chat_template(messages, return_tensors="pt")
@@ -591,6 +598,7 @@ def test_assisted_generation_gives_the_same(tokenizer: MistralLargeTokenizer, mo
     assert answers_of(model, prompt, processors, do_sample=False, prompt_lookup_num_tokens=4) == plain
 
 
+@pytest.mark.slow
 def test_pipeline(tokenizer: MistralLargeTokenizer, model: Any) -> None:
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
     processors = constrain(tokenizer, response_format=schema_format(SHORT))
@@ -684,6 +692,7 @@ def test_a_model_with_fewer_rows_than_tokens_is_refused(tokenizer: MistralLargeT
         step(processors, PROMPT, tokens=768)
 
 
+@pytest.mark.slow
 def test_added_tokens(tokenizer_model_file: Any) -> None:
     own = MistralLargeTokenizer(vocab_file=str(tokenizer_model_file))
     constrain(own)
@@ -694,6 +703,7 @@ def test_added_tokens(tokenizer_model_file: Any) -> None:
     assert scores[0, own.vocab["<mark>"]] == -torch.inf
 
 
+@pytest.mark.slow
 def test_servers_can_read_the_grammar(tokenizer: MistralLargeTokenizer) -> None:
     grammar = answer_grammar(tools=TOOLS, response_format=schema_format(SCHEMAS["references"]))
     vocabulary = from_tokenizer(tokenizer)

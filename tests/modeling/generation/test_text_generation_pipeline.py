@@ -110,6 +110,7 @@ def test_several_answers_each(speaker: Any, tokenizer: MistralLargeTokenizer) ->
     assert [record["generated_text"] for record in found] == ["I am a tiny", "I am the demo"]
 
 
+@pytest.mark.slow
 def test_other_tokenizers_have_transformers_own(
     tokenizer: MistralLargeTokenizer, tiny_config: MistralLargeConfig, tmp_path: Any
 ) -> None:

@@ -638,6 +638,7 @@ def test_results_are_json(result: Any, value: Any) -> None:
         assert text == json.dumps(wanted, ensure_ascii=False)
 
 
+@pytest.mark.slow
 def test_results_of_pandas_are_json() -> None:
     pandas = pytest.importorskip("pandas")
 

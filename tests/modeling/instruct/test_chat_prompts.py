@@ -281,6 +281,7 @@ def test_tools_may_be_objects(tokenizer: MistralLargeTokenizer, reference_tokeni
             assert our_ids(tokenizer, replace(conversation, tools=tools)) == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_requests_are_conversations(tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference) -> None:
     for conversation in conversations("nasty", seed=19, count=60):
         request = reference_request(conversation)
@@ -833,6 +834,7 @@ def test_valid_ids_stay() -> None:
     assert prompt_ids([user(), calls(*given), *map(result, reversed(given))]) == (given, given[::-1])
 
 
+@pytest.mark.slow
 def test_mapped_conversations_are_the_references(
     tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference
 ) -> None:

@@ -103,6 +103,7 @@ def test_how_often_the_ids_are_the_references(
     assert same / count >= share
 
 
+@pytest.mark.slow
 def test_control_strings_change_no_text(tokenizer: MistralLargeTokenizer) -> None:
     """A template cannot keep control strings from becoming control tokens; its text is right all the same."""
     for conversation in map(as_prefix, conversations("hostile", seed=23, count=150, is_simple=True)):
@@ -200,6 +201,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(values)
 def test_json_is_written_as_python_writes_it(value: Any) -> None:

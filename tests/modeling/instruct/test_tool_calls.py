@@ -552,6 +552,7 @@ def test_split_characters_are_held_back(tokenizer: MistralLargeTokenizer) -> Non
     assert put_together(broken.feed(ids[:-2]) + broken.finish())[0] == "\ufffd" * 3
 
 
+@pytest.mark.slow
 def test_mutated_answers_raise_nothing(tokenizer: MistralLargeTokenizer) -> None:
     """Whatever is done to an answer: no exception, no character lost, and the same events for any cut."""
     source = rng()

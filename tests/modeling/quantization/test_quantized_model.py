@@ -113,6 +113,7 @@ def test_it_loads_with_no_flag_and_gives_the_golden_answers(folder: Path) -> Non
         assert answer == f"{golden.answer}</s>", golden.name
 
 
+@pytest.mark.slow
 @every_quantization
 def test_pipeline_needs_no_flag_either(folder: Path) -> None:
     golden = golden_conversations()["who_are_you"]
@@ -143,6 +144,7 @@ def test_it_stays_quantized_after_the_first_forward(
     assert bytes_of(model.model.layers) < bytes_of(whole.model.layers) / (1.8 if dtype == torch.bfloat16 else 3.5)
 
 
+@pytest.mark.slow
 def test_int4_logits_are_those_of_the_dequantized_weights(quantized_demos: dict[Scheme, Path]) -> None:
     folder = quantized_demos["int4"]
     model = load(folder, dtype=torch.float32)
