@@ -50,7 +50,7 @@ MOST_JOBS = 1024
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that can begin: the weights to be moved, and every small file beside them.
+    """A conversion that can begin: the weights to be moved, and every small file next to them.
 
     source: the folder of the weights, or None for weights in memory.
     """
@@ -229,7 +229,7 @@ def export_checkpoint(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionPlan:
-    """Write weights in memory to `destination` in the consolidated layout: the way back, bit for bit.
+    """Write weights in memory to `destination` in the consolidated layout, bit for bit.
 
     weights: a model with a config, or a state dict under HF names, which needs its `config`.
     origin: a folder or hub repository whose tokenizer.model.v3 and licence files go along, with a model card; without

@@ -1,4 +1,4 @@
-"""The small files beside the weights, in either layout."""
+"""The small files next to the weights, in either layout."""
 
 import json
 from collections.abc import Mapping
@@ -221,7 +221,7 @@ def retag_config(content: bytes, model_type: ModelType) -> bytes:
 def retag_tokenizer_config(content: bytes, model_type: ModelType, *, prompt_format: str | None) -> bytes:
     """A tokenizer_config.json for another model type; all else in it stays.
 
-    prompt_format: of the chat template beside it; None for one that is not ours.
+    prompt_format: of the chat template next to it; None for one that is not ours.
     """
     settings: dict[str, Any] = json.loads(content)
     settings["prompt_format"] = prompt_format

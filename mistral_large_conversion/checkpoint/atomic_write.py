@@ -22,7 +22,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def commit_file(path: Path) -> None:
-    """Put what was written beside the place of a file on the disk, and then into its place."""
+    """Flush what was written next to the place of a file, then rename it into its place."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     with partial.open("r+b") as stream:
         os.fsync(stream.fileno())

@@ -81,7 +81,7 @@ def quantized_entries(
 ) -> tuple[TensorEntry, ...]:
     """What the weight `name` [out, in] becomes in the file.
 
-    In memory it takes `run_time_bytes`, which differs: the scales are FP32 (fp8), or stand beside as many zeros (int4).
+    In memory it takes `run_time_bytes`, which differs: the scales are FP32 (fp8), or come with as many zeros (int4).
     """
     rows, columns = shape
     if scheme == "fp8":
