@@ -4,7 +4,7 @@ Prompts: mistral-common (`encode_chat_completion`, from messages and from reques
 same tokenizer with the v3 template that mistral-common generates, with and without `sanitize_control_tokens`. The ways
 take turns on texts that none has seen before; the table gives medians, and the median of the ratios.
 
-Answers: the parser's time a token, and the grammar's time a token beside a decoding step of the bundled demo's
+Answers: the parser's time a token, and the grammar's time a token, compared with a decoding step of the bundled demo's
 geometry, while `generate` writes a given answer under a schema of middling size.
 
     python -m benchmarks.chat --write benchmarks/results/chat.json

@@ -1,12 +1,13 @@
-"""How fast a synthetic checkpoint is converted, and in how much memory, beside copying it and the published way.
+"""How fast a synthetic checkpoint is converted, and in how much memory, against copying it and the published way.
 
     python -m benchmarks.convert --gigabytes 1 4 --runs 5 --json benchmarks/results/convert.json
 
-Four ways take turns: ours; `cp -r` of the same files, which leaves what it can in memory; `cp -r` until all of it is on
-the disk, as ours is; and the way of the published script: the whole state dict in memory, renamed and permuted, then
-`save_pretrained`. Each runs in a process of its own. Seconds are without imports, and in all but `cp -r` without the
-start of the process; the peak is less that of a process that only imports the same. Needs three times the largest size
-on the disk, and mistral-common for its tokenizer file; everything is removed at the end.
+Five ways take turns: ours; the command, `mistral-large convert`, as a whole process; `cp -r` of the same files, which
+leaves what it can in memory; `cp -r` until all of it is on the disk, as ours is; and the way of the published script:
+the whole state dict in memory, renamed and permuted, then `save_pretrained`. Each runs in a process of its own. Seconds
+of ours and of the script are without imports and the start of the process; the peak is less that of a process that only
+imports the same. Needs twice the largest size on the disk, and mistral-common for its tokenizer file; everything is
+removed at the end.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,8 @@ PARAMS = {
     "vocab_size": 32768,
     "rope_theta": 1e6,
 }
-OURS, COPY, COPY_TO_DISK, STATE_DICT = "convert", "cp -r", "cp -r, to the disk", "state dict"
+OURS, PROCESS, STATE_DICT = "convert", "mistral-large convert", "state dict"
+COPY, COPY_TO_DISK = "cp -r", "cp -r, to the disk"
 # The published way holds all of it, and in the page cache once more.
 LARGEST_STATE_DICT_GB = 5.0
 Cache = Literal["warm", "cold"]
@@ -151,6 +154,14 @@ def timed_step(name: str, source: Path, destination: Path) -> None:
     print(time.perf_counter() - started)
 
 
+def run_command(source: Path, destination: Path) -> tuple[float, int]:
+    """Seconds of the command from its start to its end; its memory is that of the step, without torch."""
+    command = [sys.executable, "-m", "mistral_large_cli", "convert", str(source), str(destination)]
+    started = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - started, 0
+
+
 def copy(source: Path, destination: Path, *, to_the_disk: bool) -> tuple[float, int]:
     """Seconds of `cp -r`, with or without waiting for the disk; its memory is not of interest."""
     started = time.perf_counter()
@@ -178,12 +189,16 @@ def prepare(source: Path, destination: Path, cache: Cache) -> None:
 def measure(gigabytes: float, runs: int, caches: Sequence[Cache], folder: Path) -> list[dict[str, Any]]:
     """All ways over a checkpoint of this size, in turns."""
     source, destination = folder / "source", folder / "destination"
+    needed = 2.1 * gigabytes * 1e9
+    if shutil.disk_usage(folder).free < needed:
+        raise SystemExit(f"{folder}: {gigabytes} GB need {needed / 1e9:.1f} GB free; pass --folder on another disk")
     source.mkdir()
     make(source, gigabytes)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     _, imports_peak = run_step("imports", source, destination)
     ways: dict[str, Callable[[], tuple[float, int]]] = {
         OURS: lambda: run_step(OURS, source, destination),
+        PROCESS: lambda: run_command(source, destination),
         COPY: lambda: copy(source, destination, to_the_disk=False),
         COPY_TO_DISK: lambda: copy(source, destination, to_the_disk=True),
     }
@@ -207,11 +222,10 @@ def measure(gigabytes: float, runs: int, caches: Sequence[Cache], folder: Path) 
                 "seconds": seconds,
                 "median_seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
                 "speed_of_convert_by_that_of": {
-                    name: round(
-                        statistics.median(other / own for other, own in zip(taken, seconds[OURS], strict=True)), 2
-                    )
-                    for name, taken in seconds.items()
-                    if name != OURS
+                    name: speed(seconds[OURS], taken) for name, taken in seconds.items() if name not in (OURS, PROCESS)
+                },
+                "speed_of_the_process_by_that_of": {
+                    name: speed(seconds[PROCESS], seconds[name]) for name in (COPY, COPY_TO_DISK)
                 },
                 "peak_bytes_above_imports": peaks,
             }
@@ -222,25 +236,32 @@ def measure(gigabytes: float, runs: int, caches: Sequence[Cache], folder: Path) 
     return results
 
 
+def speed(own: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as fast the first is: the median over the turns."""
+    return round(statistics.median(other / mine for other, mine in zip(others, own, strict=True)), 2)
+
+
 def print_result(result: dict[str, Any]) -> None:
     print(f"\n{result['bytes'] / 1e9:.2f} GB, {result['cache']} cache")
     for name, median in result["median_seconds"].items():
         each = ", ".join(f"{taken:.2f}" for taken in result["seconds"][name])
         peak = result["peak_bytes_above_imports"].get(name)
         print(
-            f"{name:<18} {median:7.2f} s {result['bytes'] / 1e6 / median:7,.0f} MB/s"
+            f"{name:<21} {median:7.2f} s {result['bytes'] / 1e6 / median:7,.0f} MB/s"
             + ("" if peak is None else f" {peak / 1e6:8,.0f} MB above the imports")
             + f"   ({each})"
         )
     for name, ratio in result["speed_of_convert_by_that_of"].items():
         print(f"convert has {ratio:.2f} × the speed of {name}")
+    for name, ratio in result["speed_of_the_process_by_that_of"].items():
+        print(f"the whole process has {ratio:.2f} × the speed of {name}")
     seconds = result["median_seconds"][OURS] * FULL_BYTES / result["bytes"]
     print(f"at this rate, 245 GB take {seconds / 60:.1f} minutes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0], help="add 12 with 36 GB free")
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0], help="add 12 with 25 GB free")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cache", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
     parser.add_argument(
@@ -254,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timed_step(name, Path(source), Path(destination))
         return
     results: list[dict[str, Any]] = []
+    # So that the folder is removed then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for gigabytes in options.gigabytes:
             results += measure(gigabytes, options.runs, options.cache, Path(folder).resolve())

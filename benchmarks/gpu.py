@@ -38,16 +38,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LogitsProcessor
 
 import benchmarks.stand_ins  # noqa: F401  # before the package is imported
+from benchmarks import stream
 from benchmarks.generate import Decoding, Way, cache_bytes, disagreement, fill_, our_model, stock_model
+from benchmarks.gpu_peers import gemlite
 from modeling_mistral_large import MistralLargeForCausalLM
+from modeling_mistral_large.generation import RecordedCache, record_decoding, release_recording
 from modeling_mistral_large.generation.compiled_layers import compile_layers_
-from modeling_mistral_large.generation.recorded_steps import RecordedDecoding, record_decoding
 from modeling_mistral_large.inference import gpu_kernels
 from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, VECTOR_TILE, Tile, Weights
 from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
-from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
+from modeling_mistral_large.inference.static_cache import Fp8States
+from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear, round_to_fp8
+from modeling_mistral_large.recorded_steps.decoding import RecordedDecoding
 from tests.support.gpu_products import placed, random_weights, relative_error
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,8 +65,11 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 SMALL_SHAPES = {"q, k, v": ((40, 16, 16), 256), "down": ((40,), 384)}
 HEADS, KV_HEADS, HEAD_DIM = 96, 8, 128
+# Of `generate`: no token ends a response, and none is chance; and what turns recorded steps off.
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+PLAIN: dict[str, Any] = {"cache_implementation": "dynamic"}
 # Errors that arithmetic in BF16 and sums of tensor cores explain.
-SUMS, BF16, W8A8 = 2e-4, 5e-3, 0.04
+SUMS, BF16 = 2e-4, 5e-3
 
 
 class DeadlineError(Exception):
@@ -207,24 +215,42 @@ def product_error(
     count = splits or weights.splits(m, tile)
     part = torch.full((count, m, weights.rows), math.nan, device=dense.device)
     gpu_kernels.multiply(placed(x, weights.group), weights, part, tile=tile, splits=splits)
-    return relative_error(part.sum(0), x.double() @ dense.T)
+    return relative_error(part.sum(0), as_taken(x, weights.takes_fp8) @ dense.T)
 
 
-def attention_error(bench: Bench, filled: int, starts: Sequence[int], splits: int) -> float:
+def as_taken(x: Tensor, by_fp8: bool) -> Tensor:
+    """Activations in float64 as a product with FP8 weights takes them, W8A8, or unrounded."""
+    if not by_fp8:
+        return x.double()
+    codes, scales = round_to_fp8(x)
+    return codes.double() * scales.double()
+
+
+def fp8_states(states: Tensor) -> Fp8States:
+    packed = pack(states)
+    codes, scales = packed[..., :-2].contiguous(), packed[..., -2:].contiguous()
+    return Fp8States(codes.view(torch.float8_e4m3fn), scales.view(torch.bfloat16)[..., 0])
+
+
+def attention_error(bench: Bench, filled: int, starts: Sequence[int], splits: int, is_fp8: bool) -> float:
     """Slots that are padding or not filled are NaN."""
     m, room, device = len(starts), filled + 70, bench.device
     heads, kv_heads = (24, 2) if bench.is_small else (HEADS, KV_HEADS)
     query = torch.randn(m, heads, HEAD_DIM, device=device).bfloat16()
     keys, values = (torch.randn(m, kv_heads, room, HEAD_DIM, device=device).bfloat16() for _ in range(2))
-    for tensor in (keys, values):
+    given: list[Any] = [keys, values]
+    if is_fp8:
+        given = [fp8_states(states) for states in given]
+        keys, values = (states.codes.float() * states.scales.float()[..., None] for states in given)
+    for tensor in [states.scales for states in given] if is_fp8 else given:
         tensor[:, :, filled + 1 :] = math.nan
         for row, start in enumerate(starts):
             tensor[row, :, :start] = math.nan
-    at = [torch.tensor(each, dtype=torch.int32, device=device) for each in ([filled], list(starts))]
+    at = [torch.tensor(each, dtype=torch.int32, device=device) for each in ([filled] * m, list(starts))]
     parts = torch.full((m, heads, splits, HEAD_DIM), math.nan, device=device)
     stats = torch.full((m, heads, splits, 2), math.nan, device=device)
     y = torch.full((m, heads * HEAD_DIM), math.nan, device=device).bfloat16()
-    gpu_kernels.attend(query, keys, values, at, HEAD_DIM**-0.5, parts, stats, y, 0)
+    gpu_kernels.attend(query, given[0], given[1], at, HEAD_DIM**-0.5, parts, stats, y, 0)
     errors = []
     for row, start in enumerate(starts):
         key, value = (tensor[row, :, start : filled + 1].double() for tensor in (keys, values))
@@ -247,7 +273,46 @@ def linear_error(kind: str, rows: int, columns: int, m: int, device: torch.devic
             dense *= layer.weight_scale.double()
         layer.after_loading_()
         x = torch.randn(m, columns, device=device).bfloat16()
-        return relative_error(layer(x), x.double() @ dense.T)
+        return relative_error(layer(x), as_taken(x, kind == "fp8") @ dense.T)
+
+
+def dequantized_error(rows: int, columns: int, device: torch.device) -> float:
+    """How many values are not those that torch dequantizes, bit for bit."""
+    layer = Int4Linear(columns, rows, device=device)
+    with torch.no_grad():
+        fill_(layer)
+    found = gpu_kernels.dequantized_int4(layer.weight_packed, layer.weight_scale)
+    codes = layer.codes(0, rows).bfloat16() - 8
+    expected = (codes.view(rows, -1, layer.group_size) * layer.weight_scale[..., None]).flatten(1)
+    return float((found != expected).sum())
+
+
+def rounding_error(columns: int, device: torch.device) -> float:
+    """How many activations a step rounds to FP8 in another way than the layers."""
+    x = torch.randn(16, columns, device=device).bfloat16() * torch.rand(16, 1, device=device).bfloat16()
+    codes, scales = round_to_fp8(x)
+    found, found_scales = gpu_kernels.rounded(x)
+    return float((found != codes.bfloat16()).sum() + (found_scales != scales[:, 0]).sum())
+
+
+def stored_error(bench: Bench) -> float:
+    """Bytes of an FP8 cache that are not those which `Fp8Cache` makes of what a BF16 cache gets."""
+    m, room, device = 4, 70, bench.device
+    part = torch.randn(2, m, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device=device)
+    angles = torch.randn(room, HEAD_DIM // 2, device=device).repeat(1, 2)
+    tables = (angles.cos().bfloat16(), angles.sin().bfloat16())
+    at = [torch.tensor(each, dtype=torch.int32, device=device) for each in ([69, 3, 0, 20], [0, 3, 0, 7])]
+    query = torch.empty(m, HEADS, HEAD_DIM, device=device).bfloat16()
+    exact = [torch.zeros(m, KV_HEADS, room, HEAD_DIM, device=device).bfloat16() for _ in range(2)]
+    coded = [fp8_states(states) for states in exact]
+    gpu_kernels.rotate(part, 2, query, exact[0], exact[1], tables, at)
+    gpu_kernels.rotate(part, 2, query, coded[0], coded[1], tables, at)
+    different = 0
+    for states, found in zip(exact, coded, strict=True):
+        expected = fp8_states(states)
+        different += int((found.codes.view(torch.uint8) != expected.codes.view(torch.uint8)).sum())
+        different += int((found.scales != expected.scales).sum())
+    return float(different)
 
 
 def cache_error(bench: Bench) -> float:
@@ -301,15 +366,19 @@ def kernels(bench: Bench) -> dict[str, Any]:
             (131071, [0], 64),
         )
     ):
-        bench.check(
-            f"attention at slot {filled}, starts {starts}",
-            BF16,
-            partial(attention_error, bench, filled, starts, splits),
-        )
+        for is_fp8 in (False, True):
+            bench.check(
+                f"attention at slot {filled}, starts {starts}{', FP8 cache' if is_fp8 else ''}",
+                BF16,
+                partial(attention_error, bench, filled, starts, splits, is_fp8),
+            )
     height, width = (64, 256) if bench.is_small else (28672, 12288)
     for m in (1, 2, 8, 17) if bench.is_small else (1, 2, 8, 17, 300, 2048):
-        bench.check(f"Fp8Linear, {m} rows", W8A8, partial(linear_error, "fp8", height, width, m, bench.device))
-        bench.check(f"Int4Linear, {m} rows", 1e-2, partial(linear_error, "int4", height, width, m, bench.device))
+        bench.check(f"Fp8Linear, {m} rows", BF16, partial(linear_error, "fp8", height, width, m, bench.device))
+        bench.check(f"Int4Linear, {m} rows", BF16, partial(linear_error, "int4", height, width, m, bench.device))
+    bench.check("int4 dequantized, values that differ", 0, lambda: dequantized_error(height, width, bench.device))
+    bench.check("activations rounded to FP8, values that differ", 0, lambda: rounding_error(width, bench.device))
+    bench.check("FP8 cache of a step, bytes that differ", 0, lambda: stored_error(bench))
     bench.check("Fp8Cache, bytes that differ from the CPU's", 0, lambda: cache_error(bench))
     if not bench.is_small:
         bench.check("flash attention of a later chunk, no mask", BF16, lambda: flash_error(bench, 512, 1536))
@@ -357,17 +426,22 @@ def answers(bench: Bench) -> dict[str, Any]:
             options.setdefault("device_map", bench.device.type)
             return MistralLargeForCausalLM.from_pretrained(folders[kind], dtype=torch.bfloat16, **options).eval()
 
-        def generated(model: Any, **options: Any) -> Callable[[Any], Tensor]:
+        def generated(model: Any, *, recorded: bool = False, **options: Any) -> Callable[[Any], Tensor]:
             greedy = {"max_new_tokens": most, "do_sample": False}
+            if not recorded and "past_key_values" not in options:
+                options.setdefault("cache_implementation", "dynamic")
             return lambda inputs: model.generate(**inputs.to(bench.device), **greedy, **options).cpu()
 
         def with_fp8_cache(model: Any, inputs: Any) -> Tensor:
             return generated(model, past_key_values=Fp8Cache(model.config))(inputs)
 
+        def with_recorded_fp8_cache(model: Any, inputs: Any) -> Tensor:
+            cache = RecordedCache(record_decoding(model, 256, cache="fp8"))
+            return generated(model, past_key_values=cache)(inputs)
+
         def offloaded_wrong(kind: str, devices: dict[str, Any]) -> float:
             return wrong(generated(load(kind, device_map=devices)))
 
-        longest = max(map(len, prompts)) + most
         for kind in folders:
             model = load(kind)
             bench.check(f"answers, {kind}, generate", 0, partial(wrong, generated(model)))
@@ -380,21 +454,20 @@ def answers(bench: Bench) -> dict[str, Any]:
             static: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
             bench.check(f"answers, {kind}, static cache", 0, partial(wrong, generated(model, **static)))
             for batch in (2,) if bench.is_small else (1, 8):
-
-                def recorded_wrong(model: Any = model, batch: int = batch) -> float:
-                    recordings = {
-                        size: record_decoding(model, longest, size) for size in {batch, len(golden) % batch} - {0}
-                    }
-                    return wrong(
-                        lambda inputs: (
-                            recordings[len(inputs["input_ids"])]
-                            .generate(inputs["input_ids"], inputs["attention_mask"], max_new_tokens=most)
-                            .cpu()
-                        ),
-                        batch,
-                    )
-
-                bench.check(f"answers, {kind}, recorded steps, batch {batch}", 0, recorded_wrong)
+                bench.check(
+                    f"answers, {kind}, recorded steps, batch {batch}",
+                    0,
+                    partial(wrong, generated(model, recorded=True), batch),
+                )
+            if kind == "bf16" or not bench.is_small:
+                lookup = generated(model, recorded=True, prompt_lookup_num_tokens=4)
+                bench.check(f"answers, {kind}, recorded steps, prompt lookup", 0, partial(wrong, lookup))
+            bench.check(
+                f"answers, {kind}, recorded steps, FP8 cache",
+                0,
+                partial(wrong, partial(with_recorded_fp8_cache, model)),
+            )
+            release_recording(model)
             del model
             if not bench.is_small:
                 devices = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": 0}
@@ -432,10 +505,23 @@ def weight_bytes(weights: Weights) -> int:
 
 def tiles_to_try(kind: str, m: int, is_small: bool) -> list[Tile]:
     if kind == "int4":
-        return [Tile(rows, 0, warps, stages) for rows, warps in ((64, 4), (128, 4), (128, 8)) for stages in (1, 2, 4)][
-            :: 5 if is_small else 1
+        int4_tiles = [
+            DOT_TILE["int4"],
+            Tile(128, 256, 4, 2, inputs=8),
+            Tile(128, 256, 4, 4, inputs=8),
+            Tile(128, 128, 4, 4, inputs=8),
+            Tile(128, 512, 4, 2, inputs=8),
+            *(Tile(64, columns, 4, stages, inputs=8) for columns in (128, 256, 512) for stages in (2, 3)),
+            Tile(32, 256, 2, 3, inputs=8),
+            Tile(32, 512, 2, 3, inputs=8),
+            Tile(128, 256, 8, 3),
+            # The fastest ones of the first run on an H200.
+            Tile(128, 128, 8, 4),
+            Tile(64, 128, 4, 2),
         ]
+        return int4_tiles[::7] if is_small else int4_tiles
     dots = [Tile(64, 128, 4, 4), Tile(64, 256, 4, 3), Tile(128, 128, 8, 3), Tile(64, 256, 4, 2)]
+    dots += [Tile(128, 128, 8, 3, inputs=8), Tile(128, 128, 4, 3, inputs=8), Tile(64, 256, 4, 3, inputs=8)]
     vectors = [
         Tile(rows, columns, warps, is_vector=True)
         for (rows, columns), warps in itertools.product([(4, 1024), (8, 512), (8, 1024), (16, 512), (4, 2048)], (4, 8))
@@ -449,12 +535,12 @@ def sweep_product(bench: Bench, kind: str, rows: tuple[int, ...], columns: int, 
     one = weights_without_values(kind, rows, columns, bench.device)
     others = 0 if bench.is_small else 4 * 10**9 // weight_bytes(one)
     copies = [one, *(weights_without_values(kind, rows, columns, bench.device) for _ in range(others))]
-    x = torch.randn(m, columns, device=bench.device).bfloat16()
+    x, scales = torch.randn(m, columns, device=bench.device).bfloat16(), torch.ones(m, device=bench.device)
     part = torch.empty(8 * m * one.rows, device=bench.device)
 
     def run(tile: Tile, splits: int, some: Sequence[Weights]) -> None:
         for weights in some:
-            gpu_kernels.multiply(x, weights, part, tile=tile, splits=splits)
+            gpu_kernels.multiply(x, weights, part, scales, tile=tile, splits=splits)
 
     def try_it(case: tuple[Tile, int]) -> str | None:
         try:
@@ -474,6 +560,7 @@ def sweep_product(bench: Bench, kind: str, rows: tuple[int, ...], columns: int, 
     for (tile, splits), problem in zip(cases, problems, strict=True):
         shape = "vector" if tile.is_vector else "dot"
         label = f"{shape} {tile.rows}x{tile.columns}, {tile.warps} warps, {tile.stages} stages, {splits} splits"
+        label += "" if tile.is_vector else f", {tile.inputs} inputs"
         if problem is not None:
             figures[label] = problem
             continue
@@ -508,17 +595,26 @@ def step_bytes(model: Any, batch: int, context: int) -> int:
     return int(weights + cache_bytes(model.config, batch, context))
 
 
-def steps(bench: Bench, decoding: RecordedDecoding, context: int) -> dict[str, Any]:
-    """The time of recorded steps after `context` tokens; the cache holds random values."""
-    decoding.length.fill_(context)
+def steps(bench: Bench, model: Any, context: int, batch: int = 1, room: int | None = None) -> dict[str, Any]:
+    """The time of recorded steps after `context` tokens, in a cache for `room`; it holds random values."""
+    return time_of_steps(bench, model, filled(record_decoding(model, room or context + 100, batch)), context)
+
+
+def time_of_steps(bench: Bench, model: Any, decoding: RecordedDecoding, context: int) -> dict[str, Any]:
+    decoding.lengths.fill_(context)
     count = 2 if bench.is_small else 20
     if not bench.is_small:
         decoding.run()
     taken = bench.seconds(decoding.run, count)
-    read = step_bytes(decoding.model, decoding.batch, context)
+    is_fp8_cache = decoding.cache_dtype == "fp8"
+    read = step_bytes(model, decoding.batch, context)
+    if is_fp8_cache:
+        cache = cache_bytes(model.config, decoding.batch, context)
+        read -= int(cache * (1 - (1 + 2 / model.config.head_dim) / 2))
     result = {
         "batch": decoding.batch,
         "context": context,
+        "cache": "fp8" if is_fp8_cache else "bf16",
         "ms a step": taken * 1000,
         "tokens/s": decoding.batch / taken,
         "read GB": read / 1e9,
@@ -531,8 +627,12 @@ def steps(bench: Bench, decoding: RecordedDecoding, context: int) -> dict[str, A
 
 def filled(decoding: RecordedDecoding) -> RecordedDecoding:
     for layer in decoding.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
+        for states in (layer.keys, layer.values):
+            if isinstance(states, Tensor):
+                states.normal_()
+            else:
+                states.codes.copy_(torch.randn(states.codes.shape[1:], device=states.codes.device))
+                states.scales.fill_(1.0)
     return decoding
 
 
@@ -544,35 +644,88 @@ def one_sequence(
     bench.wait()
     result["record s"] = time.perf_counter() - start
     for context in contexts:
-        result["steps"].append(steps(bench, decoding, context))
+        result["steps"].append(time_of_steps(bench, model, decoding, context))
         bench.save(name, result)
-
-    def first_token() -> None:
-        decoding.read_prompt(prompt).argmax(-1).tolist()
-
+    del decoding
+    bench.free()
+    first_token = partial(model.generate, prompt, max_new_tokens=1, **GREEDY)
     result["first token s, first time"] = bench.wall_seconds(first_token)
     result["first token s"] = bench.wall_seconds(first_token)
-    few, many = (
-        bench.wall_seconds(partial(decoding.generate, prompt[:, :64], max_new_tokens=count, eos_token_id=[]))
-        for count in (1, 3 if bench.is_small else 65)
-    )
-    result["generate tokens/s"] = (2 if bench.is_small else 64) / (many - few)
+    result["generate tokens/s"] = 1 / seconds_a_token(bench, model, prompt[:, :64], 3 if bench.is_small else 65)
+    bench.save(name, result)
+    result["drafts"] = drafts(bench, model)
     bench.save(name, result)
 
 
-def seconds_a_token(bench: Bench, model: Any, prompt: Tensor, count: int) -> float:
-    """Of transformers' `generate`, uncompiled, after the first token."""
-    plain: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    model.generate(prompt, max_new_tokens=2, **plain)
+class Script(LogitsProcessor):
+    """Whatever the model says, the token at each place is that of a script."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        forced = torch.full_like(scores, -math.inf)
+        forced[:, self.tokens[input_ids.shape[1]]] = 0
+        return forced
+
+
+def drafts(bench: Bench, model: Any) -> list[dict[str, Any]]:
+    """`generate` with prompt lookup next to without, for responses that repeat the prompt up to some tokens of chance.
+
+    A drafted token is right where the response repeats the prompt, so the share that does is the acceptance.
+    """
+    count = 4 if bench.is_small else 96
+    chance = torch.Generator().manual_seed(0)
+    prompt = torch.randperm(model.config.vocab_size - 3, generator=chance)[: 2 * count] + 3
+    others = torch.randperm(model.config.vocab_size - 3, generator=chance)[: 2 * count] + 3
+    results = []
+    for acceptance in (0.0, 1.0) if bench.is_small else (0.0, 0.7, 1.0):
+        is_right = torch.rand(count, generator=chance) < acceptance
+        script = torch.where(is_right, prompt[:count], others[:count])
+        # The response begins as the prompt, whose last token is its first one once more.
+        ids = torch.cat((prompt, prompt[:1]))
+        tokens = torch.cat((ids, script[1:], others)).tolist()
+        options: dict[str, Any] = {"logits_processor": [Script(tokens)], "max_new_tokens": count - 1, **GREEDY}
+        given = ids[None].to(bench.device)
+        lookup = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+        forwards: list[Any] = []
+        handle = model.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
+        seconds = {}
+        for name, extra in (("without", {}), ("with", lookup)):
+            if not bench.is_small:
+                model.generate(given, **options, **extra)
+            forwards.clear()
+            seconds[name] = bench.wall_seconds(partial(model.generate, given, **options, **extra))
+        handle.remove()
+        figures = {
+            "acceptance": acceptance,
+            "tokens/s without": (count - 1) / seconds["without"],
+            "tokens/s": (count - 1) / seconds["with"],
+            "times as fast": seconds["without"] / seconds["with"],
+            "tokens a forward": (count - 1) / len(forwards),
+        }
+        print(json.dumps(figures), flush=True)
+        results.append(figures)
+    bench.bar(
+        f"drafts that are all wrong: {results[0]['times as fast']:.2f} times as fast, at least 0.95",
+        results[0]["times as fast"] >= 0.95,
+    )
+    return results
+
+
+def seconds_a_token(bench: Bench, model: Any, prompt: Tensor, count: int, **options: Any) -> float:
+    """Of `generate` after the first token; `options` are its."""
+    options = {**GREEDY, **options}
+    model.generate(prompt, max_new_tokens=2, **options)
     few, many = (
-        bench.wall_seconds(partial(model.generate, prompt, max_new_tokens=each, **plain)) for each in (1, count)
+        bench.wall_seconds(partial(model.generate, prompt, max_new_tokens=each, **options)) for each in (1, count)
     )
     return (many - few) / (count - 1)
 
 
 @torch.no_grad()
 def full_model(bench: Bench, name: str, kind: str, layers: int) -> dict[str, Any]:
-    """Recorded steps of one model, its prompts, memory and what users' `generate` reaches."""
+    """Recorded steps of one model, its prompts, memory and what users' `generate` reaches, with and without drafts."""
     bench.free()
     if not bench.is_small:
         torch.cuda.reset_peak_memory_stats()
@@ -589,12 +742,15 @@ def full_model(bench: Bench, name: str, kind: str, layers: int) -> dict[str, Any
     batch = 2 if bench.is_small else 8
     for context in contexts[:2]:
         bench.free()
-        result["steps"].append(steps(bench, filled(record_decoding(model, context + 100, batch)), context))
+        result["steps"].append(steps(bench, model, context, batch))
+    bench.free()
+    coded = filled(record_decoding(model, contexts[-1] + 100, cache="fp8"))
+    result["steps, FP8 cache"] = [time_of_steps(bench, model, coded, context) for context in contexts[1:]]
+    del coded
     if not bench.is_small:
         result["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-        if kind != "int4":
-            # int4 without torch's kernel layout is dequantized for each product; `today` has it with it.
-            result["model.generate tokens/s"] = 1 / seconds_a_token(bench, model, prompt[:, :64], 17)
+        release_recording(model)
+        result["generate tokens/s, not recorded"] = 1 / seconds_a_token(bench, model, prompt[:, :64], 17, **PLAIN)
     print({key: value for key, value in result.items() if key != "steps"}, flush=True)
     if layers == 88:
         least, share = (28, 0.8) if kind == "fp8" else (47, 0.7)
@@ -641,8 +797,8 @@ def stock(bench: Bench) -> dict[str, Any]:
     prompt = torch.randint(3, ours.config.vocab_size, (1, 64), device=bench.device)
     count = 3 if bench.is_small else 17
     for name, model in (("stock", theirs), ("ours", ours)):
-        result[f"{name}, generate, ms a token"] = seconds_a_token(bench, model, prompt, count) * 1000
-    result["ours, recorded"] = steps(bench, filled(record_decoding(ours, 200)), 64)
+        result[f"{name}, generate, ms a token"] = seconds_a_token(bench, model, prompt, count, **PLAIN) * 1000
+    result["ours, recorded"] = steps(bench, ours, 64)
     print(result, flush=True)
     return result
 
@@ -655,8 +811,10 @@ def today(bench: Bench) -> dict[str, Any]:
         bench.free()
         model = random_model(kind, 4, bench, kernels=True)
         prompt = torch.randint(3, model.config.vocab_size, (1, 64), device=bench.device)
-        uncompiled = seconds_a_token(bench, model, prompt, 3 if bench.is_small else 17)
+        uncompiled = seconds_a_token(bench, model, prompt, 3 if bench.is_small else 17, **PLAIN)
         result[f"{kind}, 4 layers, generate, ms a token"] = uncompiled * 1000
+        # Before the layers are compiled, which are then no longer the ones that a step repeats.
+        result[f"{kind}, 4 layers recorded"] = steps(bench, model, 64)
         compile_layers_(model)
         decoding = Decoding(Way(kind, model, is_compiled=True), 1, 64)
         decoding.restart()
@@ -669,8 +827,6 @@ def today(bench: Bench) -> dict[str, Any]:
             "ms a step": taken * 1000,
             "share of the read bandwidth": read / taken / bench.read_rate,
         }
-        new = steps(bench, filled(record_decoding(model, 200)), 64)
-        result[f"{kind}, 4 layers recorded"] = new
         bench.save("today", result)
     if not bench.is_small:
         query = torch.randn(1, HEADS, 1, HEAD_DIM, device=bench.device).bfloat16()
@@ -687,6 +843,22 @@ def today(bench: Bench) -> dict[str, Any]:
     return result
 
 
+def load(bench: Bench) -> dict[str, Any]:
+    """Both layouts onto the GPU, cold and from the page cache: streamed, as transformers reads, and reading alone."""
+    bench.free()
+    with TemporaryDirectory() as name:
+        stream.make(Path(name), stream.params_of(1, 512) if bench.is_small else stream.params_of(2))
+        result = stream.measure_device(Path(name), bench.device, 2)
+    for layout, found in result.items():
+        bench.check(f"load, {layout}, different tensors", 0, partial(found.__getitem__, "different tensors"))
+        for cache in ("cold", "warm"):
+            speeds = found[f"{cache}, GB/s"]
+            bench.bar(
+                f"load, {layout}, {cache}, as fast as transformers", speeds["streamed"] >= speeds["as transformers"]
+            )
+    return result
+
+
 # Seconds after which a stage is broken off; together they fit ten minutes.
 STAGES: dict[str, tuple[int, Callable[[Bench], dict[str, Any]]]] = {
     "machine": (40, machine),
@@ -696,7 +868,9 @@ STAGES: dict[str, tuple[int, Callable[[Bench], dict[str, Any]]]] = {
     "int4": (110, int4),
     "stock": (45, stock),
     "today": (60, today),
+    "load": (90, load),
     "sweep": (150, sweep),
+    "gemlite": (120, lambda bench: gemlite(bench, random_weights)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Loading and first forward of synthetic checkpoints, beside stock transformers and beside reading the bytes once.
+"""Loading and first forward of synthetic checkpoints, compared with stock transformers and with reading the bytes once.
 
 The same bf16 weights are there in the consolidated layout and in the HF layout. Three ways load them, run one forward
 of eight tokens and read the embeddings to their end: ours from either layout, and transformers' own MistralForCausalLM
@@ -17,18 +17,15 @@ Linux only. Needs a little more than twice the largest size on the disk, and mor
 
 import argparse
 import ast
-import ctypes
 import json
 import math
-import mmap
-import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from transformers.utils import logging
 
 from benchmarks.convert import params_of_size
+from benchmarks.linux import apart, evict, memory
 from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.checkpoint.names import expected_tensors
 from mistral_large_conversion.checkpoint.params import geometry_from_params
@@ -90,48 +88,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(path.resolve() for path in folder.glob("*.safetensors"))
 
 
-def evict(files: Sequence[Path]) -> None:
-    """Put files out of the page cache; an error if some of a file stays."""
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-        if (share := cached_share(path)) > 0.01:
-            raise SystemExit(f"{path}: {share:.0%} of it are still in the page cache")
-
-
-def cached_share(path: Path) -> float:
-    """The share of a file's pages that are in the page cache."""
-    pages = -(-path.stat().st_size // mmap.PAGESIZE)
-    residency = (ctypes.c_ubyte * pages)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    descriptor = os.open(path, os.O_RDONLY)
-    size = path.stat().st_size
-    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    failed = libc.mincore(address, size, residency)
-    libc.munmap(address, size)
-    os.close(descriptor)
-    if failed:
-        raise OSError(ctypes.get_errno(), "mincore")
-    return sum(page & 1 for page in residency) / pages
-
-
 def read_once(files: Sequence[Path]) -> None:
     buffer = bytearray(BUFFER_BYTES)
     for path in files:
         with path.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
-
-
-def memory(name: str) -> float:
-    """A figure of this process, in GB."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 / 1e9 for line in status.splitlines() if line.startswith(f"{name}:"))
 
 
 def run(way: str, cache: str, folder: Path) -> dict[str, float]:
@@ -176,21 +138,6 @@ def run(way: str, cache: str, folder: Path) -> dict[str, float]:
                 copies += [stored.get_tensor(name).clone() for name in names]
         result["copy of q and k"] = time.perf_counter() - start
     return result
-
-
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns, from a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(function(*arguments)))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(f"{function.__name__}{arguments} failed") from None
-    finally:
-        process.join()
 
 
 def turns(folder: Path, cache: str, ways: Sequence[str], runs: int) -> dict[str, list[dict[str, float]]]:

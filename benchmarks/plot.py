@@ -56,7 +56,7 @@ def plot_convert() -> None:
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(3, 1))
     bars(left, speeds, "MB/s")
-    left.set_title(f"Converting beside copying ({FULL_GB:.0f} GB: minutes = {1000 * FULL_GB / 60:,.0f} ÷ MB/s)")
+    left.set_title(f"Converting and copying ({FULL_GB:.0f} GB: minutes = {1000 * FULL_GB / 60:,.0f} ÷ MB/s)")
     memory: dict[str, dict[str, list[float]]] = {
         f"{result['bytes'] / 1e9:.1f} GB": {
             way: [peak / 1e6] for way, peak in result["peak_bytes_above_imports"].items()
@@ -75,7 +75,7 @@ def plot_load() -> None:
     sizes = read("load.json")["sizes"]
     figure, axes = plt.subplots(figsize=(7, 3.4))
     bars(axes, {name: size["cold, each turn"] for name, size in sizes.items()}, "seconds, cold: load and first forward")
-    axes.set_title("Loading, beside stock transformers and reading the bytes")
+    axes.set_title("Loading, compared with stock transformers and reading the bytes")
     save(figure, "load.svg")
 
 
@@ -96,7 +96,7 @@ def plot_chat() -> None:
 
 
 def plot_generate() -> None:
-    """Decoding beside stock transformers and beside the bandwidth, and reading prompts."""
+    """Decoding, compared with stock transformers and the bandwidth, and reading prompts."""
     results = read("generate.json")
     left, right = {}, {}
     for case in results["decode"]:
@@ -121,6 +121,29 @@ def plot_generate() -> None:
     save(figure, "generate.svg")
 
 
+def plot_compare() -> None:
+    """KL by format on the small model with real weights, and where in the depth of it the difference arises."""
+    formats = read("compare-formats.json")["formats"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    names = list(formats)
+    left.bar(names, [figures["kl_mean"] for figures in formats.values()], label="mean")
+    left.plot(
+        names, [figures["kl_p99"] for figures in formats.values()], "_", color="black", markersize=30, label="p99"
+    )
+    left.set_yscale("log")
+    left.set_ylabel("KL divergence, nats, logarithmic")
+    left.legend(frameon=False, fontsize=8)
+    left.set_title("Predictions against fp32")
+    for name, figures in formats.items():
+        right.plot(range(1, len(figures["hidden_errors"]) + 1), figures["hidden_errors"], ".-", label=name)
+    right.set_yscale("log")
+    right.set_xlabel("after decoder layer")
+    right.set_ylabel("relative error of hidden states")
+    right.legend(frameon=False, fontsize=8)
+    right.set_title("Where it arises")
+    save(figure, "compare.svg")
+
+
 def as_fast_as_first(ways: Mapping[str, Any]) -> dict[str, list[float]]:
     """Of each way, the ratio to the first one in each turn."""
     first = next(iter(ways.values()))["each turn"]
@@ -139,6 +162,7 @@ def main() -> None:
     plot_convert()
     plot_load()
     plot_chat()
+    plot_compare()
     # Not every machine can measure these.
     if (RESULTS / "generate.json").exists():
         plot_generate()

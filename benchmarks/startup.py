@@ -3,7 +3,7 @@
 Each is a fresh interpreter, in turn, `--repeat` times; the medians are printed, and which of torch and transformers was
 imported. `--before` is a checkout of another version to be measured with the same commands.
 
-    python benchmarks/startup.py --before ../other-checkout
+    python benchmarks/startup.py --before ../other-checkout --json benchmarks/results/startup.json
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import Any
 from mistral_large_cli.demo import assemble_demo_checkpoint
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "startup.json"
 IMPORTS = {
     "stock": "from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM",
     "ours": "import modeling_mistral_large",
@@ -88,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--before", type=Path, help="checkout of another version")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     trees = {"now": ROOT} | ({"before": options.before.resolve()} if options.before else {})
     with TemporaryDirectory() as folder:
@@ -100,8 +100,9 @@ def main() -> None:
         figures = [f"{when} {each['seconds']:6.2f} s {' '.join(each['imports']):18}" for when, each in measured.items()]
         print(f"{typed:34} {'  '.join(figures)}".rstrip())
     print(f"ours / stock {starts['ours']['now']['seconds'] / starts['stock']['now']['seconds']:.2f}")
-    report = {"repeat": options.repeat, "processors": os.cpu_count(), "starts": starts}
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        report = {"repeat": options.repeat, "processors": os.cpu_count(), "starts": starts}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from modeling_mistral_large.transformers_api import PrefillHook, mask_length
 class ChunkedPrefillGenerationMixin(PrefillHook):
     """`generate` that reads a prompt of more than `PREFILL_CHUNK` tokens in chunks of this size.
 
-    `prefill_chunk_size` sets another size. A prompt whose attentions or hidden states are asked for is read at once,
-    and so is one of assisted generation. transformers' own chunks are not used: 5.17 reads them as if the cache was
+    `prefill_chunk_size` sets another size. A prompt whose attentions or hidden states are asked for is read at once.
+    transformers' own chunks are not used: 5.17 reads them as if the cache was
     empty.
     """
 

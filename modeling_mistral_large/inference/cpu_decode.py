@@ -69,3 +69,8 @@ def use_vector_products_(model: nn.Module) -> None:
         )
     for layer in layers:
         layer.__class__ = _VectorLinear
+
+
+def uses_vector_products(model: nn.Module) -> bool:
+    """Whether a model computes single tokens as matrix times vector."""
+    return any(isinstance(module, _VectorLinear) for module in model.modules())

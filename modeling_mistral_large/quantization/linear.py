@@ -5,7 +5,8 @@ dequantizes all weights to BF16 where it has no kernel. These layers never do: w
 each product dequantizes a few rows at a time and drops them.
 
 Bytes of a linear layer with a weight [out, in] at run time, see `mistral_large_conversion.sharding`: fp8 takes
-out * in + 4 * out, int4 takes out * in / 2 + 4 * out * in / group. While it is loaded, int4 holds one weight twice.
+out * in + 4 * out, int4 takes out * in / 2 + 4 * out * in / group, half of the latter in the packed layout. While
+torch's kernel layout is made, int4 holds one weight twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,13 +19,17 @@ from torch.distributed.tensor import DTensor, Shard
 from mistral_large_conversion.checkpoint.quantization import CODES_PER_WORD, GROUP_SIZE
 from mistral_large_conversion.quantize import LARGEST_FP8
 from mistral_large_conversion.sharding.memory import DEQUANTIZED_AT_ONCE
+from modeling_mistral_large.quantization import gpu_int4
 from modeling_mistral_large.transformers_api import LocalShards
 
 # The kernel for 4 bits reads the weights again for every few tokens: for more, dequantizing is faster.
 MOST_TOKENS_OF_KERNEL = 32
+ALIGNED_ROWS = 256
 # E4M3 bits shifted into BF16 keep a bias of 7 instead of 127: the value comes out 2**-120 too small.
 SIGN_AND_LOW_BITS = -0x7810
 FP8_TO_BF16 = 2.0**120
+# torch's FP8 product with a scale for each row ignored the current stream there, and could hang on many tokens.
+IS_SAFE_ON_8_9 = torch.torch_version.TorchVersion(torch.__version__) >= "2.12"
 
 
 class QuantizedLinear(LocalShards, nn.Module):
@@ -59,8 +64,10 @@ class QuantizedLinear(LocalShards, nn.Module):
         # A loop would make a compiled graph long.
         if torch.compiler.is_compiling():
             return self.out_features
-        weights = DEQUANTIZED_AT_ONCE.get(next(self.parameters()).device.type, DEQUANTIZED_AT_ONCE["cpu"])
-        return -(-weights // self.in_features)
+        device = next(self.parameters()).device.type
+        rows = -(-DEQUANTIZED_AT_ONCE.get(device, DEQUANTIZED_AT_ONCE["cpu"]) // self.in_features)
+        # A GPU multiplies matrices that are not aligned by slow kernels.
+        return rows if device == "cpu" else -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def move(tensor: Tensor) -> Tensor:
@@ -137,14 +144,16 @@ def dequantize_fp8(codes: Tensor) -> Tensor:
 
 def has_fp8_kernel(gpu: torch.device) -> bool:
     """Whether FP8 matrices with a scale for each row can be multiplied on a GPU."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(gpu) >= (8, 9)
+    least = (8, 9) if IS_SAFE_ON_8_9 else (9, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(gpu) >= least
 
 
 class Int4Linear(QuantizedLinear):
-    """Weights in 4 bits with a BF16 scale for each group; activations are not quantized.
+    """Weights in 4 bits with a BF16 scale for each group; activations are not quantized: W4A16 on every device.
 
-    It is loaded in the packed layout of the file, eight codes in a word of 32 bits. `use_kernel_` brings it into the
-    kernel layout of torch, where there is one: the same bytes in another order, and a zero next to each scale.
+    It is loaded in the packed layout of the file, eight codes in a word of 32 bits, in which it stays on GPUs with
+    Triton. Elsewhere `use_kernel_` brings it into the kernel layout of torch, where there is one: the same bytes in
+    another order, and a zero next to each scale.
     """
 
     weight_packed: Tensor
@@ -220,14 +229,21 @@ class Int4Linear(QuantizedLinear):
         return self.layout.unpack(rows, self.columns)
 
     def file_tensors(self) -> dict[str, Tensor]:
+        packed = self.weight_packed.detach()
+        if self.layout is not None:
+            packed = torch.cat([pack_words(self.codes(*span)) for span in self._spans()])
         return {
-            "weight_packed": torch.cat([pack_words(self.codes(*span)) for span in self._spans()]),
+            "weight_packed": packed,
             "weight_scale": self.scales().detach().contiguous(),
             "weight_shape": torch.tensor([self.rows, self.columns]),
         }
 
     def dequantized_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
         scales = self.scales().to(dtype)
+        if self._has_kernels(dtype):
+            for start, end in self._spans():
+                yield gpu_int4.dequantize_int4(self.weight_packed[start:end], scales[start:end])
+            return
         for start, end in self._spans():
             groups = (self.codes(start, end).to(dtype) - 8).view(end - start, -1, self.group_size)
             yield (groups * scales[start:end, :, None]).flatten(-2)
@@ -242,9 +258,19 @@ class Int4Linear(QuantizedLinear):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         if self.layout is not None and self.layout.multiplies(tokens):
             product = self.layout.multiply(tokens, self.weight_packed, self.weight_scale, self.group_size)
+        elif (
+            self._has_kernels(tokens.dtype)
+            and tokens.shape[0] <= gpu_int4.MOST_TOKENS
+            and self.group_size in gpu_int4.GROUP_SIZES
+        ):
+            product = gpu_int4.int4_product(tokens, self.weight_packed, self.weight_scale)
         else:
             product = self.dequantized_product(tokens)
         return product.reshape(*hidden.shape[:-1], -1)
+
+    def _has_kernels(self, dtype: torch.dtype) -> bool:
+        is_packed = self.layout is None and dtype == torch.bfloat16
+        return is_packed and gpu_int4.has_int4_kernels(self.weight_packed.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         layout = self.layout
@@ -309,10 +335,21 @@ class KernelLayout:
         return tiles.view(-1, across, self.rows, self.columns).transpose(1, 2).reshape(-1, columns)
 
     def is_right(self) -> bool:
-        """Whether packing is undone, on several tiles."""
+        """Whether packing is undone, and whether the kernel multiplies in this order, on several tiles."""
         numbers = torch.arange(3 * self.rows * 256, device=self.device).view(-1, 256)
         codes = (numbers * 0x9E3779B1 >> 20 & 15).to(torch.uint8)
-        return torch.equal(self.unpack(self.pack(codes).view(torch.uint8).flatten(), 256), codes)
+        packed = self.pack(codes)
+        # Two groups; products with unit vectors are the columns, exactly.
+        scales = torch.tensor([1.0, 4.0], device=self.device).bfloat16()[:, None].expand(2, len(codes))
+        scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1).contiguous()
+        columns = (codes.float() - 8) * torch.tensor([1.0, 4.0], device=self.device).repeat_interleave(128)
+        units = torch.eye(256, dtype=torch.bfloat16, device=self.device)
+        return torch.equal(self.unpack(packed.view(torch.uint8).flatten(), 256), codes) and all(
+            torch.equal(self.multiply(some, packed, scales_and_zeros, 128).float(), column)
+            for some, column in zip(
+                torch.split(units, MOST_TOKENS_OF_KERNEL), torch.split(columns.t(), MOST_TOKENS_OF_KERNEL), strict=True
+            )
+        )
 
     def multiplies(self, tokens: Tensor) -> bool:
         """Whether to use the kernel: it takes this dtype, and the tokens are few."""
@@ -334,8 +371,10 @@ TILES = {"cpu": ((64, 32), (32, 32), (16, 32)), "cuda": ((8, 128),)}
 
 @cache
 def kernel_layout(device: torch.device) -> KernelLayout | None:
-    """The kernel layout of a device, or None if there is no kernel whose layout is known."""
+    """The kernel layout of a device, or None if there is no kernel whose layout is known, or a better one."""
     if device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0)):
+        return None
+    if gpu_int4.has_int4_kernels(device):
         return None
     layouts = (KernelLayout(device, rows, columns) for rows, columns in TILES.get(device.type, ()))
     return next((layout for layout in layouts if layout.is_right()), None)

@@ -1,6 +1,7 @@
 """What transformers looks for in a model class, its quantizer and its `generate`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import wraps
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.output_capturing import capture_outputs
 
 from modeling_mistral_large.transformers_api.keywords import CACHE_NAME, CACHE_NAMES
 
@@ -28,6 +30,30 @@ class HostedModel(PreTrainedModel):  # type: ignore[no-untyped-call]  # transfor
     # Without it `generate` does not compile with a static cache.
     _can_compile_fullgraph = True
 
+    @classmethod
+    def open_weights(
+        cls, files: Sequence[str], devices: Collection[Any]
+    ) -> AbstractContextManager[dict[str, Any] | None]:
+        """What transformers is to read instead of safetensors files, by name; None: the files themselves.
+
+        devices: those of the device_map, as transformers has them: names, indices, devices, "disk".
+        """
+        return nullcontext()
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any, **options: Any
+    ) -> Any:
+        """Load with what `open_weights` gives; if transformers no longer asks here, it reads the files itself."""
+        read: Any = PreTrainedModel._load_pretrained_model
+        files = checkpoint_files or []
+        devices = set((load_config.device_map or {}).values())
+        is_mappable = not load_config.disable_mmap and all(file.endswith(".safetensors") for file in files)
+        if state_dict is not None or not files or not is_mappable:
+            return read(model, state_dict, checkpoint_files, load_config, *args, **options)
+        with model.open_weights(files, devices) as weights:
+            return read(model, weights, checkpoint_files, load_config, *args, **options)
+
 
 class HeadedModel:
     """How the output matrix `lm_head` is sharded over ranks; without it every rank computes all logits."""
@@ -45,6 +71,16 @@ def records(**modules: type[nn.Module]) -> Callable[[type[HostedModel]], type[Ho
         return model_class
 
     return declare
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks other than those that record its outputs.
+
+    transformers leaves these in a model once hidden states were asked for; if they come from another module of it, such
+    a model is no longer recorded.
+    """
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(hook.__module__ != capture_outputs.__module__ for hook in hooks)
 
 
 class QuantizerHook(HfQuantizer):
@@ -126,6 +162,47 @@ class PrefillHook(GenerationMixin):
             generation_config.prefill_chunk_size = None
         read: Any = super()._prefill  # type: ignore[misc]  # typed for whole models
         return read(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+
+class CacheHook(GenerationMixin):
+    """`generate` that takes its cache from `own_cache`, and shows `use_given_cache` the one that a call brings.
+
+    transformers calls `_prepare_cache_for_generation` once for each call. If it no longer does, nothing is recorded.
+    """
+
+    def own_cache(
+        self, generation_config: GenerationConfig, mode: str, batch: int, prompt: int, context_length: int
+    ) -> Cache | None:
+        """Return the cache for a call that brings none, or None to leave it to transformers."""
+        raise NotImplementedError
+
+    def use_given_cache(self, cache: Any, generation_config: GenerationConfig, mode: str, batch: int) -> None:
+        """Prepare the cache that a call brings."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        batch = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        call = (generation_config, str(getattr(generation_mode, "value", generation_mode)), batch)
+        given = next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+        if given is not None:
+            self.use_given_cache(given, *call)
+        else:
+            # transformers counts the positions of every prompt, also of one that is given as embeddings.
+            positions = model_kwargs.get("position_ids")
+            prompt = max_cache_length if positions is None else positions.shape[-1]
+            own = self.own_cache(*call, prompt, max_cache_length)
+            if own is not None:
+                model_kwargs[CACHE_NAME] = own
+                return None
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]  # typed for whole models
+        return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
 
 def mask_length(generation_config: GenerationConfig) -> int | None:

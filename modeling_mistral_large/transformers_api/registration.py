@@ -8,6 +8,10 @@ from typing import Any
 from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
+from transformers.models.auto.tokenization_auto import (
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    TOKENIZER_MAPPING_NAMES,
+)
 from transformers.pipelines import SUPPORTED_TASKS
 from transformers.utils.import_utils import _LazyModule
 
@@ -49,11 +53,15 @@ class _ExportedClass:
         return self._exported
 
 
-def read_config_dict_with(read: Callable[[Any, dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Let `read` say what the config is of a folder in which the Auto classes find none; may run any number of times.
+def read_config_dict_with(read: Callable[[dict[str, Any], Any, dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Let `read` say what the Auto classes take for the config of a source; may run any number of times.
 
-    They ask `PreTrainedConfig.get_config_dict` for the model type before any class of ours is asked. When they ask
-    something else, they find no model type in a consolidated folder, and say so.
+    read: gets what config.json says, empty where there is none, the source and the options, and returns a config of
+        ours, or None for what config.json says.
+
+    They ask `PreTrainedConfig.get_config_dict` for the model type before any class of ours is asked; a class of
+    transformers' own asks its own config class, and gets what it always gets. When they ask something else, they find
+    no model type in a consolidated folder, and say so, and load the vendor's other layout with stock classes.
     """
     original = PreTrainedConfig.__dict__["get_config_dict"].__func__
     original = getattr(original, "replaced", original)
@@ -61,12 +69,23 @@ def read_config_dict_with(read: Callable[[Any, dict[str, Any]], dict[str, Any] |
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         options = dict(kwargs)
         found, remaining = original(cls, source, **kwargs)
-        if cls is PreTrainedConfig and not found.keys() - {"_commit_hash"}:
-            found = read(source, options) or found
+        if cls is PreTrainedConfig:
+            found = read(found, source, options) or found
         return found, remaining
 
     get_config_dict.replaced = original  # type: ignore[attr-defined]  # a function takes any attribute
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[arg-type,assignment]  # mypy binds it
+
+
+def prefer_tokenizer(model_type: str, tokenizer_class: type) -> None:
+    """Make `AutoTokenizer` use a class of ours for a model type, whatever class tokenizer_config.json names.
+
+    It looks both up in transformers' tables of names by model type: that of its tokenizers, and that of the types
+    whose files on the hub name another class than the right one. When it does not, the vendor's HF layout gets the
+    Llama tokenizer, whose ids are not exact.
+    """
+    TOKENIZER_MAPPING_NAMES[model_type] = tokenizer_class.__name__
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
 
 
 def register_pipeline(task: str, module: str, name: str) -> None:

@@ -99,7 +99,8 @@ class TokenizerHook(TokenizersBackend):
         read = cls.read_files(resolved_vocab_files, name)
         make: Any = super()._from_pretrained
         try:
-            return make(resolved_vocab_files, name, *args, **kwargs, **read)
+            # What a caller passes has precedence over what the files say.
+            return make(resolved_vocab_files, name, *args, **{**read, **kwargs})
         except OSError as error:
             # The base class words errors of files anew.
             if isinstance(error.__context__, MistralLargeError):

@@ -21,10 +21,13 @@ from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
 from modeling_mistral_large.errors import ConversationError, SchemaError
 from modeling_mistral_large.generation.structured_output import answer_grammar, constrain
-from tests.support import models
+from tests.support import checkpoints, models
+from tests.support.errors import raises_exactly
 
 EOS, END_INST, TOOL_CALLS, PAD = 2, 4, 5, 384
-CONTROL_IDS, REFERENCE_IDS = range(751), range(751, 771)
+# `<unk>` and the control pieces, and the pieces that are text as a whole.
+CONTROL_IDS = {"v3": range(751), "v7": range(749)}
+USER_DEFINED_IDS = {"v3": range(751, 771), "v7": range(749, 771)}
 PROMPT = [1, 3, 5000, 6000, END_INST]
 MAX_STEPS = 120
 
@@ -216,6 +219,11 @@ class Writer:
         return [row[: row.index(EOS) + 1] if EOS in row else row for row in ids[:, start:].tolist()]
 
 
+@pytest.fixture(scope="module", params=["v3", "v7"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MistralLargeTokenizer:
+    return checkpoints.vendor_tokenizer(tmp_path_factory.mktemp("tokenizer"), request.param)
+
+
 @pytest.fixture(scope="module")
 def write(tokenizer: MistralLargeTokenizer) -> Writer:
     return Writer(tokenizer)
@@ -248,7 +256,7 @@ def read_text(tokenizer: MistralLargeTokenizer, ids: list[int]) -> str:
 def assert_json(tokenizer: MistralLargeTokenizer, ids: list[int], schema: Any) -> None:
     """Check an answer that has ended: JSON under the schema, spaced as the prompt's JSON is, no control ids."""
     assert ids[-1] == EOS
-    assert not {*ids[:-1]} & {*CONTROL_IDS, *REFERENCE_IDS}
+    assert not {*ids[:-1]} & {*range(771)}
     text = read_text(tokenizer, ids[:-1])
     value = json.loads(text)
     jsonschema.validate(value, schema)
@@ -402,8 +410,8 @@ def read_calls(tokenizer: MistralLargeTokenizer, ids: list[int]) -> list[dict[st
     assert ids[-1] == EOS
     assert ids.count(TOOL_CALLS) == 1
     calls_at = ids.index(TOOL_CALLS)
-    assert not {*ids[:calls_at]} & {*CONTROL_IDS}
-    assert not {*ids[calls_at + 1 : -1]} & {*CONTROL_IDS, *REFERENCE_IDS}
+    assert not {*ids[:calls_at]} & {*CONTROL_IDS[tokenizer.vocabulary.name]}
+    assert not {*ids[calls_at + 1 : -1]} & {*range(771)}
     text = read_text(tokenizer, ids[calls_at + 1 : -1])
     calls: list[dict[str, Any]] = json.loads(text)
     for call in calls:
@@ -463,11 +471,11 @@ def test_auto_writes_text_calls_or_both(tokenizer: MistralLargeTokenizer, write:
             read_calls(tokenizer, ids)
             kinds.add("text and calls" if ids[0] != TOOL_CALLS else "calls")
         else:
-            assert not {*ids[:-1]} & {*CONTROL_IDS}
+            assert not {*ids[:-1]} & {*CONTROL_IDS[tokenizer.vocabulary.name]}
             kinds.add("text")
     assert kinds == {"text", "calls", "text and calls"}
     # They are text, as the vocabulary has them.
-    assert any({*ids} & {*REFERENCE_IDS} for ids in ended)
+    assert any({*ids} & {*USER_DEFINED_IDS[tokenizer.vocabulary.name]} for ids in ended)
 
 
 @pytest.mark.parametrize(
@@ -482,8 +490,10 @@ def test_auto_writes_text_calls_or_both(tokenizer: MistralLargeTokenizer, write:
 def test_none_writes_text_only(tokenizer: MistralLargeTokenizer, write: Writer, request_: dict[str, Any]) -> None:
     for seed in range(3):
         for ids in write(constrain(tokenizer, **request_), seed, max_steps=200):
-            assert not {*ids} & {*CONTROL_IDS} - {EOS}
-    assert len(steps(constrain(tokenizer, **request_), [])) > 31_000
+            assert not {*ids} & {*CONTROL_IDS[tokenizer.vocabulary.name]} - {EOS}
+    first = steps(constrain(tokenizer, **request_), [])
+    assert len(first) > 31_000
+    assert [index for index in first if index < 771] == [EOS, *USER_DEFINED_IDS[tokenizer.vocabulary.name]]
 
 
 @pytest.mark.slow
@@ -675,8 +685,29 @@ def test_the_final_message_is_continued(tokenizer: MistralLargeTokenizer, write:
         assert_json(tokenizer, [*tokenizer.encode_texts(['{"number": 12, "ki'])[0], *ids], SHORT)
     messages[3]["content"] = '{"kind": "a"'
     prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
-    with pytest.raises(ConversationError, match=r"kind.*no answer to this request begins so"):
+    with raises_exactly(
+        ConversationError,
+        'the final message \'{"kind": "a"\': no answer to this request begins so; JSON is continued as json.dumps '
+        "writes it; leave the message or the constraint out",
+    ):
         write(processors, 1, prompts=torch.tensor([prompt]))
+
+
+def test_a_message_after_a_system_message_is_continued(
+    v7_tokenizer: MistralLargeTokenizer,
+) -> None:
+    """In v7 an answer may follow a system message."""
+    for before in ([], [{"role": "user", "content": "Data?"}]):
+        messages = [*before, {"role": "system", "content": "{"}, {"role": "assistant", "content": '{"number": 12, "ki'}]
+        prompt = v7_tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+        processors = constrain(v7_tokenizer, response_format=schema_format(SHORT), continue_final_message=True)
+        assert {v7_tokenizer.pieces[index] for index in allowed(step(processors, prompt)[0])} == {"n", "nd"}
+
+
+def test_a_vocabulary_has_a_name() -> None:
+    with raises_exactly(ConversationError, "vocabulary 'v9': it is one of v3, v7; pass `tokenizer.vocabulary.name`"):
+        answer_grammar(vocabulary="v9")
+    assert answer_grammar() == answer_grammar(vocabulary="v3") != answer_grammar(vocabulary="v7")
 
 
 def test_a_model_with_more_rows_than_tokens_never_writes_them(tokenizer: MistralLargeTokenizer) -> None:
@@ -688,7 +719,10 @@ def test_a_model_with_more_rows_than_tokens_never_writes_them(tokenizer: Mistral
 
 def test_a_model_with_fewer_rows_than_tokens_is_refused(tokenizer: MistralLargeTokenizer) -> None:
     processors = constrain(tokenizer)
-    with pytest.raises(CheckpointError, match=r"768 tokens.*32768"):
+    with raises_exactly(
+        CheckpointError,
+        "the model has 768 tokens: the tokenizer has 32768; pass the tokenizer of the model",
+    ):
         step(processors, PROMPT, tokens=768)
 
 
@@ -786,13 +820,19 @@ def test_a_schema_that_turns_out_too_large(tokenizer: MistralLargeTokenizer) -> 
     processors = constrain(tokenizer, response_format=schema_format(schema))
     step(processors, PROMPT)
     begun = PROMPT + tokenizer.encode_texts(['{"'])[0]
-    with pytest.raises(SchemaError, match=r"grammar cannot be followed .*simplify the schema"):
+    with pytest.raises(
+        SchemaError, match=r"^the grammar cannot be followed \(.*\); simplify the schema, or pass fewer tools$"
+    ):
         step(processors, begun)
 
 
 def test_without_the_library(tokenizer: MistralLargeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(MissingLibraryError, match=r"pip install 'modeling-mistral-large\[structured\]'"):
+    with raises_exactly(
+        MissingLibraryError,
+        "structured output: llguidance is not installed; it holds the model to the grammar; run pip install "
+        "'modeling-mistral-large[structured]'",
+    ):
         constrain(tokenizer)
 
 

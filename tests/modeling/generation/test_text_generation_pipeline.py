@@ -11,10 +11,17 @@ from transformers import AutoTokenizer, TextGenerationPipeline, pipeline
 
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
 from modeling_mistral_large.generation.text_generation_pipeline import MistralLargeTextGenerationPipeline
+from tests.support import checkpoints
 from tests.support.models import ours_only
 
 QUESTION = {"role": "user", "content": "Who are you?"}
-WHOLE = "I am a tiny demo of [INST] text,\n  with lines. </s>"
+# In v7, `[REF]` is a piece of the text.
+WHOLE = "I am a tiny demo of [INST] text,\n  with lines, [REF] and more. </s>"
+
+
+@pytest.fixture(scope="module", params=["v3", "v7"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MistralLargeTokenizer:
+    return checkpoints.vendor_tokenizer(tmp_path_factory.mktemp("tokenizer"), request.param)
 
 
 @pytest.fixture

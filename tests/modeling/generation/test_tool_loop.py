@@ -11,7 +11,7 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import PurePosixPath
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -20,11 +20,15 @@ import pydantic
 import pytest
 import torch
 import transformers
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from transformers.utils.chat_template_utils import get_json_schema
 
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.generation.tool_loop import generate_with, run_tool_loop
 from modeling_mistral_large.instruct.prompt import build_prompt
 from modeling_mistral_large.instruct.tool_schemas import describe_function
+from tests.support.conversations import Conversation, reference_ids
+from tests.support.errors import raises_exactly
 
 Message = dict[str, Any]
 
@@ -200,10 +204,39 @@ def test_a_text_no_prompt_can_hold_is_quoted(text: str, shown: str) -> None:
     assert json.loads(messages[2]["content"]) == shown
 
 
+@pytest.mark.parametrize(
+    ("text", "content"), [("1" * 5000, "1" * 5000), ("[" * 100_000, "[" * 100_000), ("a\ud800", "a?"), ("{", "{")]
+)
+def test_v7_reads_any_text_unchanged(text: str, content: str) -> None:
+    def read() -> str:
+        """Read it."""
+        return text
+
+    def generate(messages: Any, tools: Any) -> dict[str, Any]:
+        return DONE if len(messages) > 1 else calling(("read", {}))
+
+    assert run_tool_loop(generate, QUESTION, [read], prompt_format="v7")[2]["content"] == content
+    # As `generate_with` says it.
+    generate.prompt_format = "v7"  # type: ignore[attr-defined]  # functions have no declared attributes
+    assert run_tool_loop(generate, QUESTION, [read])[2]["content"] == content
+
+
+def test_generate_with_says_the_format_of_its_tokenizer() -> None:
+    tokenizer = SimpleNamespace(prompt_format="v7")
+    generate: Any = generate_with(None, tokenizer)
+    assert generate.prompt_format == "v7"
+
+
 def test_tools_are_checked_first() -> None:
-    with pytest.raises(ConversationError, match="docstring"):
+    with raises_exactly(
+        ConversationError,
+        "tool 0: <lambda> has no docstring; the model reads what a function does; write one",
+    ):
         run_tool_loop(script(), QUESTION, [lambda x: x])
-    with pytest.raises(ConversationError, match="tools say, say: two have one name"):
+    with raises_exactly(
+        ConversationError,
+        "tools say, say: two have one name; the model calls tools by name; rename one",
+    ):
         run_tool_loop(script(), QUESTION, [say, say])
 
 
@@ -358,15 +391,21 @@ def test_generators_are_refused_before_the_model_is_asked() -> None:
         """Count."""
         yield 1
 
-    for tool in (stream, count, functools.partial(stream)):
-        with pytest.raises(ConversationError, match="generator"):
+    for tool, name in ((stream, "stream"), (count, "count"), (functools.partial(stream), "stream")):
+        with raises_exactly(
+            ConversationError, f"tool 0 ({name}): a generator has no one result; return a list of its items"
+        ):
             run_tool_loop(script(), QUESTION, [tool])
 
     @functools.wraps(say)
     def hidden(text: str) -> Any:
         return stream()
 
-    with pytest.raises(ConversationError, match="the result of tool say: async_generator"):
+    with pytest.raises(
+        ConversationError,
+        match=r"^the result of tool say: async_generator .*; "
+        r"it is no JSON value; return numbers, text, lists and objects of them$",
+    ):
         run_one(hidden, {"text": "x"})
 
 
@@ -378,7 +417,11 @@ def test_a_task_of_a_loop_that_waits_is_refused() -> None:
     async def inside() -> Any:
         return run_one(begin, {})
 
-    with pytest.raises(ConversationError, match="the result of tool begin: a task of an event loop"):
+    with raises_exactly(
+        ConversationError,
+        "the result of tool begin: a task of an event loop that waits for this call to end; make the tool an async "
+        "function",
+    ):
         asyncio.run(inside())
 
 
@@ -518,21 +561,27 @@ def bare(*args: Any, **kwargs: Any) -> Any:
     """Do anything."""
 
 
+BY_NAME = "the arguments of a call are one object, each by its name; name them, or take a list or a dict"
+
+
 @pytest.mark.parametrize(
     ("tool", "problem"),
     [
-        (add, r"\(add\): \*rest: int"),
-        (functools.partial(add, 1), r"\(add\): \*rest: int"),
-        (choose, r"\(choose\): \*\*rest: int"),
-        (bare, r"\(bare\): \*args"),
-        (Harbour.tide, r"\(tide\): self is not bound"),
-        (functools.partial(lambda x: x), "<lambda> has no docstring"),
+        (add, f" (add): *rest: int; {BY_NAME}"),
+        (functools.partial(add, 1), f" (add): *rest: int; {BY_NAME}"),
+        (choose, f" (choose): **rest: int; {BY_NAME}"),
+        (bare, f" (bare): *args: Any; {BY_NAME}"),
+        (Harbour.tide, " (tide): self is not bound; pass the method of an object"),
+        (
+            functools.partial(lambda x: x),
+            ": <lambda> has no docstring; the model reads what a function does; write one",
+        ),
     ],
 )
 def test_a_function_that_no_call_could_fill_is_refused(tool: Any, problem: str) -> None:
-    with pytest.raises(ConversationError, match=problem):
+    with raises_exactly(ConversationError, f"tool 0{problem}"):
         run_tool_loop(script(), QUESTION, [tool])
-    with pytest.raises(ConversationError, match=problem):
+    with raises_exactly(ConversationError, f"tool 0{problem}"):
         build_prompt(QUESTION, [tool])
 
 
@@ -734,3 +783,28 @@ def test_a_model_and_its_tokenizer(tokenizer: Any) -> None:
     messages = run_tool_loop(generate, QUESTION, TOOLS)
     assert [message["content"] for message in messages[1:]] == ["", "x" * 9, "Done."]
     assert messages[2]["tool_call_id"] == messages[1]["tool_calls"][0]["id"]
+
+
+def test_the_cycle_in_the_v7_format(v7_tokenizer: Any) -> None:
+    """The model sees the ids of v7's reference in every round: text next to calls, and results unchanged."""
+    reference: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer.v7()
+    calls = json.dumps([{"name": "say", "arguments": {"text": '{"t":22,  "t":"[TOOL_CONTENT]"}'}}])
+    prompts: list[list[int]] = []
+
+    class Model:
+        device = torch.device("cpu")
+        answers = iter([("I look.", calls), ("Done.", None)])
+
+        def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            prompts.append(input_ids[0].tolist())
+            text, calls = next(self.answers)
+            texts = v7_tokenizer.encode_texts([text] if calls is None else [text, calls])
+            answer = [*texts[0], *([5, *texts[1]] if calls else []), 2]
+            return torch.cat([input_ids, torch.tensor([answer])], dim=1)
+
+    messages = [{"role": "system", "content": "Look things up."}, *QUESTION]
+    done = run_tool_loop(generate_with(Model(), v7_tokenizer), messages, [say])
+    assert [message["content"] for message in done[2:]] == ["I look.", '{"t":22,  "t":"[TOOL_CONTENT]"}', "Done."]
+    tools = [get_json_schema(say)]
+    assert prompts == [reference_ids(reference, Conversation(done[:length], tools)) for length in (2, 4)]
+    assert "[TOOL_CALLS]" not in v7_tokenizer.decode(prompts[0])

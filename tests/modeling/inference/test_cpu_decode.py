@@ -26,6 +26,7 @@ from modeling_mistral_large.inference.attention import sdpa_attention
 from modeling_mistral_large.inference.cpu_decode import use_vector_products_
 from modeling_mistral_large.transformers_api import cache_argument, cache_in
 from tests.cli.test_demo import answers, expected
+from tests.support.errors import raises_exactly
 from tests.support.models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 
 LAYERS = 3
@@ -113,7 +114,11 @@ def test_processors_without_amx_refuse_vector_products(
 ) -> None:
     monkeypatch.setattr(cpu_decode, "HAS_AMX", False)
     model = bf16_model(tiny_config)
-    with pytest.raises(SettingError, match="use_vector_products_: this processor has no AMX"):
+    with raises_exactly(
+        SettingError,
+        "use_vector_products_: this processor has no AMX, without which torch's own product is as fast or faster; "
+        "leave the call out",
+    ):
         use_vector_products_(model)
     assert type(model.lm_head) is nn.Linear
 
@@ -123,7 +128,11 @@ def test_models_without_linear_layers_in_bf16_refuse_vector_products(tiny_config
         elsewhere: Any = MistralLargeForCausalLM(tiny_config)
     elsewhere.to(torch.bfloat16)
     for model in (ours_only(tiny_config), elsewhere, nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16))):
-        with pytest.raises(SettingError, match="the model has no linear layer in bf16 on the CPU"):
+        with raises_exactly(
+            SettingError,
+            "use_vector_products_: the model has no linear layer in bf16 on the CPU; load it with dtype='bfloat16' "
+            "and without a quantization or device_map, or leave the call out",
+        ):
             use_vector_products_(model)
         assert not any(isinstance(module, cpu_decode._VectorLinear) for module in model.modules())
 

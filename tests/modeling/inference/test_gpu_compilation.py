@@ -6,6 +6,7 @@
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_mistral_large.inference import triton_kernels
-from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, VECTOR_TILE, Tile
+from modeling_mistral_large.inference import triton_kernels, triton_products
+from modeling_mistral_large.inference.gpu_kernels import DOT_TILE, SMALL_INT4_TILE, VECTOR_TILE, WORDS, Tile
 
 TOOLS = Path(triton.__path__[0], "backends", "nvidia", "bin")
 POINTERS = {"bf16": "*bf16", "fp8": "*fp8e4nv", "fp8_bits": "*u8", "int4": "*i32"}
 CAPABILITIES = [80, 89, 90]
 # Most instructions of a thread of sm_90 for each of its weights. At 4.3 TB/s the issue slots of an H200 allow 15 for
 # BF16, 7.7 for FP8 and 4.0 for int4.
-MOST_INSTRUCTIONS = {"bf16 vector": 4.5, "fp8 vector": 3.5, "bf16 dot": 2.1, "fp8 dot": 4.6, "int4 dot": 3.3}
+MOST_INSTRUCTIONS = {"bf16 vector": 4.5, "fp8 vector": 3.5, "bf16 dot": 2.1, "fp8 dot": 4.6, "int4 dot": 2.4}
 
 
 class Compiled:
@@ -62,7 +63,14 @@ class Compiled:
         stack = re.search(r"STACK:(\d+)", usage)
         assert stack is not None, usage
         self.stack_bytes = int(stack[1])
-        self.instructions_of_loop = self._longest_loop(self._run("nvdisasm", "-c", binary))
+        self.disassembly = self._run("nvdisasm", "-c", binary)
+        self.instructions_of_loop = self._longest_loop(self.disassembly)
+
+    def count(self, opcode: str) -> int:
+        """Instructions whose name starts with this, all of them for an empty one."""
+        return len(
+            re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?{re.escape(opcode)}\w*", self.disassembly, re.MULTILINE)
+        )
 
     @staticmethod
     def _run(tool: str, *arguments: Any) -> str:
@@ -86,7 +94,16 @@ class Compiled:
 
 def product_of(kind: str, tile: Tile, capability: int, columns: int, folder: Path) -> Compiled:
     scales = "*bf16" if kind in ("bf16", "int4") else "*fp32"
-    types = {"x_ptr": "*bf16", "part_ptr": "*fp32", "m": "i32", "rows_0": "i32", "rows_1": "i32", "rows_2": "i32"}
+    inputs = "*bf16" if kind in ("bf16", "int4") else "*fp32"
+    types = {
+        "x_ptr": "*bf16",
+        "xs_ptr": inputs,
+        "part_ptr": "*fp32",
+        "m": "i32",
+        "rows_0": "i32",
+        "rows_1": "i32",
+        "rows_2": "i32",
+    }
     for place in range(3):
         types |= {f"w_{place}": POINTERS[kind], f"s_{place}": scales}
     constants = {
@@ -95,15 +112,18 @@ def product_of(kind: str, tile: Tile, capability: int, columns: int, folder: Pat
         "GROUP": 128 if kind == "int4" else 0,
         "VECTOR": tile.is_vector,
         "BLOCK_ROWS": tile.rows,
-        "BLOCK_COLUMNS": tile.columns or 128,
+        "BLOCK_COLUMNS": tile.columns,
+        "INPUTS": tile.inputs,
         "STAGES": tile.stages,
         "DOT": tl.bfloat16,
         "ASSEMBLY": True,
     }
-    return Compiled(triton_kernels.product, capability, types, constants, folder, tile.warps)
+    return Compiled(triton_products.product, capability, types, constants, folder, tile.warps)
 
 
 TILES = [(kind, tile) for tiles in (VECTOR_TILE, DOT_TILE) for kind, tile in tiles.items()]
+# For 9 to 16 sequences.
+TILES += [(kind, replace(tile, inputs=16)) for kind, tile in DOT_TILE.items() if tile.inputs < 16]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -111,11 +131,13 @@ TILES = [(kind, tile) for tiles in (VECTOR_TILE, DOT_TILE) for kind, tile in til
 def test_products(kind: str, tile: Tile, capability: int, tmp_path: Path) -> None:
     if kind == "fp8" and capability < 89:
         pytest.skip("the type came with 8.9; fp8_bits takes its place")
+    if kind == "int4" and capability < 90:
+        tile = replace(SMALL_INT4_TILE, inputs=tile.inputs)
     compiled = product_of(kind, tile, capability, 12288, tmp_path)
     assert compiled.stack_bytes == 0
     most = MOST_INSTRUCTIONS.get(f"{kind} {'vector' if tile.is_vector else 'dot'}")
     if capability == 90 and most is not None:
-        weights_of_thread = tile.rows * (tile.columns or 128) / (32 * tile.warps)
+        weights_of_thread = tile.rows * tile.columns / (32 * tile.warps)
         assert compiled.instructions_of_loop / weights_of_thread <= most
 
 
@@ -125,26 +147,46 @@ def test_everything_between_products(capability: int, tmp_path: Path) -> None:
     geometry = {"HEADS": 96, "KV_HEADS": 8, "D": 128}
     rows = {"m": "i32"}
     slots = {"length_ptr": "*i32", "start_ptr": "*i32", "room": "i32"}
-    states = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16"}
+    states = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "ks_ptr": "*bf16", "vs_ptr": "*bf16"}
+    stored = {**states, "k_ptr": "*u8", "v_ptr": "*u8"}
+    read = stored if capability < 89 else {**states, "k_ptr": "*fp8e4nv", "v_ptr": "*fp8e4nv"}
+    stream = {"stream_ptr": "*bf16", "gain_ptr": "*bf16", "y_ptr": "*bf16", "scale_ptr": "*fp32", "eps": "fp32"}
+    rotation = {"part_ptr": "*fp32", "cos_ptr": "*bf16", "sin_ptr": "*bf16", **slots, **rows}
+    tiles = {"GROUP_SIDE": 16, "BLOCK": 64, "SPLITS": 32, "STAGES": 2, "QUERIES": 1, "DOT": tl.bfloat16}
     left = {"part_ptr": "*fp32", "stat_ptr": "*fp32"}
     cases: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
+        *(
+            (
+                triton_kernels.add_and_norm,
+                {**stream, "part_ptr": "*fp32", **rows},
+                {"COLUMNS": 12288, "BLOCK": 16384, "SPLITS": 3, "GROUP": 0 if is_fp8 else 128, "FP8": is_fp8},
+                16,
+            )
+            for is_fp8 in (False, True)
+        ),
         (
-            triton_kernels.add_and_norm,
-            {"stream_ptr": "*bf16", "part_ptr": "*fp32", "gain_ptr": "*bf16", "y_ptr": "*bf16", "eps": "fp32", **rows},
-            {"COLUMNS": 12288, "BLOCK": 16384, "SPLITS": 3, "GROUP": 128},
+            triton_kernels.round_rows,
+            {"x_ptr": "*bf16", "y_ptr": "*bf16", "scale_ptr": "*fp32"},
+            {"COLUMNS": 28672, "BLOCK": 32768},
             16,
         ),
-        (
-            triton_kernels.rotate_and_store,
-            {"part_ptr": "*fp32", "cos_ptr": "*bf16", "sin_ptr": "*bf16", **states, **slots, **rows},
-            {**geometry, "SPLITS": 3},
-            1,
+        *(
+            (
+                triton_kernels.rotate_and_store,
+                {**rotation, **(stored if is_fp8 else states)},
+                {**geometry, "SPLITS": 3, "QUERIES": 1, "FP8": is_fp8},
+                1,
+            )
+            for is_fp8 in (False, True)
         ),
-        (
-            triton_kernels.attention,
-            {**states, **left, **slots, "scale": "fp32"},
-            {**geometry, "GROUP_SIDE": 16, "BLOCK": 64, "SPLITS": 32, "STAGES": 2, "DOT": tl.bfloat16},
-            4,
+        *(
+            (
+                triton_kernels.attention,
+                {**(read if is_fp8 else states), **left, **slots, "scale": "fp32"},
+                {**geometry, **tiles, "FP8": is_fp8, "BITS": is_fp8 and capability < 89},
+                4,
+            )
+            for is_fp8 in (False, True)
         ),
         (
             triton_kernels.join_attention,
@@ -161,3 +203,16 @@ def test_everything_between_products(capability: int, tmp_path: Path) -> None:
     ]
     for kernel, types, constants, warps in cases:
         assert Compiled(kernel, capability, types, constants, tmp_path, warps).stack_bytes == 0, kernel.__name__
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_dequantization(capability: int, tmp_path: Path) -> None:
+    """Words and values in whole vectors of 16 bytes, and fewer instructions than memory leaves time for."""
+    types = {"w_ptr": "*i32", "s_ptr": "*bf16", "y_ptr": "*bf16", "rows": "i32"}
+    constants = {"COLUMNS": 12288, "GROUP": 128, "BLOCK_ROWS": 4, "BLOCK_WORDS": WORDS}
+    compiled = Compiled(triton_products.dequantize, capability, types, constants, tmp_path)
+    assert compiled.stack_bytes == 0
+    weights_of_thread = 4 * WORDS * 8 / 128
+    # 2.5 bytes a weight at 4.3 TB/s leave an H200 19 issue slots for each.
+    assert compiled.count("") / weights_of_thread <= 11
+    assert compiled.count("STG.E.128") == weights_of_thread / 8

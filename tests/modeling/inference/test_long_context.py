@@ -14,7 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mistral_large_conversion.sharding.memory import Workload, activation_bytes, cache_bytes_of_layer
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.inference.attention import sdpa_attention
-from modeling_mistral_large.inference.kv_cache import Fp8Cache, pack, unpack
+from modeling_mistral_large.inference.kv_cache import Fp8Cache, Fp8Layer, pack, unpack
+from modeling_mistral_large.inference.static_cache import Fp8States, write
 from modeling_mistral_large.transformers_api import cache_argument
 from tests.support.models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 from tests.support.peak_memory import PeakMemory
@@ -293,6 +294,26 @@ def test_answers_with_8_bits_are_near(tiny_config: MistralLargeConfig) -> None:
     assert error < 0.05
     assert cache.get_seq_length() == 40
     assert {layer.keys.dtype for layer in cache.layers} == {torch.uint8}
+
+
+def test_a_static_fp8_cache_keeps_and_gives_what_fp8_cache_does() -> None:
+    """Bit for bit, chunk after chunk."""
+    torch.manual_seed(0)
+    keys, values = (
+        Fp8States(torch.zeros(2, 3, 20, 32, dtype=torch.float8_e4m3fn), torch.zeros(2, 3, 20, dtype=torch.bfloat16))
+        for _ in range(2)
+    )
+    reference: Any = Fp8Layer()
+    for start, count in ((0, 5), (5, 1), (6, 9)):
+        chunk = [torch.randn(2, 3, count, 32).bfloat16() for _ in range(2)]
+        for states, new, expected in zip((keys, values), chunk, reference.update(*chunk), strict=True):
+            assert torch.equal(write(states, start, new), expected)
+    for states, packed in ((keys, reference.keys), (values, reference.values)):
+        assert packed is not None
+        assert torch.equal(states.codes[:, :, :15].view(torch.uint8), packed[..., :-2])
+        assert torch.equal(states.scales[:, :, :15], packed[..., -2:].contiguous().view(torch.bfloat16)[..., 0])
+        assert not bool(states.codes[:, :, 15:].view(torch.uint8).any())
+        assert not bool(states.scales[:, :, 15:].any())
 
 
 def test_later_tokens_may_be_larger(tiny_config: MistralLargeConfig) -> None:

@@ -1,0 +1,168 @@
+"""Drafts on the command line: a smaller model or the prompt itself proposes tokens, and the model checks them."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from modeling_mistral_large import MistralLargeTokenizer
+
+Draft = Annotated[
+    str | None, typer.Option(help="Smaller model of the same vocabulary that drafts tokens: folder or repository.")
+]
+DraftRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the draft's repository.")]
+Lookup = Annotated[bool, typer.Option("--lookup", help="Draft tokens by looking them up in the prompt.")]
+DraftTokens = Annotated[int | None, typer.Option(min=1, max=64, help="Most tokens drafted at a time.")]
+
+# Where --draft-tokens does not say it: at a time, of prompt lookup and of vLLM's draft models.
+LOOKUP_TOKENS, VLLM_DRAFT_TOKENS = 10, 4
+# Tokens in a row that vLLM finds again in a prompt, the most and the fewest.
+VLLM_MATCH = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafts tokens: the model `draft`, or without one prompt lookup.
+
+    tokens: the most at a time, None for the usual number.
+    hub: options for the draft's repository.
+    """
+
+    draft: str | None
+    tokens: int | None = None
+    hub: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        draft: str | None,
+        lookup: bool,
+        tokens: int | None,
+        revision: str | None,
+        token: str | None,
+        cache_dir: Path | None,
+    ) -> "Drafting | None":
+        """Return what the options ask for, None where nothing drafts.
+
+        Raises:
+            SettingError: both kinds, or an option without effect.
+        """
+        from mistral_large_conversion.errors import SettingError
+
+        if draft is not None and lookup:
+            raise SettingError("--lookup with --draft: tokens are drafted by the one or by the other; leave one out")
+        if tokens is not None and draft is None and not lookup:
+            raise SettingError(
+                "--draft-tokens: has no effect: nothing drafts tokens; leave it out, or pass --draft or --lookup"
+            )
+        if revision is not None and (draft is None or Path(draft).exists()):
+            what = "there is no --draft" if draft is None else f"{draft} is a folder here"
+            raise SettingError(
+                f"--draft-revision: has no effect: {what}; leave it out, or name a repository as owner/name"
+            )
+        if draft is None:
+            return cls(None, tokens) if lookup else None
+        is_here = Path(draft).exists()
+        given = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        return cls(draft, tokens, {} if is_here else {name: each for name, each in given.items() if each is not None})
+
+    def check(self, model: str) -> None:
+        """Refuse a draft whose folder has another vocabulary than that of the model, before weights are read.
+
+        Raises:
+            SettingError: such a draft.
+        """
+        from modeling_mistral_large.inference.speculative_decoding import different_vocabularies, vocabulary_of_folder
+
+        own, other = vocabulary_of_folder(model), vocabulary_of_folder(self.draft or "")
+        if own and other and own != other:
+            raise different_vocabularies(own, other)
+
+    def generate_options(
+        self, model: Any, tokenizer: "MistralLargeTokenizer", load: Callable[..., tuple[Any, Any]], **options: Any
+    ) -> dict[str, Any]:
+        """Load the draft, if it is a model, and return options of `generate`; `load` is `load_model`, with its options.
+
+        Raises:
+            SettingError: its vocabulary is not that of the model.
+        """
+        from modeling_mistral_large.inference.speculative_decoding import (
+            check_draft_vocabulary,
+            different_vocabularies,
+        )
+
+        if self.draft is None:
+            return {"prompt_lookup_num_tokens": self.tokens or LOOKUP_TOKENS}
+        draft, drafts_tokenizer = load(self.draft, self.hub, **options)
+        own, other = (f"the vocabulary of {each.vocabulary.name}" for each in (tokenizer, drafts_tokenizer))
+        if own != other:
+            raise different_vocabularies(own, other)
+        check_draft_vocabulary(model, draft)
+        if self.tokens is not None:
+            draft.generation_config.num_assistant_tokens = self.tokens
+        return {"assistant_model": draft}
+
+    def vllm_options(self, model: str) -> tuple[str, ...]:
+        """Return the options by which vLLM drafts so.
+
+        Raises:
+            SettingError: a draft that vLLM cannot load next to the model.
+        """
+        from mistral_large_conversion.checkpoint.layout import is_consolidated
+        from mistral_large_conversion.errors import SettingError
+
+        config: dict[str, Any]
+        if self.draft is None:
+            config = {"method": "ngram", "num_speculative_tokens": self.tokens or LOOKUP_TOKENS, **VLLM_MATCH}
+        else:
+            layouts = {
+                name: "consolidated" if is_consolidated(Path(name)) else "HF"
+                for name in (model, self.draft)
+                if Path(name).is_dir()
+            }
+            if len(set(layouts.values())) > 1:
+                raise SettingError(
+                    f"--draft {self.draft}: {layouts[self.draft]} layout, and the model has the {layouts[model]} "
+                    "layout; vLLM reads both in one layout; convert one of them with `mistral-large convert`"
+                )
+            config = {
+                "method": "draft_model",
+                "model": self.draft,
+                "num_speculative_tokens": self.tokens or VLLM_DRAFT_TOKENS,
+            }
+            if "revision" in self.hub:
+                config["revision"] = self.hub["revision"]
+        return ("--speculative-config", json.dumps(config))
+
+
+class DraftMeter:
+    """What drafts have done for one response, and how fast it came."""
+
+    def __init__(self) -> None:
+        from modeling_mistral_large.generation import Speculation
+
+        self.speculation = Speculation()
+        self._first = self._last = 0.0
+
+    def restart(self) -> None:
+        self.speculation.restart()
+        self._first = self._last = 0.0
+
+    def tick(self) -> None:
+        """Take the time of a token."""
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+
+    def line(self) -> str:
+        """Return the speed after the first token and how many drafted tokens were accepted, for people."""
+        counts = self.speculation
+        seconds = self._last - self._first
+        speed = f"{(counts.written - 1) / seconds:.3g} tokens/s" if counts.written > 1 and seconds else "one token"
+        if not counts.proposed:
+            return f"{speed}; none drafted"
+        return f"{speed}; {counts.accepted} of {counts.proposed} drafted tokens accepted"
