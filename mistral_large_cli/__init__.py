@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import chat, convert, demo, doctor, inspect, plan, retag, serve, show, terminal, verify
+from . import adopt, chat, compare, convert, demo, doctor, inspect, plan, retag, serve, show, terminal, verify
 
 app = typer.Typer(
     name="mistral-large",
@@ -18,8 +18,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert.convert)
+app.command()(adopt.adopt)
 app.command()(verify.verify)
 app.command()(inspect.inspect)
+app.command()(compare.compare)
 app.command()(retag.retag)
 app.command()(chat.chat)
 app.command()(show.show)

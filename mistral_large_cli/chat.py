@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .conversation_file import Conversation, Message, load_conversation, save_conversation
-from .generation_session import GenerationSession, Sampling, is_parallel
+from .conversation_file import (
+    Conversation,
+    Message,
+    check_messages,
+    formats_of_folder,
+    load_conversation,
+    save_conversation,
+)
+from .generation_session import GenerationSession, Sampling
 from .highlighting import highlighted
+from .model_argument import check_model
 from .options import (
     DTYPES,
     TORCH_DTYPES,
+    Adapter,
     CacheDir,
     Dtype,
     Kv,
@@ -26,6 +35,7 @@ from .options import (
     Token,
     hub_options,
 )
+from .speculation import Draft, Drafting, DraftRevision, DraftTokens, Lookup
 from .terminal import printable
 from .tools_file import Tool, function_names, load_tools, tool_names
 
@@ -74,7 +84,12 @@ def chat(
     commands: Annotated[
         bool, typer.Option("--commands", help="Obey lines that begin with a slash also from a pipe; see /help.")
     ] = False,
+    draft: Draft = None,
+    lookup: Lookup = False,
+    draft_tokens: DraftTokens = None,
+    adapter: Adapter = None,
     revision: Revision = None,
+    draft_revision: DraftRevision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
 ) -> None:
@@ -83,13 +98,16 @@ def chat(
     From a pipe, each line is a message, and so is a block between two lines that are \"\"\".
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    hub = hub_options(model, revision, token, cache_dir)
-    check_model(model, hub, device_map)
+    hub = hub_options(model, revision, token, cache_dir, draft=draft)
+    drafting = Drafting.read(draft, lookup, draft_tokens, draft_revision, token, cache_dir)
+    check_model(model, hub, device_map, adapter)
+    if drafting is not None and drafting.draft is not None:
+        check_model(drafting.draft, drafting.hub, device_map)
     conversation = Conversation()
     if tools is not None:
         conversation.tools = load_tools(tools)
     if load is not None:
-        load_conversation(conversation, load)
+        load_conversation(conversation, load, *formats_of_folder(model))
     if system is not None:
         if conversation.system is not None:
             from mistral_large_conversion.errors import ConversationError
@@ -104,40 +122,22 @@ def chat(
         kv=kv,
         prefill_chunk=prefill_chunk,
         hub=hub,
+        adapter=adapter,
+        drafting=drafting,
     )
     if not session.is_first:
         session.follow()
         return
     from rich.console import Console
 
+    if load is not None:
+        # Of a repository or an adapter, the format is known now.
+        check_messages(conversation.messages, None, *session.prompt_formats)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
         Chat(console, conversation, session, max_rounds, commands=commands).run()
     finally:
         session.dismiss()
-
-
-def check_model(model: str, hub: dict[str, Any], device_map: str | None) -> None:
-    """Refuse what no model can be loaded from, before torch is imported.
-
-    Raises:
-        CheckpointError: no folder and no repository, or a folder without a checkpoint.
-        SettingError: a device map for a process that has one GPU.
-    """
-    from mistral_large_conversion.checkpoint.hub import reachable_options
-    from mistral_large_conversion.checkpoint.layout import CONFIG_NAMES, layouts_of
-    from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
-    from mistral_large_conversion.errors import CheckpointError, SettingError
-
-    if is_parallel() and device_map is not None:
-        raise SettingError("--device-map: under torchrun each process has its own GPU; leave it out")
-    reachable_options(model, hub)
-    folder = Path(model)
-    if folder.exists() and not layouts_of(folder) and not (folder / ADAPTER_CONFIG_NAME).exists():
-        raise CheckpointError(
-            f"{model}: no checkpoint; a folder of one has {' or '.join(CONFIG_NAMES.values())}; give such a folder, or "
-            "a repository on the hub as owner/name"
-        )
 
 
 class Chat:
@@ -277,10 +277,18 @@ class Chat:
             print_results(history)
             message, was_stopped = self._session.respond(conversation.with_system(history), tools, self._show)
             self._end_line()
+            if self._session.meter is not None:
+                self._note(self._session.meter.line())
             return message
 
         try:
-            messages = run_tool_loop(generate, messages, conversation.tools, max_rounds=self._max_rounds)
+            messages = run_tool_loop(
+                generate,
+                messages,
+                conversation.tools,
+                max_rounds=self._max_rounds,
+                prompt_format=next(iter(self._session.prompt_formats), None),
+            )
         except KeyboardInterrupt:
             self._note("\nstopped in a tool: this turn is forgotten")
             return
@@ -330,7 +338,7 @@ class Chat:
         self._note(f"{len(self._conversation.messages)} messages in {path}")
 
     def _load(self, name: str) -> None:
-        load_conversation(self._conversation, Path(name))
+        load_conversation(self._conversation, Path(name), *self._session.prompt_formats)
         self._note(f"{len(self._conversation.messages)} messages from {name}")
 
     def _reset(self, _: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ class Conversation:
         return [*system, *messages]
 
 
-def read_conversation(path: Path) -> tuple[list[Any], list[Any] | None]:
+def read_conversation(path: Path, *prompt_formats: str) -> tuple[list[Any], list[Any] | None]:
     """Return messages and tools of `{"messages": […], "tools": […]}`, or of the list of messages alone; `-` is stdin.
 
     Raises:
-        ConversationError: no such file, or no conversation in it.
+        ConversationError: no such file, or no conversation in it that has a prompt in one of these formats.
     """
     from mistral_large_conversion.errors import ConversationError
 
@@ -44,10 +45,44 @@ def read_conversation(path: Path) -> tuple[list[Any], list[Any] | None]:
         raise ConversationError(f"{path}: no messages; a conversation is JSON as /save writes it; name one")
     if not isinstance(tools, list | None):
         raise ConversationError(f"{path}: tools is not a list; tools are definitions as OpenAI has them; pass a list")
-    from modeling_mistral_large.instruct import build_prompt
-
-    build_prompt(messages, tools)
+    check_messages(messages, tools, *prompt_formats)
     return messages, tools
+
+
+def formats_of_folder(model: str) -> tuple[str, ...]:
+    """Return the prompt format of a local checkpoint, before torch is imported; none where it is not known yet."""
+    from mistral_large_conversion.checkpoint.layout import layouts_of
+    from mistral_large_conversion.errors import MistralLargeError
+    from mistral_large_conversion.folder_tokenizer import read_folder_tokenizer
+
+    if not layouts_of(Path(model)):
+        return ()
+    # What is wrong with it, loading it says.
+    with suppress(MistralLargeError):
+        prompt_format = read_folder_tokenizer(model).prompt_format
+        return () if prompt_format is None else (prompt_format,)
+    return ()
+
+
+def check_messages(messages: list[Any], tools: list[Any] | None, *prompt_formats: str) -> None:
+    """Check that a conversation has a prompt in one of these formats, or in any if none is given.
+
+    Raises:
+        ConversationError: that of the first of them.
+    """
+    from mistral_large_conversion.errors import ConversationError
+    from modeling_mistral_large.instruct import build_prompt
+    from modeling_mistral_large.instruct.formats import FORMATS
+
+    problems = []
+    for prompt_format in prompt_formats or FORMATS:
+        try:
+            build_prompt(messages, tools, prompt_format=prompt_format)
+        except ConversationError as error:
+            problems.append(error)
+        else:
+            return
+    raise problems[0]
 
 
 def save_conversation(conversation: Conversation, name: str) -> Path:
@@ -74,15 +109,16 @@ def save_conversation(conversation: Conversation, name: str) -> Path:
     return path
 
 
-def load_conversation(conversation: Conversation, path: Path) -> None:
+def load_conversation(conversation: Conversation, path: Path, *prompt_formats: str) -> None:
     """Take over the messages of a file; tools are kept.
 
     Raises:
-        ConversationError: no such file, no conversation in it, or definitions of tools, which nobody could run.
+        ConversationError: no such file, no conversation in it that has a prompt in one of these formats, or
+            definitions of tools, which nobody could run.
     """
     from mistral_large_conversion.errors import ConversationError
 
-    messages, tools = read_conversation(path)
+    messages, tools = read_conversation(path, *prompt_formats)
     if tools:
         raise ConversationError(
             f"{path}: has definitions of tools; the chat calls Python functions; remove them and pass a tools file"

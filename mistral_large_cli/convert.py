@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .convert_adapter import adapter_lines, adapter_report
 from .options import DTYPES, AsJson, CacheDir, Dtype, Revision, Source, Token, hub_options
 from .terminal import console as safe_console
 from .terminal import one_line, print_json, progress_bar
@@ -19,6 +20,7 @@ from transformers import pipeline
 chat = pipeline("text-generation", {folder!r}, dtype="auto", device_map="auto")
 response = chat([{{"role": "user", "content": "Who are you?"}}], max_new_tokens=64)
 print(response[0]["generated_text"][-1]["content"])"""
+DEFAULT_SHARD_SIZE = "5GB"
 # By layout and model type; the consolidated layout is read unchanged.
 SNIPPETS = {
     ("hf", "mistral_large"): f"import modeling_mistral_large\n{CHAT}",
@@ -27,6 +29,7 @@ SNIPPETS = {
 from modeling_mistral_large import MistralLargeForCausalLM
 print(MistralLargeForCausalLM.from_pretrained({folder!r}, dtype="auto"))""",
 }
+COMPARED_CALIBRATED = "what the manifest says, and every one that is not calibrated what the source gives"
 STATES: dict["State", str] = {
     "new": "a new folder",
     "unfinished": "an interrupted conversion, to be resumed",
@@ -37,7 +40,7 @@ STATES: dict["State", str] = {
 def convert(
     source: Source,
     destination: Annotated[Path, typer.Argument(file_okay=False, help="Folder to write, new or empty.")],
-    to: Annotated[Literal["hf", "consolidated"], typer.Option(help="Layout to write, from the other one.")] = "hf",
+    to: Annotated[Literal["hf", "consolidated"], typer.Option(help="Layout to write.")] = "hf",
     as_: Annotated[
         Literal["mistral_large", "mistral"] | None,
         typer.Option(
@@ -46,11 +49,52 @@ def convert(
             show_default="mistral_large",
         ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of an output file, such as 5GB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest size of an output file, such as 5GB.")
+    ] = DEFAULT_SHARD_SIZE,
     dtype: Annotated[Dtype | None, typer.Option(help="Round the weights; without it, every bit is kept.")] = None,
     quantize: Annotated[
         Literal["fp8", "int4"] | None,
-        typer.Option(help="Quantize the linear layers to 8 or 4 bits, round to nearest, without calibration."),
+        typer.Option(
+            help="Quantize the linear layers to 8 or 4 bits; round to nearest, if no --calibration chooses the codes."
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|default",
+            help="Of int4: choose the codes by GPTQ on this data, one decoder layer in memory. JSON lines of "
+            '{"messages": ...} or {"text": ...}, or plain text; default: conversations of this package.',
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Calibrate on the first sequences only.", show_default="all, 256 at most"),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Most tokens of a sequence to calibrate on.", show_default="2048"),
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Where to calibrate.", show_default="the GPU where there is one"),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Merge a LoRA bit for bit as PEFT does: folder or repository, of PEFT or with the vendor's "
+            "lora.safetensors."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base checkpoint of an adapter in SOURCE, if it does not name one."),
+    ] = None,
+    prompt_format: Annotated[
+        Literal["v3", "v7", "own"] | None,
+        typer.Option(
+            help="Prompt format of a fine-tune; own: its chat template.", show_default="what its chat template renders"
+        ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes are the same with any number.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source and print the plan only.")] = False,
@@ -59,33 +103,75 @@ def convert(
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint between the vendor's layout and that of transformers, a few megabytes in memory at a time.
+    """Convert a checkpoint from the vendor's layout or that of transformers, a few megabytes in memory at a time.
 
-    Run an interrupted conversion again to resume it; a finished one is compared with its source.
+    Run an interrupted conversion again to resume it; a finished one is compared with its source. An adapter as SOURCE
+    is converted between PEFT's format (--to hf) and the vendor's lora.safetensors (--to consolidated).
     """
+    from mistral_large_conversion.checkpoint.source_files import adapter_problem
     from mistral_large_conversion.errors import SettingError
+
+    if Path(source).is_dir() and adapter_problem(Path(source)):
+        from .convert_adapter import convert_adapter
+
+        without_effect = {
+            "--as": as_ is not None,
+            "--max-shard-size": max_shard_size != DEFAULT_SHARD_SIZE,
+            "--quantize": quantize is not None,
+            "--calibration": calibration is not None,
+            "--samples": samples is not None,
+            "--length": length is not None,
+            "--device": device is not None,
+            "--adapter": adapter is not None,
+            "--jobs": jobs is not None,
+            "--dry-run": dry_run,
+            **{f"--{name}": True for name in hub_options(base, revision, token, cache_dir)},
+        }
+        convert_adapter(source, destination, to, base, dtype, without_effect, as_json=as_json)
+        return
+    if base is not None:
+        raise SettingError(f"--base {base}: has no effect: {source} is no adapter; leave it out")
 
     if to == "consolidated" and as_ is not None:
         raise SettingError(f"--as {as_} with --to consolidated: that layout has no model type; leave it out")
     if dry_run and jobs is not None:
         raise SettingError(f"--jobs {jobs} with --dry-run: nothing is written; leave one out")
+    data_options: dict[str, Any] = {
+        name: value
+        for name, value in (("samples", samples), ("length", length), ("device", device))
+        if value is not None
+    }
+    if calibration is None and data_options:
+        name, value = next(iter(data_options.items()))
+        raise SettingError(f"--{name} {value}: has no effect without --calibration, which it is for; leave it out")
+    if calibration is not None and quantize != "int4":
+        has = "without --quantize" if quantize is None else f"with --quantize {quantize}"
+        raise SettingError(f"--calibration {calibration} {has}: only int4 is calibrated; add --quantize int4")
     model_type = as_ or "mistral_large"
     hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion import prepare_conversion
-    from mistral_large_conversion.checkpoint.hub import CONSOLIDATED_FILES, HF_FILES, resolve_source
+    from mistral_large_conversion.checkpoint.hub import resolve_conversion_source
     from mistral_large_conversion.quantize import ConstantTensor
 
     # With JSON, people read standard error.
     console = safe_console(soft_wrap=True, stderr=as_json)
-    conversion = prepare_conversion(
-        resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES, **hub),
-        destination,
-        to=to,
-        model_type=model_type,
-        dtype=None if dtype is None else DTYPES[dtype],
-        quantize=quantize,
-        max_shard_size=max_shard_size,
-    )
+    folder = resolve_conversion_source(source, to=to, **hub)
+    options: dict[str, Any] = {
+        "model_type": model_type,
+        "to": to,
+        "dtype": None if dtype is None else DTYPES[dtype],
+        "max_shard_size": max_shard_size,
+        "adapter": adapter,
+        "prompt_format": prompt_format,
+    }
+    if calibration is None:
+        conversion = prepare_conversion(folder, destination, quantize=quantize, **options)
+    else:
+        from modeling_mistral_large.calibration import prepare_calibrated_conversion
+
+        conversion = prepare_calibrated_conversion(
+            folder, destination, calibration=calibration, **data_options, **options
+        )
     state = conversion.check_destination()
     plan = conversion.plan
     tensors = sum(not isinstance(tensor.source, ConstantTensor) for file in plan.files for tensor in file.tensors)
@@ -101,20 +187,30 @@ def convert(
         "source_dtypes": list(plan.source_dtypes),
         "dtype": plan.dtype,
         "quantization": quantize,
+        "calibration": None if plan.calibration is None else plan.calibration.to_json(),
+        "adapter": None if plan.adapter is None else adapter_report(plan.adapter),
         "tensors": tensors,
         "tensor_bytes": plan.tensor_bytes,
         "needed_bytes": conversion.needed_bytes,
         "files": {file.name: file.size for file in plan.files},
         "small_files": sorted(conversion.small_files),
         "destination_state": state,
+        "remarks": list(conversion.remarks),
     }
     if not as_json:
         console.print(
             f"from  {one_line(source)}: {tensors} tensors, {dtypes}{rounded}, {plan.tensor_bytes / 1e9:,.2f} GB"
         )
+        if plan.calibration is not None:
+            console.print(f"by    {one_line(plan.calibration.description)}, on {plan.calibration.device}")
+        if plan.adapter is not None:
+            for line in adapter_lines(plan.adapter, source):
+                console.print(line)
         console.print(
             f"to    {one_line(str(destination))}: {len(plan.files)} × *.safetensors, --max-shard-size {max_shard_size}"
         )
+        for remark in conversion.remarks:
+            console.print(f"note  {one_line(remark)}")
         if state != "new":
             console.print(f"which is {STATES[state]}")
     if dry_run:
@@ -132,7 +228,8 @@ def convert(
             if is_new:
                 console.print(f"done  {rate}, all checks passed")
             else:
-                console.print(f"complete: compared {rate}, every tensor is what the source gives; nothing was written")
+                are = "what the source gives" if plan.calibration is None else COMPARED_CALIBRATED
+                console.print(f"complete: compared {rate}, every tensor is {are}; nothing was written")
             console.print("\nTry it:\n")
             snippet = SNIPPETS[to, model_type].format(folder=str(destination))
             console.print(f"python -c {shlex.quote(snippet)}")

@@ -1,8 +1,9 @@
-"""`mistral-large demo`: the bundled toy checkpoint and what it answers.
+"""`mistral-large demo`: the bundled toy checkpoints and what they answer.
 
 `demo_checkpoint/` holds a model of 4.4 million parameters in the vendor's consolidated layout, trained from scratch by
-`examples/train_demo_checkpoint.py` on the conversations of `golden.json`. Embedding and output rows of pieces that
-never occur there are zero: other words say nothing to it, and the 9 MB compress to less than one.
+`examples/train_demo_checkpoint.py` on the conversations of `golden.json`, in the v3 format. `demo_checkpoint_v7/` is
+another one, for v7. Embedding and output rows of pieces that never occur there are zero: other words say nothing to
+them, and the 9 MB of each compress to less than one.
 """
 
 import json
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mistral_large_conversion.vocabulary import VOCABULARIES
+
 from .highlighting import highlighted
 
 if TYPE_CHECKING:
@@ -29,11 +32,17 @@ if TYPE_CHECKING:
 
     from modeling_mistral_large import MistralLargeTokenizer
 
-CHECKPOINT_FOLDER = Path(__file__).parent / "demo_checkpoint"
+# By prompt format, which is also that of the vocabulary.
+CHECKPOINT_FOLDERS = {
+    "v3": Path(__file__).parent / "demo_checkpoint",
+    "v7": Path(__file__).parent / "demo_checkpoint_v7",
+}
 GOLDEN_NAME = "golden.json"
-TOKENIZER_NAME = "tokenizer.model.v3"
-# Where mistral-common keeps the vendor's file.
-TOKENIZER_IN_MISTRAL_COMMON = Path("data", "mistral_instruct_tokenizer_240323.model.v3")
+# Where mistral-common keeps the vendor's files.
+TOKENIZERS_IN_MISTRAL_COMMON = {
+    "v3": Path("data", "mistral_instruct_tokenizer_240323.model.v3"),
+    "v7": Path("data", "mistral_instruct_tokenizer_241114.model.v7"),
+}
 
 CELSIUS = {"Paris": 22, "London": 17, "New York": 25}
 
@@ -60,9 +69,9 @@ class GoldenConversation:
     answer: str
 
 
-def golden_conversations() -> dict[str, GoldenConversation]:
-    """Everything the demo model was trained to answer, by name."""
-    golden = json.loads((CHECKPOINT_FOLDER / GOLDEN_NAME).read_text(encoding="utf-8"))
+def golden_conversations(prompt_format: str = "v3") -> dict[str, GoldenConversation]:
+    """Everything the demo model of a prompt format was trained to answer, by name."""
+    golden = json.loads((CHECKPOINT_FOLDERS[prompt_format] / GOLDEN_NAME).read_text(encoding="utf-8"))
     return {
         entry["name"]: GoldenConversation(
             name=entry["name"],
@@ -80,42 +89,42 @@ def wrong_answer(tokenizer: "MistralLargeTokenizer", ids: Sequence[int], golden_
     return None if said == f"{golden_answer}{tokenizer.eos_token}" else said
 
 
-def tokenizer_model_file() -> Path:
-    """The vendor's tokenizer.model.v3, which is not ours to bundle, where mistral-common has installed it.
+def tokenizer_model_file(prompt_format: str = "v3") -> Path:
+    """The vendor's tokenizer.model.v3 or .v7, which is not ours to bundle, where mistral-common has installed it.
 
     Raises:
         TokenizerFileError: mistral-common is not installed, or has no such file.
     """
-    spec = find_spec("mistral_common")
+    spec, name = find_spec("mistral_common"), TOKENIZERS_IN_MISTRAL_COMMON[prompt_format]
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (path := Path(folder) / TOKENIZER_IN_MISTRAL_COMMON).is_file():
+        if (path := Path(folder) / name).is_file():
             return path
     from mistral_large_conversion.errors import TokenizerFileError
 
-    problem = "is not installed" if spec is None else f"has no {TOKENIZER_IN_MISTRAL_COMMON}"
+    problem = "is not installed" if spec is None else f"has no {name}"
     raise TokenizerFileError(
         f"mistral-common: {problem}; the demo takes the vendor's tokenizer file from it: "
         "pip install 'modeling-mistral-large[demo]'"
     )
 
 
-def assemble_demo_checkpoint(folder: Path) -> Path:
-    """Write the demo checkpoint into `folder` as the vendor would publish it, with the tokenizer file, and return it.
+def assemble_demo_checkpoint(folder: Path, prompt_format: str = "v3") -> Path:
+    """Write a demo checkpoint into `folder` as the vendor would publish it, with the tokenizer file, and return it.
 
     Raises:
         TokenizerFileError: the reasons of `tokenizer_model_file`.
     """
-    tokenizer_file = tokenizer_model_file()
+    tokenizer_file = tokenizer_model_file(prompt_format)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer_file, folder / TOKENIZER_NAME)
-    for file in CHECKPOINT_FOLDER.iterdir():
+    shutil.copyfile(tokenizer_file, folder / VOCABULARIES[prompt_format].file_name)
+    for file in CHECKPOINT_FOLDERS[prompt_format].iterdir():
         if file.name != GOLDEN_NAME:
             shutil.copyfile(file, folder / file.name)
     return folder
 
 
-def convert_demo_checkpoint(folder: Path) -> Path:
-    """Convert the demo checkpoint to the HF layout in `folder`, new or empty, and return it.
+def convert_demo_checkpoint(folder: Path, prompt_format: str = "v3") -> Path:
+    """Convert a demo checkpoint to the HF layout in `folder`, new or empty, and return it.
 
     Raises:
         TokenizerFileError: the reasons of `tokenizer_model_file`.
@@ -124,7 +133,7 @@ def convert_demo_checkpoint(folder: Path) -> Path:
     from mistral_large_conversion import convert_checkpoint
 
     with TemporaryDirectory() as source:
-        convert_checkpoint(assemble_demo_checkpoint(Path(source)), folder)
+        convert_checkpoint(assemble_demo_checkpoint(Path(source), prompt_format), folder, progress=False)
     return folder
 
 
@@ -177,7 +186,7 @@ def _show_conversion(console: "Console", source: Path, converted: Path) -> None:
 
     assemble_demo_checkpoint(source)
     started = time.monotonic()
-    plan = convert_checkpoint(source, converted)
+    plan = convert_checkpoint(source, converted, progress=False)
     seconds = time.monotonic() - started
     _show(console, "from", _file_names(source))
     _show(console, "to", _file_names(converted))

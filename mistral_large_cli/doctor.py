@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +31,8 @@ PACKAGES = (
 )
 # A conversation with a system prompt, one of several turns, a call, and a response to a tool's result.
 ASKED = ("pirate", "window_cleaner_follow_up", "weather_call", "weather_answer")
+# What v7 does otherwise: blocks of system text, text next to a call, results unchanged.
+ASKED_IN_V7 = ("pirate_between_users", "weather_text_and_call", "weather_text_and_call_answer")
 MODES: Mapping[str, Mapping[str, Any]] = {
     "with a cache": {},
     "without a cache": {"use_cache": False},
@@ -72,7 +74,7 @@ RESULTS = {True: "ok", False: "WRONG", None: "not run"}
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Print what is installed and check that it computes right, on every device; exit code 1 if anything is wrong."""
+    """Print what is installed and check that it computes correctly on every device; exit code 1 if it does not."""
     packages, devices = find_packages(), find_devices()
     if not as_json:
         _print_environment(packages, devices)
@@ -154,21 +156,24 @@ def run_checks(devices: Mapping[str, str]) -> Iterator[Check]:
         yield _try("vLLM's registry", _check_vllm)
     golden = golden_conversations()
     with TemporaryDirectory() as scratch:
-        folder = Path(scratch, "demo")
+        folder, folder_of_v7 = Path(scratch, "demo"), Path(scratch, "demo-v7")
         try:
             convert_demo_checkpoint(folder)
+            convert_demo_checkpoint(folder_of_v7, "v7")
         except TokenizerFileError as error:
             yield Check("tokenizer and golden answers", None, str(error))
             return
         # Whatever is broken in an environment is what this command is for.
         except Exception as error:
-            yield Check("conversion of the demo checkpoint", False, _one_line(error))
+            yield Check("conversion of the demo checkpoints", False, _one_line(error))
             return
-        yield Check("conversion of the demo checkpoint", True, "to the HF layout")
+        yield Check("conversion of the demo checkpoints", True, "v3 and v7, to the HF layout")
         yield _try("tokenizer", lambda: _check_tokenizer(folder))
         with _one_thread():
             for device, dtype in product(devices, DTYPES):
                 yield from _check_model(folder, device, dtype, golden)
+            for device, dtype in product(devices, DTYPES[:1]):
+                yield _try(f"{device} {dtype}, v7", partial(_check_v7, folder_of_v7, device, dtype))
 
 
 @contextmanager
@@ -249,29 +254,15 @@ def _check_tokenizer(folder: Path) -> str:
 
 def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, GoldenConversation]) -> Iterator[Check]:
     """Load the model as users do, and compare its answers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from modeling_mistral_large.generation.tool_loop import generate_with, run_tool_loop
     from modeling_mistral_large.instruct.json_text import show
 
     where = f"{device} {dtype}"
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        model.to(device)
+        model, tokenizer = _load(folder, device, dtype)
     except Exception as error:
         yield Check(where, False, _one_line(error))
         return
-
-    def ask(options: Mapping[str, Any]) -> str:
-        for name in ASKED:
-            conversation = golden[name]
-            prompt = tokenizer.apply_chat_template(conversation.messages, conversation.tools, return_tensors="pt")
-            output = model.generate(**prompt.to(device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
-            said = wrong_answer(tokenizer, output[0, prompt["input_ids"].shape[1] :].tolist(), conversation.answer)
-            if said is not None:
-                raise _WrongError(f"{name}: {show(said)} instead of {show(conversation.answer)}")
-        return f"{len(ASKED)} golden answers"
 
     def call_a_tool() -> str:
         generate = generate_with(model, tokenizer, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
@@ -281,8 +272,34 @@ def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, Gol
         return "a golden answer from its result"
 
     for mode, options in MODES.items():
-        yield _try(f"{where}, {mode}", partial(ask, options))
+        yield _try(f"{where}, {mode}", partial(_ask, model, tokenizer, [golden[name] for name in ASKED], **options))
     yield _try(f"{where}, tool call", call_a_tool)
+
+
+def _check_v7(folder: Path, device: str, dtype: str) -> str:
+    golden = golden_conversations("v7")
+    return _ask(*_load(folder, device, dtype), [golden[name] for name in ASKED_IN_V7])
+
+
+def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device), tokenizer
+
+
+def _ask(model: Any, tokenizer: Any, conversations: Sequence[GoldenConversation], **options: Any) -> str:
+    """Compare greedy completions with the golden ones; `options` are those of `generate`."""
+    from modeling_mistral_large.instruct.json_text import show
+
+    for golden in conversations:
+        prompt = tokenizer.apply_chat_template(golden.messages, golden.tools, return_tensors="pt").to(model.device)
+        output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
+        said = wrong_answer(tokenizer, output[0, prompt["input_ids"].shape[1] :].tolist(), golden.answer)
+        if said is not None:
+            raise _WrongError(f"{golden.name}: {show(said)} instead of {show(golden.answer)}")
+    return f"{len(conversations)} golden answers"
 
 
 def _print_environment(packages: list[Package], devices: Mapping[str, str]) -> None:

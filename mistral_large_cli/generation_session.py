@@ -9,12 +9,13 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .conversation_file import Message
+from .speculation import Drafting, DraftMeter
 from .terminal import printable
 from .tools_file import Tool
 
@@ -68,6 +69,8 @@ class GenerationSession:
 
     hub: the options of `hub_options`.
     dtype: of the weights, as torch names it, or auto.
+    adapter: folder or repository of a LoRA to be loaded on the model.
+    drafting: what drafts tokens for the model.
     """
 
     def __init__(
@@ -80,13 +83,14 @@ class GenerationSession:
         kv: str = "auto",
         prefill_chunk: int,
         hub: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         import torch
         import transformers
-        from transformers import DynamicCache
 
         from mistral_large_conversion.checkpoint.names import expected_tensors
-        from modeling_mistral_large.inference.kv_cache import Fp8Cache
+        from modeling_mistral_large.recorded_steps.automatic import session_cache
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self._is_parallel = is_parallel()
@@ -94,10 +98,19 @@ class GenerationSession:
         if not self.is_first:
             transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         place = {"tp_plan": "auto"} if self._is_parallel else {"device_map": device_map or "auto"}
-        self._model, self.tokenizer = load_model(model_name, hub or {}, dtype=dtype, **place)
+        if drafting is not None:
+            drafting.check(model_name)
+        self._model, self.tokenizer = load_model(model_name, hub or {}, adapter=adapter, dtype=dtype, **place)
+        self._draft_options: dict[str, Any] = {}
+        self.meter: DraftMeter | None = None
+        if drafting is not None:
+            self._draft_options = drafting.generate_options(
+                self._model, self.tokenizer, load_model, dtype=dtype, **place
+            )
+            self.meter = DraftMeter()
         self._sampling = sampling
         config = self._model.config
-        self._cache: Any = Fp8Cache(config) if kv == "fp8" else DynamicCache(config=config)
+        self._cache: Any = session_cache(self._model, "fp8" if kv == "fp8" else "bf16")
         self._cached: list[int] = []
         self._prefill_chunk = prefill_chunk
         self._random = torch.Generator()
@@ -109,6 +122,12 @@ class GenerationSession:
         self.description = (
             f"{model_name}: {parameters / 1e9:,.3g} B parameters, {self._model.dtype}, {self._model.device}"
         )
+
+    @property
+    def prompt_formats(self) -> tuple[str, ...]:
+        """The instruct format of the model's prompts; none where they are what a template of its own renders."""
+        prompt_format: str | None = self.tokenizer.prompt_format
+        return () if prompt_format is None else (prompt_format,)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """Return the ids of a prompt."""
@@ -138,7 +157,12 @@ class GenerationSession:
         seed = int(torch.randint(2**31, (1,), generator=self._random))
         stream = AnswerStream(self.tokenizer.pieces, rng=random.Random(seed))
 
+        if self.meter is not None:
+            self.meter.restart()
+
         def take(ids: list[int]) -> None:
+            if self.meter is not None:
+                self.meter.tick()
             for event in stream.feed(ids):
                 show(event)
 
@@ -199,7 +223,7 @@ class GenerationSession:
         torch.manual_seed(seed)
         hook = self._model.register_forward_pre_hook(stop_here)
         try:
-            with suppress(_StoppedError):
+            with suppress(_StoppedError), nullcontext() if self.meter is None else self.meter.speculation:
                 self._model.generate(
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),
@@ -210,6 +234,7 @@ class GenerationSession:
                     streamer=Streamer(),
                     **cache_argument(self._cache),
                     **self._sampling.options(),
+                    **self._draft_options,
                 )
         finally:
             hook.remove()
@@ -272,24 +297,33 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     )
 
 
-def load_model(name: str, hub: Mapping[str, Any], **options: Any) -> tuple[Any, "MistralLargeTokenizer"]:
+def load_model(
+    name: str, hub: Mapping[str, Any], *, adapter: str | None = None, **options: Any
+) -> tuple[Any, "MistralLargeTokenizer"]:
     """Return the model and the tokenizer of a folder of either layout, or of a repository on the hub.
 
     hub: the options of `hub_options`.
+    adapter: folder or repository of a LoRA to be loaded on the model.
 
     Raises:
         CheckpointError: there is none, or it cannot be loaded.
     """
     from mistral_large_conversion.errors import CheckpointError, MistralLargeError
     from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-    from modeling_mistral_large.adapter_loading import adapter_base
+    from modeling_mistral_large.adapter_loading import adapter_base, load_on_base, named_base
 
     try:
         base = adapter_base(name, hub)
         if base is not None:
             print(f"{printable(name)}: an adapter, loaded on {printable(base)}", file=sys.stderr)
         tokenizer = MistralLargeTokenizer.from_pretrained(name, **hub)
-        model = MistralLargeForCausalLM.from_pretrained(name, **options, **hub)
+        if adapter is None:
+            model = MistralLargeForCausalLM.from_pretrained(name, **options, **hub)
+        else:
+            model = load_on_base(MistralLargeForCausalLM, name, adapter, **options, **hub)
+            other = named_base(adapter, name, hub)
+            note = "" if other is None else f"; it names {printable(other)} as its base"
+            print(f"{printable(adapter)}: an adapter, loaded on {printable(name)}{note}", file=sys.stderr)
     except MistralLargeError:
         raise
     # transformers raises these for whatever it does not find.

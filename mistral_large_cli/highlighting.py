@@ -3,6 +3,8 @@
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from mistral_large_conversion.prompt_roles import COLOURS, ROLES
+
 from .terminal import printable
 
 if TYPE_CHECKING:
@@ -11,20 +13,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from modeling_mistral_large import MistralLargeTokenizer
-
-# The role whose part of a prompt a control token begins or ends.
-ROLES = {
-    "<s>": "prompt",
-    "[AVAILABLE_TOOLS]": "tools",
-    "[/AVAILABLE_TOOLS]": "tools",
-    "[INST]": "user",
-    "[/INST]": "user",
-    "[TOOL_CALLS]": "assistant",
-    "</s>": "assistant",
-    "[TOOL_RESULTS]": "results",
-    "[/TOOL_RESULTS]": "results",
-}
-COLOURS = {"prompt": "white", "tools": "blue", "user": "green", "assistant": "magenta", "results": "cyan"}
 
 
 def control_style(token: str) -> str:

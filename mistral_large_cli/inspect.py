@@ -13,8 +13,9 @@ def inspect(
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a checkpoint holds, what loads it and what is wrong with it; of weights, only headers are read."""
+    """Print what a checkpoint holds, what loads it and what is wrong with it; only the headers of weights are read."""
     hub = hub_options(source, revision, token, cache_dir)
+    from mistral_large_conversion.checkpoint.calibration import Calibration
     from mistral_large_conversion.inspect import inspect_checkpoint
 
     inspection = inspect_checkpoint(source, **hub)
@@ -32,10 +33,18 @@ def inspect(
             + ", ".join(f"{dtype} × {count}" for dtype, count in inspection.dtypes.items())
             + (f"; {inspection.bits_per_weight:.3f} bits a quantized weight" if inspection.bits_per_weight else "")
         ],
+        **(
+            {}
+            if inspection.calibration is None
+            else {"calibration": [Calibration(**inspection.calibration).description]}
+        ),
         "files": [f"{len(inspection.file_bytes)} × *.safetensors, {sum(sizes):,} bytes"],
         "tokenizer": [", ".join(inspection.tokenizer) or "none"],
+        "vocabulary": [inspection.vocabulary or "unknown"],
+        "prompts": [inspection.prompts or "unknown"],
         "licence": [inspection.licence or "none in the folder"],
         "loads with": list(inspection.loads_with) or ["nothing"],
+        "notes": list(inspection.notes) or ["none"],
         "problems": list(inspection.problems) or ["none"],
     }
     out = console(soft_wrap=True)

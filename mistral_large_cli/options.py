@@ -21,9 +21,13 @@ Dtype = Literal["bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
 Model = Annotated[str, typer.Argument(help="Folder of either layout, or repository on the hub (owner/name).")]
 Source = Annotated[str, typer.Argument(help="Folder with a checkpoint, or repository on the hub (owner/name).")]
 
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="LoRA to load: folder or repository, in PEFT's format or with the vendor's lora.safetensors."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository on the hub.")]
 Token = Annotated[
-    str | None, typer.Option(help="Access token for the hub; other users of the machine do not see HF_TOKEN.")
+    str | None, typer.Option(help="Access token for the hub; HF_TOKEN hides it from other users of the machine.")
 ]
 CacheDir = Annotated[
     Path | None, typer.Option(file_okay=False, help="Folder for downloads instead of the usual cache.")
@@ -32,14 +36,17 @@ CacheDir = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
 Kv = Annotated[Literal["auto", "fp8"], typer.Option(help="KV-cache dtype: the model's, or FP8.")]
 PrefillChunk = Annotated[int, typer.Option(min=1, help="Prefill chunk size in tokens.")]
-HtmlFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Write what is printed as a page, too.")]
-SvgFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Write what is printed as a picture, too.")]
+HtmlFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the output as an HTML page.")]
+SvgFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the output as a picture.")]
 
 
-def hub_options(source: str | None, revision: str | None, token: str | None, cache_dir: Path | None) -> dict[str, Any]:
+def hub_options(
+    source: str | None, revision: str | None, token: str | None, cache_dir: Path | None, *, draft: str | None = None
+) -> dict[str, Any]:
     """Return those of the three that are given, as `resolve_source` and `from_pretrained` take them.
 
     source: what is read, or None where nothing is.
+    draft: what is read, too, at a revision of its own.
 
     Raises:
         SettingError: one is given, and nothing is read from the hub.
@@ -58,6 +65,8 @@ def hub_options(source: str | None, revision: str | None, token: str | None, cac
         if (Path(source) / ADAPTER_CONFIG_NAME).exists():
             # The adapter's base may be on the hub, at a revision that the adapter names.
             without_effect &= {"revision"}
+    if draft is not None and not Path(draft).exists():
+        without_effect &= {"revision"}
     if without_effect:
         from mistral_large_conversion.errors import SettingError
 

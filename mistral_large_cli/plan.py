@@ -1,7 +1,7 @@
 """`mistral-large plan`: what fits where, how fast it can be, and how to run it."""
 
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
     from mistral_large_conversion.checkpoint.quantization import Quantization
     from mistral_large_conversion.sharding.devices import Device
+    from mistral_large_conversion.sharding.memory import Draft
     from mistral_large_conversion.sharding.plan import DeviceLoad, ShardingPlan
 
 PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
@@ -27,6 +28,7 @@ PARTS = {
     "cache": ("cache_bytes", "▓", "green"),
     "activations": ("activation_bytes", "▒", "yellow"),
     "reserve": ("reserve_bytes", "░", "magenta"),
+    "draft": ("draft_bytes", "▞", "cyan"),
 }
 BAR_WIDTH = 40
 CONVERT = "mistral-large convert {model} {folder} --quantize {weights}"
@@ -34,12 +36,16 @@ CHAT = "mistral-large chat {model} --device-map {device}{chat_options}"
 PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{chat_options}"
 MAPPED = """\
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
-from mistral_large_conversion.sharding import detect_devices, device_map_for
+from mistral_large_conversion.sharding import {names}
 
 config = MistralLargeConfig.from_pretrained({model!r})
 device_map = device_map_for(config, detect_devices(), {plan_options})
 model = MistralLargeForCausalLM.from_pretrained({model!r}, dtype={dtype!r}, device_map=device_map)
-model.generate(...{generate_options})"""
+{draft}model.generate(...{generate_options})"""
+MAPPED_DRAFT = "draft = MistralLargeForCausalLM.from_pretrained({draft!r}, dtype='auto', device_map=0)\n"
+SIZES_OF_DRAFT = ", draft=Draft(MistralLargeConfig.from_pretrained({draft!r}), {weights!r})"
+# What --draft takes for Mistral-7B-Instruct-v0.3 in bf16, which need not be here.
+NAME_OF_7B, REPOSITORY_OF_7B = "7B", "mistralai/Mistral-7B-Instruct-v0.3"
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,17 @@ class PlanOptions:
     kv: str = "auto"
     prefill_chunk: int = 2048
     host_memory: int = 0
+    draft: "Draft | None" = None
 
     def plans(self, geometry: "ModelSizes", devices: "Sequence[Device]") -> "list[ShardingPlan]":
         """Return the strategies for it, the best first."""
         from mistral_large_conversion.sharding.plan import plan_sharding
 
-        return plan_sharding(geometry, devices, **asdict(self))
+        return plan_sharding(geometry, devices, **self.keywords())
 
     def keywords(self, *left_out: str) -> dict[str, Any]:
         """Return it as keyword arguments, without those that are `left_out`."""
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in left_out}
 
 
 def plan(
@@ -79,18 +86,24 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     weights: Annotated[
         Literal[Dtype, "fp8", "int4"] | None,
-        typer.Option(help="Dtype of the weights; the folder's, or bf16. fp8, int4: as convert --quantize writes them."),
+        typer.Option(
+            help="Dtype of the weights; default: the folder's, or bf16. fp8, int4: as convert --quantize writes them."
+        ),
     ] = None,
     kv: Kv = "auto",
     prefill_chunk: PrefillChunk = 2048,
     host: Annotated[str, typer.Option(help="Host memory for offloaded weights, as 512GB; 0: no offloading.")] = "0",
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Model that drafts tokens: folder or repository; 7B: Mistral-7B-Instruct-v0.3 in bf16."),
+    ] = None,
     revision: Revision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan how a model fits on GPUs, how fast it can be and how to run it; exit code 1 if it does not fit."""
-    hub = hub_options(model, revision, token, cache_dir)
+    hub = hub_options(model, revision, token, cache_dir, draft=None if draft == NAME_OF_7B else draft)
     from mistral_large_conversion.errors import PlanError
     from mistral_large_conversion.sharding.devices import detect_devices, parse_devices
     from mistral_large_conversion.sharding.memory import QUANTIZED, Sizes, Workload, cache_bytes_of_layer
@@ -108,7 +121,8 @@ def plan(
         raise PlanError(f"--host with {devices[0].name}: its memory is the host's; leave --host out")
     if devices[0].kind == "mps" and "fp8" in (dtype, kv):
         raise PlanError(f"fp8 on {devices[0].name}: torch has no FP8 on Apple GPUs; take --weights int4 and --kv auto")
-    options = PlanOptions(context, batch, dtype, kv, prefill_chunk, host_memory)
+    drafting = None if draft is None else read_draft(draft, {**hub, "revision": None})
+    options = PlanOptions(context, batch, dtype, kv, prefill_chunk, host_memory, drafting)
     plans = options.plans(geometry, devices)
     best = plans[0]
     # What could be asked for instead is listed, too.
@@ -120,14 +134,16 @@ def plan(
     weight_bytes = Sizes.of(geometry, dtype).weights
     command = None
     if best.fits:
-        command = how_to_run(best, model or PUBLISHED_NAME, options, is_converted=found is not None)
+        named = REPOSITORY_OF_7B if draft == NAME_OF_7B else draft
+        command = how_to_run(best, model or PUBLISHED_NAME, options, is_converted=found is not None, draft=named)
     assumptions = [assumption for assumption in dict.fromkeys(device.assumption for device in devices) if assumption]
     if as_json:
         print_json(
             {
                 "weight_bytes": weight_bytes,
                 "cache_bytes": cache_bytes,
-                **options.keywords("host_memory"),
+                **options.keywords("host_memory", "draft"),
+                **draft_report(draft, options),
                 "host_memory_bytes": host_memory,
                 "fits": best.fits,
                 "strategies": [strategy_report(plan) for plan in plans],
@@ -142,6 +158,11 @@ def plan(
         f"{one_line(model or PUBLISHED_NAME)}: {gib(weight_bytes)} of weights in {dtype}, {gib(cache_bytes)} of cache "
         f"for {batch} × {context:,} tokens, prefill chunks of {min(prefill_chunk, context):,} tokens"
     )
+    for name, size in draft_report(draft, options).items():
+        out.print(
+            f"{one_line(name)}: {one_line(draft or '')}, {gib(size['weight_bytes'])} of weights in {size['weights']}, "
+            f"{gib(size['cache_bytes'])} of cache; rates are those without it"
+        )
     for assumption in assumptions:
         out.print(f"assumed: {assumption}", style="dim")
     out.print(strategies_table(plans))
@@ -149,7 +170,7 @@ def plan(
         out.print(bar(number, load))
     if best.host_weight_bytes:
         out.print(f"host  {gib(best.host_weight_bytes)} of weights, read for every token")
-    legend = "  ".join(f"{mark} {part}" for part, (_, mark, _) in PARTS.items())
+    legend = "  ".join(f"{mark} {part}" for part, (_, mark, _) in parts_of(best.loads[0]).items())
     out.print(f"{legend}  tokens/s: at most", style="dim")
     if command is not None:
         out.print("\nRun it:\n")
@@ -179,6 +200,7 @@ def strategy_report(plan: "ShardingPlan") -> dict[str, Any]:
                 "cache_bytes": load.cache_bytes,
                 "activation_bytes": load.activation_bytes,
                 "reserve_bytes": load.reserve_bytes,
+                **({"draft_bytes": load.draft_bytes} if load.draft_bytes else {}),
                 "free_bytes": load.free_bytes,
             }
             for load in plan.loads
@@ -203,6 +225,38 @@ def read_model_geometry(model: str | None, hub: dict[str, Any]) -> "tuple[Geomet
         return PUBLISHED, None
     folder = resolve_source(model, patterns=(*CONFIG_NAMES.values(), ADAPTER_CONFIG_NAME), **hub)
     return read_geometry(folder, next(iter(layouts_of(folder)), "hf"))
+
+
+def read_draft(draft: str, hub: dict[str, Any]) -> "Draft":
+    """Return the sizes of a folder or repository that is to draft tokens, or those of the published 7B.
+
+    Raises:
+        CheckpointError: no geometry of ours there.
+    """
+    from mistral_large_conversion.checkpoint.geometry import PUBLISHED_7B
+    from mistral_large_conversion.sharding.memory import Draft
+
+    if draft == NAME_OF_7B:
+        return Draft(PUBLISHED_7B)
+    geometry, found = read_model_geometry(draft, {} if Path(draft).exists() else hub)
+    return Draft(geometry, found.scheme if found else "bf16")
+
+
+def draft_report(name: str | None, options: PlanOptions) -> dict[str, Any]:
+    """Return the draft as JSON has it, empty without one."""
+    from mistral_large_conversion.sharding.memory import Workload
+
+    if options.draft is None:
+        return {}
+    workload = Workload(options.context, options.batch, options.weights, options.kv, options.prefill_chunk)
+    return {
+        "draft": {
+            "model": name,
+            "weights": options.draft.weights,
+            "weight_bytes": options.draft.weight_bytes(),
+            "cache_bytes": options.draft.cache_bytes(workload),
+        }
+    }
 
 
 def parse_host(size: str) -> int:
@@ -256,7 +310,9 @@ def smallest_changes(geometry: "ModelSizes", devices: "Sequence[Device]", option
     return changes
 
 
-def how_to_run(plan: "ShardingPlan", model: str, options: PlanOptions, *, is_converted: bool) -> str:
+def how_to_run(
+    plan: "ShardingPlan", model: str, options: PlanOptions, *, is_converted: bool, draft: str | None = None
+) -> str:
     """Return the commands or the code that run a plan; `is_converted` if the model has its quantized weights."""
     from mistral_large_conversion.sharding.memory import QUANTIZED
 
@@ -268,24 +324,29 @@ def how_to_run(plan: "ShardingPlan", model: str, options: PlanOptions, *, is_con
     usual = PlanOptions(options.context)
     kv = " --kv fp8" if options.kv == "fp8" else ""
     chunk = f" --prefill-chunk {options.prefill_chunk}" if options.prefill_chunk != usual.prefill_chunk else ""
+    chat_options = kv + chunk + ("" if draft is None else f" --draft {shlex.quote(draft)}")
     if plan.strategy == "tensor parallel":
-        steps.append(PARALLEL.format(count=len(plan.loads), model=shlex.quote(model), chat_options=kv + chunk))
+        steps.append(PARALLEL.format(count=len(plan.loads), model=shlex.quote(model), chat_options=chat_options))
     elif plan.strategy == "one device":
         device = plan.loads[0].device.kind
-        steps.append(CHAT.format(model=shlex.quote(model), device=device, chat_options=kv + chunk))
+        steps.append(CHAT.format(model=shlex.quote(model), device=device, chat_options=chat_options))
     else:
         wanted = {
             name: value
-            for name, value in asdict(options).items()
+            for name, value in options.keywords("draft").items()
             if name in ("context", "batch") or value != getattr(usual, name)
         }
         generate = ", past_key_values=Fp8Cache(config)" if kv else ""
         generate += f", prefill_chunk_size={options.prefill_chunk}" if chunk else ""
+        generate += "" if draft is None else ", assistant_model=draft"
+        sizes = "" if options.draft is None else SIZES_OF_DRAFT.format(draft=draft, weights=options.draft.weights)
         code = MAPPED.format(
             model=model,
-            plan_options=", ".join(f"{name}={value!r}" for name, value in wanted.items()),
+            names="detect_devices, device_map_for" if draft is None else "Draft, detect_devices, device_map_for",
+            plan_options=", ".join(f"{name}={value!r}" for name, value in wanted.items()) + sizes,
             # Of quantized weights, the activations'.
             dtype=TORCH_DTYPES.get(plan.weights, "bfloat16"),
+            draft="" if draft is None else MAPPED_DRAFT.format(draft=draft),
             generate_options=generate,
         )
         if kv:
@@ -312,6 +373,11 @@ def strategies_table(plans: "Sequence[ShardingPlan]") -> Any:
     return table
 
 
+def parts_of(load: "DeviceLoad") -> dict[str, tuple[str, str, str]]:
+    """Return the parts of a device's bar; a draft is one where there is one."""
+    return {part: look for part, look in PARTS.items() if part != "draft" or load.draft_bytes}
+
+
 def bar(number: int, load: "DeviceLoad") -> "Text":
     """Return a device as a bar of its parts, as long as its memory."""
     from rich.text import Text
@@ -319,13 +385,14 @@ def bar(number: int, load: "DeviceLoad") -> "Text":
     scale = BAR_WIDTH / max(load.device.memory_bytes, load.total_bytes)
     text = Text(f"{number:<3} {load.device.name:8.8} ")
     end = drawn = 0
-    for name, mark, colour in PARTS.values():
+    parts = parts_of(load).values()
+    for name, mark, colour in parts:
         end += getattr(load, name)
         width = round(end * scale) - drawn
         text.append(mark * width, style=colour)
         drawn += width
     text.append("·" * (BAR_WIDTH - drawn), style="dim")
-    sizes = " + ".join(f"{getattr(load, name) / 2**30:.1f}" for name, _, _ in PARTS.values())
+    sizes = " + ".join(f"{getattr(load, name) / 2**30:.1f}" for name, _, _ in parts)
     return text.append(f" {sizes} = {gib(load.total_bytes)} of {gib(load.device.memory_bytes)}")
 
 

@@ -6,6 +6,7 @@ Here a request is read strictly, see `chat_requests`; what is passed on to the s
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -30,17 +31,23 @@ class ChatGuard:
 
     handler: of transformers; its `handle_request` takes the JSON of a request.
     model, tokenizer: those that are served under `name`.
+    name_inside: what the handler calls them.
     """
 
-    def __init__(self, handler: Any, model: Any, tokenizer: MistralLargeTokenizer, name: str) -> None:
+    def __init__(
+        self, handler: Any, model: Any, tokenizer: MistralLargeTokenizer, name: str, *, name_inside: str
+    ) -> None:
         self._handle = handler.handle_request
         self._model = model
         self._tokenizer = tokenizer
         self._name = name
+        self._name_inside = name_inside
         handler.handle_request = self.handle_request
         # By itself it drops images, names and the text next to calls, and joins text chunks with a space.
         handler.get_processor_inputs_from_messages = lambda messages, _: messages
-        handler.chunk_to_sse = event_with_finish_reason
+        handler.chunk_to_sse = partial(event_with_finish_reason, name=name)
+        build_completion = handler._build_completion
+        handler._build_completion = lambda *args, **kwargs: build_completion(*args, **kwargs) | {"model": name}
         _seed_when_generating(model)
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
@@ -48,11 +55,14 @@ class ChatGuard:
         if body.get("model") not in (None, self._name):
             raise RequestError(f"model: {body['model']!r} is not served here; the model is {self._name!r}", "model")
         request = read_chat_request(body)
-        prompt = self._tokenizer.apply_chat_template(request.messages, tools=request.tools, return_dict=False)
+        # As the server makes it.
+        prompt = self._tokenizer.apply_chat_template(
+            request.messages, tools=request.tools, add_generation_prompt=True, return_dict=False
+        )
         of_model = json.loads(self._model.generation_config.to_json_string(ignore_metadata=True))
         options = generation_options(request, of_model, self._max_tokens(request, len(prompt)))
         passed_on = {
-            "model": self._name,
+            "model": self._name_inside,
             "messages": request.messages,
             "stream": request.is_streamed,
             "generation_config": json.dumps(options),
@@ -92,9 +102,12 @@ def _seed_when_generating(model: Any) -> None:
     model.generate = generate_seeded
 
 
-def event_with_finish_reason(chunk: Any) -> str:
-    """Return a chunk of a stream as an event; clients ask for `finish_reason`, null until the last one."""
-    content = chunk.model_dump(mode="json", exclude_none=True)
+def event_with_finish_reason(chunk: Any, *, name: str) -> str:
+    """Return a chunk of a stream as an event; clients ask for `finish_reason`, null until the last one.
+
+    name: of the model, as requests have it.
+    """
+    content = chunk.model_dump(mode="json", exclude_none=True) | {"model": name}
     for choice in content["choices"]:
         choice.setdefault("finish_reason", None)
     return f"data: {json.dumps(content)}\n\n"
@@ -105,23 +118,32 @@ def guard(
     *,
     chat_handler: Any,
     loaded: Any,
-    name: str,
+    tokenizer: MistralLargeTokenizer | None = None,
+    checkpoint: str,
     revision: str | None = None,
+    name: str,
+    name_inside: str,
     host: str,
     allows_all_origins: bool,
 ) -> None:
     """Close the routes of transformers' server that are not OpenAI's or that it cannot serve right, and check requests.
 
     loaded: transformers' record of the model: `.model` and `.processor`.
+    tokenizer: that of an adapter, which counts instead of the checkpoint's.
+    checkpoint, revision: what was loaded.
+    name, name_inside: what it is called in requests, and what transformers' server calls it.
     host: the address that is listened on.
     """
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
 
-    if not isinstance(loaded.processor, MistralLargeTokenizer):
+    if tokenizer is not None:
+        loaded.processor = tokenizer
+    elif not isinstance(loaded.processor, MistralLargeTokenizer):
         # A folder of stock Mistral's type; its template alone would take control strings in texts for control tokens.
-        loaded.processor = MistralLargeTokenizer.from_pretrained(name, revision=revision or "main")
-    ChatGuard(chat_handler, loaded.model, loaded.processor, name)
+        loaded.processor = MistralLargeTokenizer.from_pretrained(checkpoint, revision=revision or "main")
+    leave_responses_of_other_formats(loaded.processor)
+    ChatGuard(chat_handler, loaded.model, loaded.processor, name, name_inside=name_inside)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in OPEN_ROUTES]
     entry = {"id": name, "object": "model", "created": 0, "owned_by": "local"}
 
@@ -158,6 +180,23 @@ def guard(
     app.add_exception_handler(RequestValidationError, refuse_body)
     app.add_exception_handler(HTTPException, refuse_route)
     app.middleware("http")(refuse_foreign_pages)
+
+
+def leave_responses_of_other_formats(tokenizer: MistralLargeTokenizer) -> None:
+    """Have responses be plain text where a chat template of its own ends prompts otherwise than v3 and v7 do.
+
+    The parser of transformers would take such a prompt for the beginning of the response.
+    """
+    template = tokenizer.response_template
+    if tokenizer.prompt_format is not None or template is None:
+        return
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
+    )
+    anchors = template.get("start_anchor") or ()
+    ids: Any = tokenizer.convert_tokens_to_ids([anchors] if isinstance(anchors, str) else list(anchors))
+    if not {*ids} & {*prompt}:
+        tokenizer.response_template = None
 
 
 def is_own_origin(origin: str, asked_host: str, host: str) -> bool:

@@ -4,12 +4,14 @@ import json
 import re
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mistral_large_conversion.prompt_roles import COLOURS, ROLES, roles_of
+
 from .conversation_file import read_conversation
-from .highlighting import COLOURS, ROLES, control_style
+from .highlighting import control_style
 from .options import CacheDir, HtmlFile, Revision, SvgFile, Token, hub_options
 from .terminal import console, one_line, printable, write_picture
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
+    from modeling_mistral_large import MistralLargeTokenizer
     from modeling_mistral_large.instruct import Segment
 
 PICTURE_WIDTH = 100
@@ -29,10 +32,20 @@ _WEB_FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 def show(
     conversation: Annotated[
-        Path, typer.Argument(help="JSON as /save of the chat and clients of OpenAI's API write it; - reads stdin.")
+        Path,
+        typer.Argument(
+            help="Conversation in JSON, as /save in chat or an OpenAI client writes it; - reads standard input."
+        ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Folder or repository on the hub whose tokenizer counts the tokens.")
+        str | None,
+        typer.Option(
+            help="Folder or repository on the hub whose tokenizer counts tokens and decides the prompt format."
+        ),
+    ] = None,
+    prompt_format: Annotated[
+        Literal["v3", "v7"] | None,
+        typer.Option(help="Format of the 2407 (v3) or 2411 (v7) model; default: that of --model, or v3."),
     ] = None,
     tools: Annotated[
         Path | None, typer.Option(help="Tools instead of the file's own: functions in a Python file, or JSON.")
@@ -51,11 +64,13 @@ def show(
     if ids and model is None:
         raise ConversationError("--ids: no tokenizer; ids are those of a model's; name its folder with --model")
     hub = hub_options(model, revision, token, cache_dir)
-    messages, own_tools = read_conversation(conversation)
+    tokenizer = None if model is None else read_tokenizer(model, prompt_format, hub)
+    shown = prompt_format or (None if tokenizer is None else tokenizer.prompt_format) or "v3"
+    messages, own_tools = read_conversation(conversation, shown)
     from modeling_mistral_large.instruct import build_prompt
 
-    prompt = build_prompt(messages, own_tools if tools is None else read_tools(tools))
-    segment_ids = None if model is None else encode(model, prompt, hub)
+    prompt = build_prompt(messages, own_tools if tools is None else read_tools(tools), prompt_format=shown)
+    segment_ids = None if tokenizer is None else encode(tokenizer, prompt)
 
     def print_on(out: "Console") -> None:
         if segment_ids is not None and ids:
@@ -64,7 +79,7 @@ def show(
             # Into a file or a pipe goes the prompt to the letter; a terminal breaks lines by itself.
             out.print(flowing(prompt, mask=mask), soft_wrap=not out.record)
         out.print()
-        out.print(legend(None if segment_ids is None else sum(map(len, segment_ids)), mask=mask))
+        out.print(legend(shown, None if segment_ids is None else sum(map(len, segment_ids)), mask=mask))
 
     print_on(console())
     if html is None and svg is None:
@@ -99,18 +114,30 @@ def read_tools(path: Path) -> "Sequence[Any]":
     return tools
 
 
-def encode(model: str, prompt: "Sequence[Segment]", hub: dict[str, Any]) -> list[list[int]]:
-    """Return the ids of each segment; `hub` are the options of `hub_options`.
+def read_tokenizer(model: str, prompt_format: str | None, hub: dict[str, Any]) -> "MistralLargeTokenizer":
+    """Return the tokenizer of a folder or repository; `hub` are the options of `hub_options`.
 
     Raises:
-        TokenizerFileError: no tokenizer of ours in the folder or repository.
+        TokenizerFileError: no tokenizer of ours in it, or one without the control tokens of the prompt format.
+        ConversationError: its prompts have a format of their own, and no other is asked for.
     """
-    from mistral_large_conversion.vocabulary import CONTROL_TOKENS
+    from mistral_large_conversion.errors import ConversationError
     from modeling_mistral_large import MistralLargeTokenizer
 
-    tokenizer = MistralLargeTokenizer.from_pretrained(model, **hub)
+    tokenizer = MistralLargeTokenizer.from_pretrained(model, prompt_format=prompt_format, **hub)
+    if tokenizer.prompt_format is None:
+        raise ConversationError(
+            f"{model}: its chat template is none of this package's, so its prompts are neither v3's nor v7's; show "
+            "writes these two; choose one with --prompt-format, or use tokenizer.apply_chat_template"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: "MistralLargeTokenizer", prompt: "Sequence[Segment]") -> list[list[int]]:
+    """Return the ids of each segment."""
+    control_tokens = tokenizer.vocabulary.control_tokens
     texts = iter(tokenizer.encode_texts([segment.text for segment in prompt if not segment.is_control]))
-    return [[CONTROL_TOKENS[segment.text]] if segment.is_control else next(texts) for segment in prompt]
+    return [[control_tokens[segment.text]] if segment.is_control else next(texts) for segment in prompt]
 
 
 def flowing(prompt: "Sequence[Segment]", *, mask: bool) -> "Text":
@@ -131,10 +158,13 @@ def with_ids(prompt: "Sequence[Segment]", segment_ids: "Sequence[Sequence[int]]"
     return table
 
 
-def legend(token_count: int | None, *, mask: bool) -> "Text":
+def legend(prompt_format: str, token_count: int | None, *, mask: bool) -> "Text":
     from rich.text import Text
 
-    parts = [(f"{role}  ", colour) for role, colour in COLOURS.items()]
+    from mistral_large_conversion.vocabulary import VOCABULARIES
+
+    roles = {ROLES[token] for token in VOCABULARIES[prompt_format].control_tokens}
+    parts = [(f"{role}  ", colour) for role, colour in COLOURS.items() if role in roles]
     parts += [("underlined: assistant tokens  ", MASK_STYLE)] if mask else []
     parts += [] if token_count is None else [(f"{token_count:,} tokens", "dim")]
     return Text.assemble(*parts)
@@ -142,16 +172,9 @@ def legend(token_count: int | None, *, mask: bool) -> "Text":
 
 def styled(prompt: "Sequence[Segment]", *, mask: bool) -> "Iterator[tuple[Segment, str]]":
     """Yield each segment and its style: texts have the colour of the control token before them."""
-    role = "prompt"
-    for segment in prompt:
-        if segment.is_control:
-            style = control_style(segment.text)
-            role = ROLES[segment.text]
-            if segment.text.startswith("[/"):
-                # What follows the instruction or the results, and is no control token, is the assistant's.
-                role = "assistant"
-        else:
-            style = COLOURS[role]
+    roles = roles_of((segment.text, segment.is_control) for segment in prompt)
+    for segment, role in zip(prompt, roles, strict=True):
+        style = control_style(segment.text) if segment.is_control else COLOURS[role]
         yield segment, f"{style} {MASK_STYLE}" if mask and segment.is_generated else style
 
 

@@ -17,12 +17,19 @@ def verify(
     source: Annotated[
         str | None, typer.Argument(help="Folder or repository on the hub it was converted from, of either layout.")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or repository of the LoRA that `convert --adapter` merged.")
+    ] = None,
     revision: Revision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint, and compare every bit with its source; exit code 1 if anything is wrong."""
+    if adapter is not None and source is None:
+        from mistral_large_conversion.errors import SettingError
+
+        raise SettingError(f"--adapter {adapter}: has no effect without SOURCE, which it was merged into; give it")
     hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion import verify_checkpoint
     from mistral_large_conversion.checkpoint.hub import resolve_source
@@ -31,7 +38,7 @@ def verify(
     # In a folder with both layouts one of them is read, and the bar ends early.
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
     with progress_bar("verifying", total, console(stderr=True)) as advance:
-        checks = verify_checkpoint(folder, origin, progress=advance)
+        checks = verify_checkpoint(folder, origin, adapter=adapter, progress=advance)
     is_ok = all(check.is_ok is not False for check in checks)
     if as_json:
         print_json(

@@ -7,23 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistral_large_conversion.chat_templates import prompt_format_of
+from mistral_large_conversion.checkpoint.adapter_folder import refuse_left_out
 from mistral_large_conversion.checkpoint.atomic_write import atomic_write, json_bytes
-from mistral_large_conversion.checkpoint.hub import CONSOLIDATED_FILES, HF_FILES, LICENCE_PATTERNS, resolve_source
-from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, TOKENIZER_NAME, Layout
+from mistral_large_conversion.checkpoint.hub import LICENCE_PATTERNS, resolve_conversion_source, resolve_source
+from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, TOKENIZER_STEM, Layout
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME, params_from_geometry
 from mistral_large_conversion.checkpoint.quantization import Scheme
 from mistral_large_conversion.checkpoint.read import vocabulary_problem
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor, header_bytes
-from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import shown
 from mistral_large_conversion.destination import State, check_destination, unfinished
 from mistral_large_conversion.errors import CheckpointError, DestinationError, MistralLargeError, SettingError
 from mistral_large_conversion.finished import index_file, refuse_another, verify_finished
+from mistral_large_conversion.folder_tokenizer import FolderTokenizer, PromptFormat, read_folder_tokenizer
 from mistral_large_conversion.hf_files import (
     ARCHITECTURES,
     consolidated_files,
     hf_files,
     kept_settings,
     refuse_other_ids,
+    refuse_outside_layout,
 )
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, new_checksum
 from mistral_large_conversion.model_card import ModelType, licence_files
@@ -36,8 +40,9 @@ from mistral_large_conversion.plan import (
     plan_conversion,
     plan_export,
 )
-from mistral_large_conversion.stream import DEFAULT_JOBS, Progress, write_weights
-from mistral_large_conversion.vocabulary import SPECIAL_IDS, VOCAB_SIZE
+from mistral_large_conversion.progress import Progress, progress_calls
+from mistral_large_conversion.stream import DEFAULT_JOBS, Calibrator, write_weights
+from mistral_large_conversion.vocabulary import SPECIAL_IDS
 
 if TYPE_CHECKING:
     import torch
@@ -53,16 +58,21 @@ class Conversion:
     """A conversion that can begin: the weights to be moved, and every small file next to them.
 
     source: the folder of the weights, or None for weights in memory.
+    remarks: what of the source is not exact, or not taken, one line each.
+    calibrator: quantizes the weights that the plan has calibrated, if it has any.
     """
 
     plan: ConversionPlan
     source: Path | None
     destination: Path
     small_files: dict[str, bytes]
+    remarks: tuple[str, ...] = ()
+    calibrator: Calibrator | None = None
 
     @property
     def needed_bytes(self) -> int:
-        return self.plan.file_bytes + sum(map(len, self.small_files.values()))
+        working_bytes = 0 if self.calibrator is None else self.calibrator.working_bytes
+        return self.plan.file_bytes + sum(map(len, self.small_files.values())) + working_bytes
 
     def check_destination(self) -> State:
         """What the destination holds of ours; a DestinationError if it must not be written, see `destination`."""
@@ -71,11 +81,11 @@ class Conversion:
             refuse_another(self.destination, self.plan, self.small_files)
         return state
 
-    def run(self, *, jobs: int | None = None, progress: Progress | None = None) -> bool:
+    def run(self, *, jobs: int | None = None, progress: Progress | bool = True) -> bool:
         """Convert, or go on where an interrupted run of the same stopped: True; False if it was finished before.
 
         What is finished is compared with the source and with its manifest, byte by byte.
-        `progress` is told the bytes of tensors to be written as they come, by one thread at a time.
+        progress: see `convert_checkpoint`.
 
         Raises:
             CheckpointError: a source that cannot be read to its end.
@@ -84,14 +94,16 @@ class Conversion:
         threads = DEFAULT_JOBS if jobs is None else jobs
         if type(threads) is not int or not 1 <= threads <= MOST_JOBS:
             raise SettingError(f"jobs {shown(jobs)}: must be a whole number from 1 to {MOST_JOBS}")
-        tell = progress or (lambda _: None)
         try:
-            if self.check_destination() == "finished":
-                verify_finished(self.destination, self.plan, jobs=threads, progress=tell)
-                return False
-            _return_freed_memory()
-            self._write(threads, tell)
-            return True
+            is_finished = self.check_destination() == "finished"
+            label = "Verifying" if is_finished else "Converting"
+            with progress_calls(progress, label, self.plan.tensor_bytes) as tell:
+                if is_finished:
+                    verify_finished(self.destination, self.plan, jobs=threads, progress=tell)
+                else:
+                    _return_freed_memory()
+                    self._write(threads, tell)
+            return not is_finished
         except MistralLargeError:
             raise
         except OSError as error:
@@ -102,12 +114,15 @@ class Conversion:
     def _write(self, jobs: int, progress: Progress) -> None:
         plan, destination = self.plan, self.destination
         names = {*self.small_files, *(file.name for file in plan.files)}
+        names |= set() if self.calibrator is None else set(self.calibrator.working_names)
         with unfinished(destination, keep=names, identity=self._identity()) as journal:
             for name, content in self.small_files.items():
                 path = destination / name
                 if not path.exists() or path.read_bytes() != content:
                     _write_file(path, content)
-            checksums = write_weights(plan, destination, journal, jobs=jobs, progress=progress)
+            checksums = write_weights(
+                plan, destination, journal, jobs=jobs, progress=progress, calibrator=self.calibrator
+            )
             index = index_file(plan)
             manifest = Manifest.of(plan, checksums, {**self.small_files, **index})
             _write_file(destination / MANIFEST_NAME, json_bytes(manifest.to_json()))
@@ -120,8 +135,11 @@ class Conversion:
             return None
         sources = [tensor.source for file in self.plan.files for tensor in file.tensors]
         paths = {source.path for source in sources if isinstance(source, FileTensor)}
+        adapter, calibration = self.plan.adapter, self.plan.calibration
         return {
             "version": JOURNAL_VERSION,
+            **({} if calibration is None else {"calibration": calibration.to_json()}),
+            **({} if adapter is None else {"adapter": adapter.checksums}),
             "source": {path.name: _file_identity(path) for path in sorted(paths)},
             "files": {file.name: new_checksum(file.header).hexdigest() for file in self.plan.files},
             "small_files": {name: new_checksum(content).hexdigest() for name, content in self.small_files.items()},
@@ -137,8 +155,13 @@ def prepare_conversion(
     dtype: OutputDtype | None = None,
     quantize: Scheme | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    adapter: Path | str | None = None,
+    prompt_format: PromptFormat | None = None,
+    calibrator: Calibrator | None = None,
 ) -> Conversion:
     """Check a source and make ready all that `convert_checkpoint` does with it; nothing is written.
+
+    calibrator: chooses the codes and scales of int4: see `modeling_mistral_large.calibration`.
 
     Raises:
         CheckpointError, TokenizerFileError: the reasons of `convert_checkpoint`.
@@ -147,16 +170,26 @@ def prepare_conversion(
     check_option("model_type", model_type, ARCHITECTURES)
     if to == "consolidated" and model_type != "mistral_large":
         raise CheckpointError(f"model type {model_type!r}: the consolidated layout has none; leave it out")
-    folder = resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES)
-    plan = plan_conversion(folder, to=to, dtype=dtype, quantize=quantize, max_shard_size=max_shard_size)
-    if (folder / ADAPTER_CONFIG_NAME).exists():
-        raise CheckpointError(
-            f"{folder}: holds an adapter next to the checkpoint, which would be left out; save what merge_and_unload() "
-            f"returns and convert that, or move {ADAPTER_CONFIG_NAME} elsewhere"
-        )
+    folder = resolve_conversion_source(source, to=to)
+    plan = plan_conversion(
+        folder,
+        to=to,
+        dtype=dtype,
+        quantize=quantize,
+        max_shard_size=max_shard_size,
+        adapter=adapter,
+        calibration=None if calibrator is None else calibrator.calibration,
+    )
+    refuse_left_out(folder, None if plan.adapter is None else plan.adapter.folder)
     is_hf = layout_to_read(folder, to=to, quantize=quantize) == "hf"
+    tokenizer = None
     if is_hf:
-        _refuse_added_tokens(folder, plan.geometry.vocab_size)
+        tokenizer = read_folder_tokenizer(folder, layout="hf", prompt_format=prompt_format)
+    elif prompt_format is not None:
+        raise SettingError(
+            f"prompt_format {prompt_format!r}: has no effect on the consolidated layout, whose vocabulary decides; "
+            "leave it out"
+        )
     licences = licence_files(folder)
     if to == "hf":
         small_files = hf_files(
@@ -168,11 +201,23 @@ def prepare_conversion(
             licences=licences,
             cast=plan.cast,
             kept_from=folder if is_hf else None,
+            adapter=plan.adapter,
+            calibration=plan.calibration,
+            tokenizer=tokenizer,
         )
     else:
+        assert tokenizer is not None
         refuse_other_ids(folder, kept_settings(folder)[0])
-        small_files = consolidated_files(plan.geometry, source=folder, licences=licences, cast=plan.cast)
-    return Conversion(plan, folder, Path(destination), small_files)
+        refuse_outside_layout(tokenizer, plan.geometry.vocab_size)
+        small_files = consolidated_files(
+            plan.geometry,
+            source=folder,
+            licences=licences,
+            cast=plan.cast,
+            adapter=plan.adapter,
+            tokenizer=tokenizer,
+        )
+    return Conversion(plan, folder, Path(destination), small_files, remarks_of(tokenizer), calibrator)
 
 
 def convert_checkpoint(
@@ -184,10 +229,15 @@ def convert_checkpoint(
     dtype: OutputDtype | None = None,
     quantize: Scheme | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    adapter: Path | str | None = None,
+    prompt_format: PromptFormat | None = None,
     jobs: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> ConversionPlan:
     """Convert the checkpoint in `source`, a folder or a hub repository, to layout `to` in `destination`, bit for bit.
+
+    A source of the HF layout, such as a fine-tune, becomes a folder of ours in the same layout; where a folder has both
+    layouts, the consolidated one is read.
 
     Weights, tokenizer, config or params, model card and licence files are written; `source` is only read. Licence files
     of the source are copied; a source without any is taken for the vendor's weights, see `licence_files`.
@@ -195,14 +245,20 @@ def convert_checkpoint(
 
     model_type: of the HF layout; `mistral` for stock transformers and engines that do not know us.
     dtype: rounds the weights to another one; without it, every bit stays.
-    quantize: writes a quantized checkpoint of the HF layout, see `quantize`; the source may have the HF layout, too.
+    quantize: writes a quantized checkpoint of the HF layout, see `quantize`.
         Weights are rounded to the nearest, without any calibration.
+    adapter: a folder or hub repository with a LoRA that is merged into the weights: PEFT's, or the vendor's
+        lora.safetensors with its params.json. The bits are those of PEFT's merge_and_unload() on the CPU, of a base
+        loaded in the dtype that is written. Before quantizing, the dtype is the source's.
+    prompt_format: of a source of the HF layout, "v3", "v7" or "own" for its own chat template; without it, what the
+        template renders decides, see `recognize_prompt_format`.
     jobs: threads; the bytes are the same with any number.
-    progress: is told the bytes of tensors to be written as they come, by one thread at a time.
+    progress: shows a bar at a terminal and in a notebook, as huggingface_hub's downloads do; False shows none. A
+        function is called with the bytes of tensors to be written as they come, by one thread at a time.
 
     Raises:
         CheckpointError: a source that is not a complete, sound checkpoint, or options that do not fit together.
-        TokenizerFileError: a tokenizer file that is not the v3 one.
+        TokenizerFileError: a tokenizer file that cannot be read, or in the consolidated layout is not v3's or v7's.
         DestinationError: a destination that is not new, empty or of the same conversion, or has no room.
     """
     conversion = prepare_conversion(
@@ -213,6 +269,8 @@ def convert_checkpoint(
         dtype=dtype,
         quantize=quantize,
         max_shard_size=max_shard_size,
+        adapter=adapter,
+        prompt_format=prompt_format,
     )
     conversion.run(jobs=jobs, progress=progress)
     return conversion.plan
@@ -227,7 +285,7 @@ def export_checkpoint(
     dtype: OutputDtype | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     jobs: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> ConversionPlan:
     """Write weights in memory to `destination` in the consolidated layout, bit for bit.
 
@@ -240,7 +298,7 @@ def export_checkpoint(
         DestinationError: a destination that is not new, empty or unfinished, or has no room.
     """
     if hasattr(weights, "merge_and_unload"):
-        raise CheckpointError("the model has adapters beside its weights; export model.merge_and_unload()")
+        raise CheckpointError("the model has adapters that are not merged; export model.merge_and_unload()")
     config = config or getattr(weights, "config", None)
     if config is None:
         raise TypeError("export_checkpoint() of a state dict needs its config")
@@ -250,7 +308,7 @@ def export_checkpoint(
     plan = plan_export(state_dict, config.to_dict(), dtype=dtype, max_shard_size=max_shard_size)
     small_files = {PARAMS_NAME: json_bytes(params_from_geometry(plan.geometry))}
     if origin is not None:
-        folder = resolve_source(origin, patterns=(TOKENIZER_NAME, *LICENCE_PATTERNS))
+        folder = resolve_source(origin, patterns=(f"{TOKENIZER_STEM}*", *LICENCE_PATTERNS))
         if problem := vocabulary_problem(folder):
             raise CheckpointError(f"{folder}: {problem}; give the folder that holds it")
         small_files = consolidated_files(plan.geometry, source=folder, licences=licence_files(folder), cast=plan.cast)
@@ -258,29 +316,15 @@ def export_checkpoint(
     return plan
 
 
-def _refuse_added_tokens(folder: Path, rows: int) -> None:
-    """Refuse a fine-tune with a larger vocabulary: what is written has the vendor's tokenizer, which knows none of it.
-
-    Raises:
-        CheckpointError: the rows, and the tokens that the folder's own tokenizer has for them.
-    """
-    if rows <= VOCAB_SIZE:
-        return
-    try:
-        entries = read_json_object(folder / "tokenizer.json").get("added_tokens")
-    except (OSError, ValueError):
-        entries = None
-    added = [
-        entry.get("content")
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int) and entry["id"] >= VOCAB_SIZE
-    ]
-    names = f", {shown(added)}" if added else ""
-    raise CheckpointError(
-        f"{folder}: the weights have {rows} rows, {TOKENIZER_NAME} has {VOCAB_SIZE} pieces: {rows - VOCAB_SIZE} were "
-        f"added{names}, and the vendor's tokenizer, which is written, has no place for added tokens; use this folder "
-        "as it is, or remove them and their rows first"
-    )
+def remarks_of(tokenizer: FolderTokenizer | None) -> tuple[str, ...]:
+    """What to say of the tokenizer of a source of the HF layout: its prompt format and why, and what is not exact."""
+    if tokenizer is None:
+        return ()
+    if prompt_format_of(tokenizer.chat_templates.get("default")) == tokenizer.prompt_format == tokenizer.vocabulary:
+        # One of ours: nothing had to be found out.
+        return tokenizer.remarks
+    prompts = tokenizer.prompt_format or "those of its own chat template"
+    return (f"prompts: {prompts}; {tokenizer.format_reason}", *tokenizer.remarks)
 
 
 def _return_freed_memory() -> None:

@@ -18,7 +18,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class ConversationError(MistralLargeError, ValueError):
-    """A conversation, tool or tool call that has no place in the v3 instruct format."""
+    """A conversation, tool or tool call that has no place in the instruct format."""
 
 
 class PlanError(MistralLargeError, ValueError):
@@ -30,7 +30,7 @@ class SettingError(MistralLargeError, ValueError):
 
 
 class TokenizerFileError(MistralLargeError, OSError):
-    """A tokenizer file that is missing, unreadable or not the v3 SentencePiece model."""
+    """A tokenizer file that is missing, unreadable or not the SentencePiece model of v3 or v7."""
 
 
 class DestinationError(MistralLargeError, OSError):
@@ -39,3 +39,7 @@ class DestinationError(MistralLargeError, OSError):
 
 class MissingLibraryError(MistralLargeError, ImportError):
     """A library that only some uses need, and that is not installed."""
+
+
+class SampleFileError(MistralLargeError, ValueError):
+    """A file of texts or conversations that cannot be read, or a line of it that is neither."""

@@ -1,5 +1,6 @@
 """What is wrong in a folder besides its weights: settings, templates, licence, files that the manifest has."""
 
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mistral_large_conversion.checkpoint.layout import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     MODEL_CARD_NAME,
+    TOKENIZER_CONFIG_NAME,
     Layout,
 )
 from mistral_large_conversion.checkpoint.params import params_from_geometry
@@ -17,8 +19,10 @@ from mistral_large_conversion.checkpoint.read import Checkpoint
 from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES
 from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
 from mistral_large_conversion.destination import UNFINISHED_NAME
+from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.folder_templates import ADDITIONAL_TEMPLATES_NAME
 from mistral_large_conversion.hf_files import ARCHITECTURES
-from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile
+from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
 from mistral_large_conversion.model_card import (
     AGREEMENT_NAME,
     LICENCE_NAMES,
@@ -26,9 +30,7 @@ from mistral_large_conversion.model_card import (
     is_research_licence,
     licence_files,
 )
-from mistral_large_conversion.vocabulary import SPECIAL_IDS
-
-ADDITIONAL_TEMPLATES_NAME = "additional_chat_templates"
+from mistral_large_conversion.vocabulary import SPECIAL_IDS, VOCABULARY_NAMES
 
 # Names, in small letters, of files and folders that transformers, PEFT or an engine reads where it finds them: other
 # weights, adapters, tokenizers, processors, templates, code.
@@ -81,6 +83,10 @@ def config_problems(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[s
         problems.append(
             f"{CONFIG_NAME}: architectures {shown(config.get('architectures'))} of a {config['model_type']}"
         )
+    is_foreign = recorded_prompt_format(checkpoint.folder) is None
+    if is_foreign and not os.path.lexists(checkpoint.folder / GENERATION_CONFIG_NAME):
+        # Other programs need none.
+        return problems
     if problem := file_problem(checkpoint.folder, GENERATION_CONFIG_NAME):
         return [*problems, problem]
     try:
@@ -103,18 +109,44 @@ def _differ(one: object, other: object) -> bool:
         return True
 
 
+def recorded_prompt_format(folder: Path) -> str | None:
+    """The prompt format that this package has noted in tokenizer_config.json, "own" for a template of its own.
+
+    None for a folder that another program has written.
+    """
+    try:
+        settings = read_json_object(folder / TOKENIZER_CONFIG_NAME)
+    except (OSError, ValueError):
+        # What cannot be read is not someone else's.
+        return "unknown"
+    if "prompt_format" not in settings:
+        return None
+    prompt_format = settings["prompt_format"]
+    return "own" if prompt_format is None else str(prompt_format)
+
+
+def has_model_file(folder: Path) -> bool:
+    """Whether the folder should have a SentencePiece file: all that a manifest does not say otherwise of."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return True
+    return manifest is None or manifest.files is None or any(name in manifest.files for name in VOCABULARY_NAMES)
+
+
 def chat_template_problems(folder: Path) -> list[str]:
-    """What is wrong with the chat template of an HF layout."""
-    if problem := file_problem(folder, CHAT_TEMPLATE_NAME):
-        return [problem]
+    """What is wrong with the chat template of an HF layout; a template of its own is what the folder says it is."""
     # With tools, transformers takes a template of this folder named `tool_use`; any of them can be asked for.
     more = folder / ADDITIONAL_TEMPLATES_NAME
     names = [CHAT_TEMPLATE_NAME, *sorted(f"{more.name}/{path.name}" for path in more.glob("*.jinja"))]
+    is_own = recorded_prompt_format(folder) in (None, "own")
     problems = []
     for name in names:
+        if is_own and not os.path.lexists(folder / name):
+            continue
         if problem := file_problem(folder, name) if name == CHAT_TEMPLATE_NAME else file_problem(more, Path(name).name):
             problems.append(problem)
-        elif prompt_format_of((folder / name).read_bytes().decode("utf-8", errors="replace")) is None:
+        elif not is_own and prompt_format_of((folder / name).read_bytes().decode("utf-8", errors="replace")) is None:
             problems.append(f"{name} is not the bundled one: prompts are what it renders")
     return problems
 
@@ -154,10 +186,11 @@ def added_files(folder: Path, manifest: Manifest) -> list[str]:
 def licence_problems(folder: Path, origin: Checkpoint | None, layout: Layout) -> list[str]:
     """Which files are not there that must go with the weights.
 
-    The vendor's own folder has none of them.
+    The vendor's own folder has none of them, nor need a folder that another program has written.
     """
     names = [name for name in (*LICENCE_NAMES, MODEL_CARD_NAME) if (folder / name).exists()]
-    if layout == "consolidated" and not names:
+    is_foreign = layout == "hf" and recorded_prompt_format(folder) is None
+    if (layout == "consolidated" or is_foreign) and not names:
         return []
     if problems := [problem for name in names if (problem := file_problem(folder, name))]:
         return problems
@@ -169,6 +202,6 @@ def licence_problems(folder: Path, origin: Checkpoint | None, layout: Layout) ->
         problems = [f"no {AGREEMENT_NAME}: it must go with the weights"]
     elif is_research_licence(present):
         problems = [f"no {name}" for name in (AGREEMENT_NAME, NOTICE_NAME) if name not in present]
-    if layout == "hf" and MODEL_CARD_NAME not in names:
+    if layout == "hf" and not is_foreign and MODEL_CARD_NAME not in names:
         problems.append(f"no {MODEL_CARD_NAME}, which states the modification")
     return problems

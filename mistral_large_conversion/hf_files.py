@@ -7,8 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mistral_large_conversion.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, PROMPT_FORMAT, prompt_format_of
+from mistral_large_conversion.chat_templates import CHAT_TEMPLATES, PLAIN_CHAT_TEMPLATES
+from mistral_large_conversion.checkpoint.adapter import Adapter
 from mistral_large_conversion.checkpoint.atomic_write import json_bytes
+from mistral_large_conversion.checkpoint.calibration import Calibration
 from mistral_large_conversion.checkpoint.geometry import Geometry
 from mistral_large_conversion.checkpoint.layout import (
     CHAT_TEMPLATE_NAME,
@@ -16,7 +18,6 @@ from mistral_large_conversion.checkpoint.layout import (
     GENERATION_CONFIG_NAME,
     MODEL_CARD_NAME,
     TOKENIZER_CONFIG_NAME,
-    TOKENIZER_NAME,
 )
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME, ROPE_THETA, params_from_geometry
 from mistral_large_conversion.checkpoint.quantization import Quantization, quantization_config
@@ -24,18 +25,26 @@ from mistral_large_conversion.checkpoint.remote_code import IN_CONFIG, REMOTE_CO
 from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES
 from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
 from mistral_large_conversion.errors import CheckpointError
-from mistral_large_conversion.model_card import ModelType, model_card
+from mistral_large_conversion.folder_tokenizer import FolderTokenizer, read_folder_tokenizer
+from mistral_large_conversion.model_card import ModelType, SourceCard, is_vendors, model_card, source_card
 from mistral_large_conversion.tokenizer import tokenizer_files
-from mistral_large_conversion.vocabulary import SPECIAL_IDS, find_vocabulary
+from mistral_large_conversion.vocabulary import (
+    SPECIAL_IDS,
+    VOCAB_SIZE,
+    VOCABULARIES,
+    VOCABULARY_NAMES,
+    find_vocabulary,
+    known_vocabulary,
+)
 
 ARCHITECTURES: dict[ModelType, str] = {"mistral_large": "MistralLargeForCausalLM", "mistral": "MistralForCausalLM"}
 TOKENIZER_CLASSES: dict[ModelType, str] = {
     "mistral_large": "MistralLargeTokenizer",
-    # Every transformers has a class of this name that takes tokenizer.json as it is.
+    # Every transformers has a class of this name that takes tokenizer.json unchanged.
     "mistral": "PreTrainedTokenizerFast",
 }
-# The tag `generation` is transformers' own: the template engines of other programs do not know it.
-CHAT_TEMPLATES: dict[ModelType, str] = {"mistral_large": CHAT_TEMPLATE, "mistral": PLAIN_CHAT_TEMPLATE}
+# By prompt format. The tag `generation` is transformers' own: the template engines of other programs do not know it.
+TEMPLATES: dict[ModelType, dict[str, str]] = {"mistral_large": CHAT_TEMPLATES, "mistral": PLAIN_CHAT_TEMPLATES}
 
 
 # What config.json says of every Mistral Large.
@@ -68,6 +77,9 @@ def hf_files(
     licences: Mapping[str, bytes],
     cast: tuple[str, str] | None = None,
     kept_from: Path | None = None,
+    adapter: Adapter | None = None,
+    calibration: Calibration | None = None,
+    tokenizer: FolderTokenizer | None = None,
 ) -> dict[str, bytes]:
     """Names and contents of all small files of the HF layout.
 
@@ -75,30 +87,66 @@ def hf_files(
     dtype: that of the weights, as safetensors names it: BF16.
     cast: the dtypes of the source's weights and of these, where they differ.
     model_type: `mistral` for stock transformers and engines that do not know us.
-    source: the folder with tokenizer.model.v3.
+    source: the folder with the tokenizer.
     kept_from: a folder of the HF layout whose own settings stay, see `kept_settings`.
+    tokenizer: that of the source; without it, it is read from there.
     licences: see `model_card.licence_files`.
+    adapter: the LoRA that is merged into the weights, or None.
+    calibration: what quantized weights are calibrated with, or None.
 
     Raises:
         CheckpointError, TokenizerFileError: the reasons of `tokenizer_files`.
     """
-    ids, generation_config, template = ({}, {}, None) if kept_from is None else kept_settings(kept_from)
+    ids, generation_config = ({}, {}) if kept_from is None else kept_settings(kept_from)
     ids = {**SPECIAL_IDS, **ids}
-    tokenizer = tokenizer_files(source, vocab_size=geometry.vocab_size)
+    if kept_from is not None:
+        tokenizer = tokenizer or read_folder_tokenizer(source, layout="hf")
+        files = tokenizer_files(source, vocab_size=geometry.vocab_size, tokenizer=tokenizer)
+        vocabulary, prompt_format, templates = tokenizer.vocabulary, tokenizer.prompt_format, tokenizer.chat_templates
+    else:
+        files = tokenizer_files(source, vocab_size=geometry.vocab_size)
+        vocabulary = next(name for name, each in VOCABULARIES.items() if each.file_name in files)
+        prompt_format, templates = vocabulary, {}
+    carried = source_card(source)
+    is_model = is_vendors(source) or (kept_from is None and carried == SourceCard())
+    card = model_card(
+        licences,
+        model_type=model_type,
+        cast=cast,
+        quantization=quantization,
+        adapter=adapter,
+        calibration=calibration,
+        model=vocabulary if is_model else None,
+        source=carried,
+    )
     return {
-        **tokenizer,
+        **files,
         **OWN_FILES[model_type],
         **licences,
-        MODEL_CARD_NAME: model_card(licences, model_type=model_type, cast=cast, quantization=quantization).encode(),
-        CHAT_TEMPLATE_NAME: (template or CHAT_TEMPLATES[model_type]).encode(),
-        TOKENIZER_CONFIG_NAME: retag_tokenizer_config(
-            tokenizer[TOKENIZER_CONFIG_NAME], model_type, prompt_format=None if template else PROMPT_FORMAT
-        ),
+        MODEL_CARD_NAME: card.encode(errors="surrogateescape"),
+        **(template_files(files, model_type, prompt_format, templates) if vocabulary is not None else {}),
         CONFIG_NAME: retag_config(
             json_bytes(config_settings(geometry, quantization, dtype=dtype, ids=ids)), model_type
         ),
         GENERATION_CONFIG_NAME: json_bytes({**generation_config, **ids}),
     }
+
+
+def template_files(
+    files: Mapping[str, bytes], model_type: ModelType, prompt_format: str | None, templates: Mapping[str, str]
+) -> dict[str, bytes]:
+    """The chat template of a known vocabulary, and the tokenizer_config.json that names its prompt format.
+
+    files: those of `tokenizer_files`.
+    templates: of the checkpoint itself, by name, for a prompt format of its own.
+    """
+    if prompt_format is not None:
+        template = {CHAT_TEMPLATE_NAME: TEMPLATES[model_type][prompt_format].encode()}
+    else:
+        # Several have their place in tokenizer_config.json.
+        template = {CHAT_TEMPLATE_NAME: templates["default"].encode()} if [*templates] == ["default"] else {}
+    config = retag_tokenizer_config(files[TOKENIZER_CONFIG_NAME], model_type, prompt_format=prompt_format)
+    return {**template, TOKENIZER_CONFIG_NAME: config}
 
 
 def config_settings(
@@ -124,10 +172,10 @@ def config_settings(
     return settings
 
 
-def kept_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """The settings of a folder of the HF layout that stay when its weights are quantized.
+def kept_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a folder of the HF layout that stay when its weights are written anew.
 
-    Returns: the special ids that generation takes, all of generation_config.json, and a chat template that is not ours.
+    Returns: the special ids that generation takes, and all of generation_config.json.
 
     Raises:
         CheckpointError: a file that cannot be read, or ids that are none.
@@ -151,12 +199,7 @@ def kept_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any], str | N
             if not all(type(each) is int and each >= 0 for each in (value if isinstance(value, list) else [value])):
                 raise CheckpointError(f"{folder / name}: {key} is {shown(value)}: must be an id or a list of ids")
             ids[key] = value
-    template = None
-    if (folder / CHAT_TEMPLATE_NAME).exists():
-        if problem := file_problem(folder, CHAT_TEMPLATE_NAME):
-            raise CheckpointError(f"{folder}: {problem}")
-        template = (folder / CHAT_TEMPLATE_NAME).read_bytes().decode("utf-8", errors="replace")
-    return ids, settings.get(GENERATION_CONFIG_NAME, {}), template if prompt_format_of(template) is None else None
+    return ids, settings.get(GENERATION_CONFIG_NAME, {})
 
 
 def refuse_other_ids(where: object, ids: Mapping[str, Any]) -> None:
@@ -180,6 +223,8 @@ def consolidated_files(
     source: Path | None,
     licences: Mapping[str, bytes],
     cast: tuple[str, str] | None = None,
+    adapter: Adapter | None = None,
+    tokenizer: FolderTokenizer | None = None,
 ) -> dict[str, bytes]:
     """Names and contents of all small files of the consolidated layout; without `source`, there is no tokenizer.
 
@@ -188,16 +233,57 @@ def consolidated_files(
     Raises:
         CheckpointError, TokenizerFileError: the reasons of `tokenizer_files`.
     """
+    is_model = source is not None and is_vendors(source)
+    model = known_vocabulary(find_vocabulary(source) or source) if source is not None and is_model else None
+    if tokenizer is not None and is_model:
+        model = tokenizer.vocabulary
+    card = model_card(
+        licences,
+        model_type=None,
+        cast=cast,
+        adapter=adapter,
+        model=model,
+        source=None if source is None else source_card(source),
+    )
     files = {
         **licences,
-        MODEL_CARD_NAME: model_card(licences, model_type=None, cast=cast).encode(),
+        MODEL_CARD_NAME: card.encode(errors="surrogateescape"),
         PARAMS_NAME: json_bytes(params_from_geometry(geometry)),
     }
     if source is not None:
-        # Proven as on the way there; what is made of it is not wanted here.
-        tokenizer_files(source, vocab_size=geometry.vocab_size)
-        files[TOKENIZER_NAME] = (find_vocabulary(source) or source / TOKENIZER_NAME).read_bytes()
+        # Proven as on the way there; of what is made of it, the SentencePiece file is wanted here.
+        made = tokenizer_files(
+            source, vocab_size=geometry.vocab_size, **({} if tokenizer is None else {"tokenizer": tokenizer})
+        )
+        files |= {name: content for name, content in made.items() if name in VOCABULARY_NAMES}
     return files
+
+
+def refuse_outside_layout(tokenizer: FolderTokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer of which the consolidated layout has no place for a part.
+
+    Raises:
+        CheckpointError: another vocabulary, added tokens and their rows, or a prompt format of its own.
+    """
+    folder, added = tokenizer.folder, [token.content for token in tokenizer.added]
+    if tokenizer.vocabulary is None:
+        raise CheckpointError(
+            f"{folder}: {tokenizer.remarks[0]}; the consolidated layout takes the v3 and v7 vocabularies only; use the "
+            "HF layout"
+        )
+    if vocab_size > VOCAB_SIZE or added:
+        names = f", {shown(added)}" if added else ""
+        raise CheckpointError(
+            f"{folder}: the weights have {vocab_size} rows, {VOCABULARIES[tokenizer.vocabulary].file_name} has "
+            f"{VOCAB_SIZE} pieces: {vocab_size - VOCAB_SIZE} were added{names}, and the consolidated layout has no "
+            "place for added tokens; use the HF layout, or remove them and their rows first"
+        )
+    if tokenizer.prompt_format != tokenizer.vocabulary:
+        raise CheckpointError(
+            f"{folder}: its prompts are {tokenizer.prompt_format or 'those of its own chat template'}, as "
+            f"{tokenizer.format_reason}, and readers of the consolidated layout take {tokenizer.vocabulary} for this "
+            f"vocabulary; use the HF layout, or pass prompt_format {tokenizer.vocabulary!r} if that is right"
+        )
 
 
 def retag_config(content: bytes, model_type: ModelType) -> bytes:

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from mistral_large_conversion.checkpoint.adapter_folder import vendors_adapter_problem
+from mistral_large_conversion.checkpoint.auto_classes import is_another_model, is_named_mistral_large
+from mistral_large_conversion.checkpoint.calibration import Calibration
 from mistral_large_conversion.checkpoint.hub import fetch_headers, is_out_of_reach, is_repository_id, resolve_source
 from mistral_large_conversion.checkpoint.layout import (
     CONFIG_NAME,
@@ -28,27 +31,48 @@ from mistral_large_conversion.checkpoint.quantization import (
     quantization_of,
 )
 from mistral_large_conversion.checkpoint.read import load_headers, problem_lines
-from mistral_large_conversion.checkpoint.source_files import adapter_problem, file_problem, read_json_object, shown
-from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.checkpoint.source_files import (
+    ADAPTER_CONFIG_NAME,
+    LORA_NAME,
+    adapter_problem,
+    file_problem,
+    read_json_object,
+    shown,
+)
+from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
 from mistral_large_conversion.folder_checks import (
     chat_template_problems,
     config_problems,
+    has_model_file,
     licence_problems,
     manifest_problems,
+    recorded_prompt_format,
     unfinished_problems,
 )
+from mistral_large_conversion.folder_tokenizer import FolderTokenizer, read_folder_tokenizer
 from mistral_large_conversion.manifest import read_manifest
 from mistral_large_conversion.model_card import (
     LICENCE_NAMES,
     is_research_licence,
 )
 from mistral_large_conversion.notebook import html_table
+from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
 
-TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", TOKENIZER_NAME)
-ADAPTER_KIND = "an adapter (PEFT)"
+JSON_NAMES = ("tokenizer.json", "tokenizer_config.json")
+PROMPTS_OF_ITS_OWN = "its own chat template: prompts are what it renders, exactness to the vendor's format is not meant"
+STOCK_CLASSES = (
+    "model type mistral: the Auto classes load stock ones{unless}; modeling_mistral_large.load({text}) or "
+    "`mistral-large adopt` load ours"
+)
+UNLESS_NAMED = " unless modeling_mistral_large is imported"
+UNLESS_RENAMED = ", also with modeling_mistral_large imported, as its name does not say Mistral-Large"
 WRAPPED = (
     "tensor {name!r} has the name of a wrapper in its name, from torch.compile or a trainer: loaders do not find it, "
     "`mistral-large convert` does"
+)
+ADAPTER_NEXT_TO_IT = (
+    "an adapter (PEFT) next to the checkpoint: transformers and this package load it as well; `mistral-large convert` "
+    "and vLLM need --adapter for it"
 )
 LAYOUT_NAMES: dict[Layout, str] = {"consolidated": "the vendor's consolidated layout", "hf": "HF layout"}
 # What loads a folder, by what it is; `text` and `word` are its name in Python and in a shell.
@@ -62,7 +86,11 @@ LOADS_WITH: dict[str, tuple[str, ...]] = {
         f"import modeling_mistral_large, transformers; {PIPELINE}",
         "vllm serve {word}  # with this package installed beside it; other engines: mistral-large retag --as mistral",
     ),
-    "mistral": (f"import transformers; {PIPELINE}", "vllm serve {word}"),
+    "mistral": (
+        "import modeling_mistral_large; modeling_mistral_large.load({text})",
+        f"import transformers; {PIPELINE}  # stock classes, prompts of the folder's own template",
+        "vllm serve {word}  # the same",
+    ),
 }
 
 
@@ -72,8 +100,12 @@ class Inspection:
 
     geometry: under the names of params.json, or None if nothing sound says it.
     bits_per_weight: in the file, with scales, of the weights that are quantized as we do it; else None.
+    calibration: what its int4 weights were calibrated with, as its manifest says, or None.
     dtypes: numbers of tensors by dtype, as safetensors names it.
     file_bytes: of the files of weights; `None` for one that cannot be read.
+    vocabulary: "v3", "v7", or None for another one, or none that can be read.
+    prompts: the prompt format and why, or None where there is no tokenizer that can be read.
+    notes: what is not exact, or loads otherwise than one would think.
     """
 
     name: str
@@ -85,9 +117,13 @@ class Inspection:
     parameters: int
     file_bytes: dict[str, int | None]
     tokenizer: tuple[str, ...]
+    vocabulary: str | None
+    prompts: str | None
+    notes: tuple[str, ...]
     licence: str | None
     loads_with: tuple[str, ...]
     problems: tuple[str, ...]
+    calibration: dict[str, Any] | None = None
 
     def _repr_html_(self) -> str:
         sizes = [size for size in self.file_bytes.values() if size is not None]
@@ -95,12 +131,16 @@ class Inspection:
             ("name", self.name),
             ("kind", self.kind),
             *(self.geometry or {}).items(),
+            *([] if self.calibration is None else [("calibration", Calibration(**self.calibration).description)]),
             ("tensors", f"{self.tensors}, {', '.join(self.dtypes)}"),
             ("parameters", f"{self.parameters:,}"),
             ("weights", f"{len(self.file_bytes)} files, {sum(sizes):,} bytes"),
             ("tokenizer", ", ".join(self.tokenizer) or "none"),
+            ("vocabulary", self.vocabulary or "unknown"),
+            ("prompts", self.prompts or "unknown"),
             ("licence", self.licence or "none"),
             *(("loads with", call) for call in self.loads_with),
+            *(("note", note) for note in self.notes),
             *(("problem", problem) for problem in self.problems),
         ]
         return html_table(rows)
@@ -155,16 +195,25 @@ def _inspect(folder: Path, name: str) -> Inspection:
             problems.append(f"no {' and no '.join(CONFIG_NAMES.values())}: not a checkpoint")
         if checkpoint is not None:
             problems += name_problems + config_problems(checkpoint, None)
+        if adapter is None and (vendors := vendors_adapter_problem(folder)):
+            problems.append(vendors)
+        calibration = None
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
             problems += problem_lines(error)
         else:
+            calibration = None if manifest is None else manifest.calibration
             problems += [] if manifest is None or manifest.files is None else manifest_problems(folder, manifest)
         if "hf" in layouts[:1]:
             problems += chat_template_problems(folder)
+        is_foreign = "hf" in layouts[:1] and recorded_prompt_format(folder) is None
+        tokenizer, tokenizer_problem = _tokenizer(folder, layouts) if adapter is None else (None, None)
+        if is_foreign:
+            problems += [] if tokenizer_problem is None else [tokenizer_problem]
+        elif layouts:
+            problems += _tokenizer_file_problems(folder, layouts[0])
         if layouts:
-            problems += [problem for file in _tokenizer_names(layouts[0]) if (problem := file_problem(folder, file))]
             problems += licence_problems(folder, None, layouts[0])
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read: {error}") from error
@@ -174,14 +223,18 @@ def _inspect(folder: Path, name: str) -> Inspection:
     loaders = LOADS_WITH.get(reader, ()) if is_loadable else ()
     return Inspection(
         name=name,
-        kind=_kind(layouts, model_type, quantization, is_unfinished) if adapter is None else ADAPTER_KIND,
+        kind=_kind(layouts, model_type, quantization, is_unfinished) if adapter is None else _adapter_kind(folder),
+        calibration=None if calibration is None else calibration.to_json(),
         geometry=None if checkpoint is None else params_from_geometry(checkpoint.geometry),
         bits_per_weight=None if checkpoint is None else checkpoint.bits_per_weight,
         dtypes=dict(dtypes),
         tensors=sum(dtypes.values()),
         parameters=parameters if checkpoint is None else checkpoint.parameters,
         file_bytes=file_bytes,
-        tokenizer=tuple(file for file in TOKENIZER_NAMES if (folder / file).exists()),
+        tokenizer=tuple(file for file in (*JSON_NAMES, *VOCABULARY_NAMES) if (folder / file).exists()),
+        vocabulary=None if tokenizer is None else tokenizer.vocabulary,
+        prompts=None if tokenizer is None else _prompts(tokenizer),
+        notes=_notes(folder, name, layouts, config or {}, tokenizer) if is_loadable else (),
         licence=_licence(folder),
         loads_with=tuple(call.format(text=json.dumps(name), word=shlex.quote(name)) for call in loaders),
         problems=tuple(problems),
@@ -244,6 +297,10 @@ def _weights(
     return dtypes, parameters, file_bytes, problems, name_problems
 
 
+def _adapter_kind(folder: Path) -> str:
+    return f"an adapter ({LORA_NAME if (folder / LORA_NAME).exists() else 'PEFT'})"
+
+
 def _kind(layouts: Sequence[Layout], model_type: object, quantization: str | None, is_unfinished: bool) -> str:
     if is_unfinished:
         return "an unfinished conversion"
@@ -257,8 +314,43 @@ def _kind(layouts: Sequence[Layout], model_type: object, quantization: str | Non
     return kind if quantization is None else f"{kind}, quantized: {quantization}"
 
 
-def _tokenizer_names(layout: Layout) -> tuple[str, ...]:
-    return (TOKENIZER_NAME,) if layout == "consolidated" else TOKENIZER_NAMES
+def _tokenizer_file_problems(folder: Path, layout: Layout) -> list[str]:
+    """What is wrong with the files of the tokenizer that a folder of ours or the vendor's must have."""
+    try:
+        known = find_vocabulary(folder)
+    except TokenizerFileError as error:
+        return [str(error)]
+    names = () if layout == "consolidated" else JSON_NAMES
+    if known is not None or layout == "consolidated" or has_model_file(folder):
+        names = (*names, TOKENIZER_NAME if known is None else known.name)
+    return [problem for name in names if (problem := file_problem(folder, name))]
+
+
+def _tokenizer(folder: Path, layouts: Sequence[Layout]) -> tuple[FolderTokenizer | None, str | None]:
+    """The tokenizer of a folder, or None and the reason."""
+    if not layouts:
+        return None, None
+    try:
+        return read_folder_tokenizer(folder, layout=layouts[0]), None
+    except TokenizerFileError as error:
+        return None, str(error)
+
+
+def _prompts(tokenizer: FolderTokenizer) -> str:
+    return f"{tokenizer.prompt_format or PROMPTS_OF_ITS_OWN}; {tokenizer.format_reason}"
+
+
+def _notes(
+    folder: Path, name: str, layouts: Sequence[Layout], config: Mapping[str, Any], tokenizer: FolderTokenizer | None
+) -> tuple[str, ...]:
+    notes = [] if tokenizer is None else list(tokenizer.remarks)
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        notes.append(ADAPTER_NEXT_TO_IT)
+    if "hf" in layouts and config.get("model_type") == "mistral":
+        is_ours = is_named_mistral_large(name) or (len(layouts) > 1 and not is_another_model(config))
+        unless = UNLESS_NAMED if is_ours else UNLESS_RENAMED
+        notes.append(STOCK_CLASSES.format(unless=unless, text=json.dumps(name)))
+    return tuple(notes)
 
 
 def _licence(folder: Path) -> str | None:

@@ -1,9 +1,14 @@
 """Licence files and model card of a converted checkpoint: what its source says, never more."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from mistral_large_conversion.checkpoint.adapter import Adapter
+from mistral_large_conversion.checkpoint.calibration import Calibration
+from mistral_large_conversion.checkpoint.layout import MODEL_CARD_NAME, is_consolidated
 from mistral_large_conversion.checkpoint.quantization import DESCRIPTIONS, Quantization
 from mistral_large_conversion.checkpoint.remote_code import DISTRIBUTION, REMOTE_CODE_NAME
 from mistral_large_conversion.checkpoint.source_files import file_problem
@@ -22,7 +27,12 @@ RESEARCH_FRONT_MATTER = """\
 license: other
 license_name: mrl
 license_link: https://mistral.ai/licenses/MRL-0.1.md
-base_model: mistralai/Mistral-Large-Instruct-2407"""
+base_model: {base_model}"""
+RESEARCH_FRONT_MATTER_OF_OTHERS = "\n".join(RESEARCH_FRONT_MATTER.splitlines()[:3])
+# The vendor's models, by vocabulary.
+VENDOR = "mistralai"
+MODELS = {"v3": "Mistral-Large-Instruct-2407", "v7": "Mistral-Large-Instruct-2411"}
+TITLE = "{model}, converted"
 OWN_FRONT_MATTER = """\
 license: other
 license_link: LICENSE"""
@@ -30,7 +40,6 @@ license_link: LICENSE"""
 CARD = """\
 ---
 {front_matter}
-{reader}
 ---
 
 # {title}
@@ -83,13 +92,23 @@ and the rows of the query and key weights were put into another order. {values} 
 CONVERTED_BACK = """\
 It was converted from the layout of Hugging Face transformers to the vendor's consolidated layout: tensors were renamed,
 and the rows of the query and key weights were put into another order. {values}"""
+CONVERTED_FROM_HF = """\
+It was written anew from a checkpoint in the layout of Hugging Face transformers. {values} The tokenizer and its chat
+template were written anew where their formats are known."""
 SAME_VALUES = "No value was changed."
 CAST_VALUES = "All values were rounded from {} to {}."
 QUANTIZED_VALUES = """\
 The weights of the linear layers of the decoder were quantized {how},
 each rounded to the nearest, without any calibration. {others}"""
+CALIBRATED_VALUES = """\
+The weights of the linear layers of the decoder were quantized {how},
+layer by layer by {calibration}: sequences of at most {length:,} tokens of the file `{data}`, whose SHA-256 is
+`{sha256}`. {others}"""
 SAME_OTHER_VALUES = "No other value was changed."
 CAST_OTHER_VALUES = "All other values were rounded from {} to {}."
+MERGED_VALUES = """\
+The LoRA adapter `{name}` ({description}) was merged into the weights, as PEFT does: its file `{file}` has the checksum
+`{checksum}` (xxh3_128). {values}"""
 # What differs between the layouts and model types; None is the consolidated layout.
 READERS: dict[ModelType | None, dict[str, str]] = {
     "mistral_large": {
@@ -113,6 +132,70 @@ Licensed by Mistral AI under the Mistral AI Research License: the agreement is i
 `Notice`, and both must accompany every copy. This is not an official product of Mistral AI, which has not endorsed,
 approved or validated it."""
 OWN_LICENCE = "The licence files of the source, copied unchanged: {names}. Not a product of Mistral AI."
+
+
+# Behind it is the card of the source, word for word.
+SOURCE_HEADING = "\n## The model card of the source\n\n"
+# In a card of ours, as nowhere else.
+OWN_MARK = "\n**This checkpoint was modified.** "
+LICENCE_KEYS = ("license", "license_name", "license_link")
+# What our cards say themselves of how to load the folder.
+READER_KEYS = ("library_name", "pipeline_tag", "tags")
+_METADATA = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n.*?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """What a folder of someone else says of itself in its README.md.
+
+    metadata: its front matter, empty if it has none that can be read.
+    text: all the rest; undecodable bytes as surrogates.
+    """
+
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+def source_card(folder: Path) -> SourceCard:
+    """Return the card that a checkpoint made of `folder` carries on: none of the vendor's own folder.
+
+    Of a card of ours, it is the one that it carries itself, with the metadata that were taken from it.
+    """
+    if file_problem(folder, MODEL_CARD_NAME) is not None:
+        return SourceCard()
+    text = (folder / MODEL_CARD_NAME).read_bytes().decode(errors="surrogateescape")
+    own, mark, carried = text.partition(SOURCE_HEADING)
+    is_ours = OWN_MARK in own
+    if not mark if is_ours else is_consolidated(folder):
+        return SourceCard()
+    # Takes a moment to import.
+    from huggingface_hub import metadata_load
+
+    try:
+        metadata = metadata_load(folder / MODEL_CARD_NAME) or {}
+        metadata = {name: value for name, value in metadata.items() if isinstance(name, str)}
+    # Whatever a parser of YAML makes of a file of anyone.
+    except Exception:
+        return SourceCard({}, carried if is_ours else text)
+    return SourceCard(metadata, carried if is_ours else _METADATA.sub("", text))
+
+
+def _front_matter(own: str, reader: str, source: SourceCard) -> str:
+    """Return the front matter of a card: ours, and what the source says of licence, base model and itself."""
+    kept = {name: value for name, value in source.metadata.items() if value is not None and name not in READER_KEYS}
+    lines = own.splitlines()
+    if "license" in kept:
+        lines = [line for line in lines if line.partition(":")[0] not in LICENCE_KEYS]
+    lines = [line for line in lines if line.partition(":")[0] not in kept]
+    if kept:
+        from huggingface_hub.repocard_data import CardData
+
+        lines.append(CardData(**kept).to_yaml().rstrip("\n"))
+    tags = source.metadata.get("tags")
+    known = {*READERS} - {None} | {"mistral-common"}
+    others = [tag for tag in tags if isinstance(tag, str) and tag not in known] if isinstance(tags, list) else []
+    # Each on a line of its own behind ours.
+    return "\n".join([*lines, reader, *(f"- {tag}" for tag in others if re.fullmatch(r"[\w.:/-]+", tag))])
 
 
 def licence_files(source: Path) -> dict[str, bytes]:
@@ -140,15 +223,27 @@ def model_card(
     model_type: ModelType | None,
     cast: tuple[str, str] | None = None,
     quantization: Quantization | None = None,
+    adapter: Adapter | None = None,
+    calibration: Calibration | None = None,
+    model: str | None = "v3",
+    source: SourceCard | None = None,
 ) -> str:
     """The README.md of a converted checkpoint with these licence files.
 
     model_type: None for the consolidated layout.
     cast: the dtypes of the source's weights and of these, as safetensors names them, where they differ.
     quantization: how the weights are quantized and in groups of how many, if they are.
+    adapter: the LoRA that was merged into the weights, if one was.
+    calibration: what quantized weights were calibrated with, if they were.
+    model: the vocabulary of the vendor's model that it is; None for a checkpoint of someone else.
+    source: the card of that one, which is carried on.
     """
-    if is_research_licence(files):
-        title, front_matter, licence = "Mistral-Large-Instruct-2407, converted", RESEARCH_FRONT_MATTER, RESEARCH_LICENCE
+    source = source or SourceCard()
+    if is_research_licence(files) and model is not None:
+        title, licence = TITLE.format(model=MODELS[model]), RESEARCH_LICENCE
+        front_matter = RESEARCH_FRONT_MATTER.format(base_model=f"{VENDOR}/{MODELS[model]}")
+    elif is_research_licence(files):
+        title, front_matter, licence = "Converted checkpoint", RESEARCH_FRONT_MATTER_OF_OTHERS, RESEARCH_LICENCE
     else:
         names = ", ".join(f"`{name}`" for name in files)
         title, front_matter, licence = "Converted checkpoint", OWN_FRONT_MATTER, OWN_LICENCE.format(names=names)
@@ -157,22 +252,57 @@ def model_card(
         how = DESCRIPTIONS[quantization.scheme].format(group_size=quantization.group_size)
         others = CAST_OTHER_VALUES.format(*cast) if cast else SAME_OTHER_VALUES
         values = QUANTIZED_VALUES.format(how=how, others=others)
+        if calibration is not None:
+            values = CALIBRATED_VALUES.format(
+                how=how,
+                calibration=f"{calibration.method} on {calibration.samples:,} sequences, {calibration.tokens:,} tokens",
+                length=calibration.length,
+                # A name is any text: it must not end the code that shows it.
+                data=" ".join(calibration.data.replace("`", "'").split()),
+                sha256=calibration.data_sha256,
+                others=others,
+            )
+    if adapter is not None:
+        file, checksum = list(adapter.checksums.items())[-1]
+        values = MERGED_VALUES.format(
+            # A name is any text: it must not end the code that shows it.
+            name=" ".join(adapter.name.replace("`", "'").split()),
+            description=adapter.description,
+            file=file,
+            checksum=checksum,
+            values=SAME_OTHER_VALUES if values == SAME_VALUES else values,
+        )
     reader = READERS[model_type]
-    return CARD.format(
-        front_matter=front_matter,
-        reader=reader["front_matter"],
+    modification = CONVERTED_FROM_HF if model is None and model_type is not None else reader["modification"]
+    card = CARD.format(
+        front_matter=_front_matter(front_matter, reader["front_matter"], source),
         title=title,
-        modification=reader["modification"].format(values=values),
+        modification=modification.format(values=values),
         use=reader["use"],
         licence=licence,
     )
+    return card + (f"{SOURCE_HEADING}{source.text}" if source.text or source.metadata else "")
+
+
+def is_vendors(folder: Path) -> bool:
+    """Whether a folder holds the vendor's model: in the consolidated layout, or with a card of ours that says so.
+
+    Anything else may be a fine-tune, and so is what a card of ours says to be one.
+    """
+    text, is_carried = "", ""
+    if file_problem(folder, MODEL_CARD_NAME) is None:
+        card = (folder / MODEL_CARD_NAME).read_bytes().decode(errors="replace")
+        text, is_carried, _ = card.partition(SOURCE_HEADING)
+    if is_consolidated(folder) and not is_carried:
+        return True
+    return OWN_MARK in text and any(f"\n# {TITLE.format(model=model)}\n" in text for model in MODELS.values())
 
 
 def retag_model_card(content: bytes, model_type: ModelType) -> bytes:
     """A README.md for another model type; what in it is not ours stays."""
-    text = content.decode(errors="surrogateescape")
+    text, mark, carried = content.decode(errors="surrogateescape").partition(SOURCE_HEADING)
     for other in READERS.values():
         for part in ("front_matter", "use"):
             # With the end of its line: one model type is the beginning of the other.
             text = text.replace(f"{other[part]}\n", f"{READERS[model_type][part]}\n")
-    return text.encode(errors="surrogateescape")
+    return f"{text}{mark}{carried}".encode(errors="surrogateescape")

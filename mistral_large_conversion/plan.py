@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from mistral_large_conversion.checkpoint.adapter import Adapter, read_adapter
+from mistral_large_conversion.checkpoint.calibration import Calibration
 from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
+from mistral_large_conversion.checkpoint.hub import resolve_adapter
 from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, WEIGHTS_STEM, Layout, source_layout
 from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
 from mistral_large_conversion.checkpoint.params import (
@@ -42,7 +45,8 @@ from mistral_large_conversion.checkpoint.safetensors_header import (
     TensorEntry,
     encode_header,
 )
-from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.errors import CheckpointError, SettingError
+from mistral_large_conversion.merge import MergeLora, merge_step
 from mistral_large_conversion.options import check_option, parse_size
 from mistral_large_conversion.quantize import Quantize, shape_tensor
 from mistral_large_conversion.transforms import Cast, RegroupRopePairs, Rows, Step
@@ -70,13 +74,18 @@ class PlannedTensor:
 
     @property
     def rows_at_once(self) -> int:
-        """The steps take multiples of so many rows."""
+        """The number of rows of which the steps take multiples."""
         return math.lcm(*(step.rows_at_once for step in self.steps))
 
     @property
     def size(self) -> int:
         """Bytes to be written."""
         return sum(output.size for output in self.outputs)
+
+    def begin(self) -> "PlannedTensor":
+        """The same for one run through all rows, from the first on; what its steps need is read."""
+        steps = tuple(step.begin() if isinstance(step, MergeLora) else step for step in self.steps)
+        return replace(self, steps=steps)
 
     def transform(self, rows: Rows) -> tuple[Rows, ...]:
         """The rows of each output that come of these rows of the source."""
@@ -121,6 +130,8 @@ class ConversionPlan:
 
     to: the layout that is written.
     quantization: how the weights will be quantized, or None.
+    adapter: the LoRA that is merged into the weights, or None.
+    calibration: what the codes and scales are chosen by; None where each weight is rounded to the nearest.
     dtype, source_dtypes: what is written, and what there is; quantized weights are of other dtypes.
     """
 
@@ -130,6 +141,12 @@ class ConversionPlan:
     source_dtypes: tuple[str, ...]
     files: tuple[PlannedFile, ...]
     quantization: Quantization | None = None
+    adapter: Adapter | None = None
+    calibration: Calibration | None = None
+
+    def is_calibrated(self, tensor: PlannedTensor) -> bool:
+        """Whether the outputs of a tensor take more than its source to be made: the activations that reach it."""
+        return self.calibration is not None and tensor.quantize is not None
 
     @property
     def cast(self) -> tuple[str, str] | None:
@@ -166,12 +183,15 @@ def plan_conversion(
     dtype: OutputDtype | None = None,
     quantize: Scheme | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    adapter: Path | str | None = None,
+    calibration: Calibration | None = None,
 ) -> ConversionPlan:
-    """Plan the way from the other layout to layout `to`, from the headers of the folder `source`.
+    """Plan the way of a checkpoint to layout `to`, from the headers of the folder `source`.
 
-    Only the files of that other layout are looked at: the second copy of the weights in the vendor's folder is ignored.
-    `dtype` is that of the output; without it, the source must have one, which stays. A source that is to be quantized
-    may have the HF layout, too.
+    Only the files of one layout are looked at: to the HF layout, the vendor's where there is one, and the second copy
+    of the weights in the vendor's folder is ignored. `dtype` is that of the output; without it, the source must have
+    one, which stays. `adapter` is a LoRA that is merged into the weights, see `read_adapter`. `calibration` says what
+    int4 weights are calibrated with.
 
     Raises:
         CheckpointError: everything that is missing, extra, damaged or of another shape than the geometry says, in one
@@ -180,25 +200,56 @@ def plan_conversion(
     check_option("to", to, OTHER_LAYOUT)
     check_option("dtype", dtype, (None, *OUTPUT_DTYPES))
     check_option("quantize", quantize, (None, *FORMATS))
+    if calibration is not None and quantize != "int4":
+        raise SettingError(
+            f"calibration with quantize {quantize!r}: only int4 is calibrated; pass quantize='int4' or leave it out"
+        )
     layout = layout_to_read(source, to=to, quantize=quantize)
     if quantize is None:
-        checkpoint = read_checkpoint(source, layout, may_mix_dtypes=dtype is not None)
-        return _plan(checkpoint.tensors, checkpoint.geometry, layout, to, dtype, max_shard_size)
+        checkpoint = read_checkpoint(
+            source, layout, needs_tokenizer=layout == "consolidated", may_mix_dtypes=dtype is not None
+        )
+        return _plan(
+            checkpoint.tensors,
+            checkpoint.geometry,
+            layout,
+            to,
+            dtype,
+            max_shard_size,
+            adapter=_read_adapter(adapter, checkpoint.geometry),
+        )
     if to != "hf":
         raise CheckpointError(f"quantizing to {quantize}: only the HF layout has a place for it; leave `to` out")
     if dtype is not None:
         raise CheckpointError(
             f"quantizing to {quantize}: what is not quantized is bf16, with dtype {dtype} too; leave `dtype` out"
         )
-    checkpoint = read_checkpoint(source, layout, may_mix_dtypes=True)
+    checkpoint = read_checkpoint(source, layout, needs_tokenizer=layout == "consolidated", may_mix_dtypes=True)
     shapes = [tensor.shape for tensor in expected_tensors(checkpoint.geometry) if is_quantized(tensor.hf)]
     quantization = Quantization(quantize, choose_group_size(shapes, quantize))
-    return _plan(checkpoint.tensors, checkpoint.geometry, layout, to, "bf16", max_shard_size, quantization)
+    plan = _plan(
+        checkpoint.tensors,
+        checkpoint.geometry,
+        layout,
+        to,
+        "bf16",
+        max_shard_size,
+        quantization,
+        _read_adapter(adapter, checkpoint.geometry),
+    )
+    return replace(plan, calibration=calibration)
+
+
+def _read_adapter(adapter: Path | str | None, geometry: Geometry) -> Adapter | None:
+    if adapter is None:
+        return None
+    folder, name = resolve_adapter(adapter)
+    return read_adapter(folder, geometry, name=name)
 
 
 def layout_to_read(source: Path | str, *, to: Layout, quantize: Scheme | None) -> Layout:
-    """The layout that is converted: the other one, unless it is quantized."""
-    return OTHER_LAYOUT[to] if quantize is None else source_layout(source)
+    """The layout that is converted: to the consolidated one the other, else that of the source."""
+    return "hf" if to == "consolidated" and quantize is None else source_layout(source)
 
 
 def plan_export(
@@ -244,6 +295,7 @@ def planned_tensors(
     to: Layout,
     dtype: str,
     quantization: Quantization | None = None,
+    adapter: Adapter | None = None,
 ) -> list[PlannedTensor]:
     """The way of each tensor of a checkpoint of `layout` to layout `to`, in the order of the forward pass.
 
@@ -252,16 +304,23 @@ def planned_tensors(
     planned = []
     for expected in expected_tensors(geometry):
         source, name = stored[getattr(expected, layout)], getattr(expected, to)
-        steps: list[Step] = []
-        if expected.has_rope_pairs and layout != to:
-            steps.append(RegroupRopePairs(to, geometry.head_dim))
-        if quantization is not None and is_quantized(name):
+        has_codes = quantization is not None and is_quantized(name)
+        own_dtype = source.dtype if has_codes else dtype
+        merge = None if adapter is None else merge_step(adapter, expected.hf, source, own_dtype)
+        steps: list[Step] = [] if source.dtype == own_dtype else [Cast(source.dtype, own_dtype)]
+        if merge is None:
+            steps += [RegroupRopePairs(to, geometry.head_dim)] if expected.has_rope_pairs and layout != to else []
+        else:
+            # An adapter has its rows in HF order.
+            pairs, head_dim = expected.has_rope_pairs, geometry.head_dim
+            before = [RegroupRopePairs("hf", head_dim)] if pairs and layout == "consolidated" else []
+            after = [RegroupRopePairs("consolidated", head_dim)] if pairs and to == "consolidated" else []
+            steps += [*before, merge, *after]
+        if has_codes and quantization is not None:
             codes, scales, *shapes = quantized_entries(name, expected.shape, *quantization)
             planned.append(PlannedTensor(source, tuple(steps), (codes, scales), Quantize(source.dtype, *quantization)))
             planned += [PlannedTensor(shape_tensor(entry, expected.shape), (), (entry,)) for entry in shapes]
             continue
-        if source.dtype != dtype:
-            steps.append(Cast(source.dtype, dtype))
         size = source.size // BYTES_OF[source.dtype] * BYTES_OF[dtype]
         planned.append(PlannedTensor(source, tuple(steps), (TensorEntry(name, dtype, source.shape, size),)))
     return planned
@@ -275,11 +334,12 @@ def _plan(
     dtype: OutputDtype | None,
     max_shard_size: int | str,
     quantization: Quantization | None = None,
+    adapter: Adapter | None = None,
 ) -> ConversionPlan:
     written_dtype = next(iter(tensors.values())).dtype if dtype is None else OUTPUT_DTYPES[dtype]
     planned = {
         tensor.outputs[0].name: tensor
-        for tensor in planned_tensors(tensors, geometry, layout, to, written_dtype, quantization)
+        for tensor in planned_tensors(tensors, geometry, layout, to, written_dtype, quantization, adapter)
     }
     split = split_state_dict_into_shards_factory(
         {name: tensor.size for name, tensor in planned.items()},
@@ -295,6 +355,7 @@ def _plan(
         to=to,
         geometry=geometry,
         quantization=quantization,
+        adapter=adapter,
         dtype=written_dtype,
         source_dtypes=source_dtypes,
         files=files,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mistral_large_conversion.chat_templates import prompt_format_of
@@ -16,14 +17,15 @@ from mistral_large_conversion.checkpoint.read import load_headers
 from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object
 from mistral_large_conversion.destination import UNFINISHED_NAME
 from mistral_large_conversion.errors import CheckpointError, DestinationError
+from mistral_large_conversion.folder_checks import has_model_file
 from mistral_large_conversion.hf_files import (
     ARCHITECTURES,
-    CHAT_TEMPLATES,
     OWN_FILES,
+    TEMPLATES,
     retag_config,
     retag_tokenizer_config,
 )
-from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile, read_manifest
+from mistral_large_conversion.manifest import MANIFEST_NAME, ManifestFile, read_manifest
 from mistral_large_conversion.model_card import ModelType, retag_model_card
 from mistral_large_conversion.options import check_option
 from mistral_large_conversion.tokenizer import tokenizer_problems
@@ -47,7 +49,9 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
     names = (CHAT_TEMPLATE_NAME, MODEL_CARD_NAME, TOKENIZER_CONFIG_NAME, CONFIG_NAME)
     problems = [problem for name in names if (problem := file_problem(folder, name))]
     problems += [f"{name} is a link: its target would not change" for name in names if (folder / name).is_symlink()]
-    problems += _settings_problems(folder) or tokenizer_problems(folder, vocab_size=vocab_size)
+    problems += _settings_problems(folder) or tokenizer_problems(
+        folder, vocab_size=vocab_size, may_lack_model=not has_model_file(folder)
+    )
     if problems:
         raise CheckpointError(f"{folder}: cannot be retagged, it is not as it was converted: {'; '.join(problems)}")
     retagged = _retagged(folder, model_type)
@@ -85,7 +89,7 @@ def _retagged(folder: Path, model_type: ModelType) -> dict[str, bytes]:
     template = present[CHAT_TEMPLATE_NAME]
     prompt_format = prompt_format_of(template.decode("utf-8", errors="replace"))
     if prompt_format is not None:
-        template = CHAT_TEMPLATES[model_type].encode()
+        template = TEMPLATES[model_type][prompt_format].encode()
     return {
         **OWN_FILES[model_type],
         CHAT_TEMPLATE_NAME: template,
@@ -104,9 +108,9 @@ def _retagged_manifest(folder: Path, model_type: ModelType, removed: Sequence[st
         return {}
     files = {name: entry for name, entry in manifest.files.items() if name not in removed}
     files |= {name: ManifestFile.of(content) for name, content in OWN_FILES[model_type].items()}
-    versions = [_retagged(folder, each) for each in CHAT_TEMPLATES]
+    versions = [_retagged(folder, each) for each in TEMPLATES]
     for name, content in _retagged(folder, model_type).items():
         # The entry may be that of either model type, if an earlier call was interrupted.
         if files.get(name) in [ManifestFile.of(version[name]) for version in versions if name in version]:
             files[name] = ManifestFile.of(content)
-    return {MANIFEST_NAME: json_bytes(Manifest(manifest.tensors, dict(sorted(files.items()))).to_json())}
+    return {MANIFEST_NAME: json_bytes(replace(manifest, files=dict(sorted(files.items()))).to_json())}

@@ -3,18 +3,21 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy
 
 from mistral_large_conversion.checkpoint.atomic_write import PARTIAL_SUFFIX, commit_file
+from mistral_large_conversion.checkpoint.calibration import Calibration
 from mistral_large_conversion.checkpoint.safetensors_header import StoredTensor, TensorEntry
 from mistral_large_conversion.destination import Journal
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import new_checksum
 from mistral_large_conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
+from mistral_large_conversion.progress import Progress
 from mistral_large_conversion.transforms import Rows
 
 # A block is read, transformed, summed up and written while it is in the processor's cache.
@@ -26,8 +29,9 @@ WRITE_BACK_BYTES = 2**23
 # The disk, the memory and one or two processors are busy with these; more threads help fast disks only.
 DEFAULT_JOBS = 4
 
-Progress = Callable[[int], None]
 Item = TypeVar("Item")
+# Rows of each output of a tensor, from the first on.
+Blocks = Iterable[tuple[Rows, ...]]
 
 
 class StoppedError(Exception):
@@ -35,19 +39,29 @@ class StoppedError(Exception):
 
 
 def write_weights(
-    plan: ConversionPlan, destination: Path, journal: Journal, *, jobs: int, progress: Progress
+    plan: ConversionPlan,
+    destination: Path,
+    journal: Journal,
+    *,
+    jobs: int,
+    progress: Progress,
+    calibrator: "Calibrator | None" = None,
 ) -> dict[str, str]:
     """Write the files of weights of a plan, each under its name once it is whole: the checksum of each tensor.
 
     Tensors that the journal of an interrupted run knows are read and kept if they have its checksum.
+    calibrator: quantizes what the plan has calibrated, when all else is written.
     """
     files = [OutputFile(file, destination, journal) for file in plan.files]
-    work = [(file, tensor) for file in files for tensor in file.plan.tensors]
+    every = [(file, tensor) for file in files for tensor in file.plan.tensors]
+    work = [(file, tensor) for file, tensor in every if not plan.is_calibrated(tensor)]
 
     def write(item: tuple[OutputFile, PlannedTensor], advance: Progress) -> None:
         item[0].write(item[1], advance)
 
     run_threads(write, work, jobs=jobs, progress=progress)
+    if calibrator is not None:
+        calibrator.quantize(WeightStore(every, progress), destination, journal)
     return {output.name: journal.checksums[output.name] for file in plan.files for output in file.outputs}
 
 
@@ -99,12 +113,15 @@ class OutputFile:
             stream.write(plan.header)
             stream.truncate(plan.size)
 
-    def write(self, tensor: PlannedTensor, progress: Progress) -> None:
-        """Write a tensor; the one that is the last to come finishes the file."""
-        if all(map(self._is_there, tensor.outputs)):
+    def write(self, tensor: PlannedTensor, progress: Progress, blocks: Blocks | None = None) -> None:
+        """Write a tensor; the one that is the last to come finishes the file.
+
+        blocks: the rows of its outputs; without them, those that its source gives.
+        """
+        if self.has(tensor):
             progress(tensor.size)
         else:
-            for output, checksum in self._copy(tensor, progress).items():
+            for output, checksum in self._copy(tensor, blocks or transformed(tensor), progress).items():
                 self.journal.record(output, checksum)
         with self.lock:
             self.tensors_to_come -= 1
@@ -112,17 +129,21 @@ class OutputFile:
         if is_last:
             commit_file(self.path)
 
+    def has(self, tensor: PlannedTensor) -> bool:
+        """Whether an earlier run has written all outputs of a tensor, and they are still as it did."""
+        return all(map(self._is_there, tensor.outputs))
+
     def _is_there(self, output: TensorEntry) -> bool:
         recorded = self.journal.checksums.get(output.name)
         return recorded is not None and recorded == file_checksum(self.partial, *self.plan.places[output.name])
 
-    def _copy(self, tensor: PlannedTensor, progress: Progress) -> dict[str, str]:
+    def _copy(self, tensor: PlannedTensor, blocks: Blocks, progress: Progress) -> dict[str, str]:
         checksums = [new_checksum() for _ in tensor.outputs]
         places = [self.plan.places[output.name][0] for output in tensor.outputs]
         on_their_way = places.copy()
         with self.partial.open("r+b", buffering=0) as stream:
-            for blocks in transformed(tensor):
-                for number, block in enumerate(blocks):
+            for rows in blocks:
+                for number, block in enumerate(rows):
                     data = block.data.cast("B")
                     checksums[number].update(data)
                     _write(stream, data, places[number])
@@ -132,6 +153,52 @@ class OutputFile:
                         on_their_way[number] = places[number]
                     progress(len(data))
         return {output.name: checksum.hexdigest() for output, checksum in zip(tensor.outputs, checksums, strict=True)}
+
+
+class WeightStore:
+    """What a calibrator reads of the source of a conversion, and where it writes; names are those of the HF layout."""
+
+    def __init__(self, work: Iterable[tuple[OutputFile, PlannedTensor]], progress: Progress) -> None:
+        self._work = {tensor.outputs[0].name.removesuffix("_packed"): (file, tensor) for file, tensor in work}
+        self._progress = progress
+
+    def read(self, name: str) -> tuple[Rows, str]:
+        """All rows of a tensor as the conversion has them before it quantizes, and their dtype."""
+        _, tensor = self._work[name]
+        dtype = tensor.outputs[0].dtype if tensor.quantize is None else tensor.quantize.dtype
+        blocks = [rows.copy() for (rows,) in transformed(replace(tensor, quantize=None))]
+        return numpy.concatenate(blocks), dtype
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier run has written a weight, codes and scales, and they are still as it did."""
+        file, tensor = self._work[name]
+        return file.has(tensor)
+
+    def write(self, name: str, *outputs: Rows) -> None:
+        """Write the codes and the scales of a weight, each once; of what an earlier run has written, nothing."""
+        file, tensor = self._work[name]
+        file.write(tensor, self._progress, [outputs] if outputs else None)
+
+
+class Calibrator(Protocol):
+    """Quantizes decoder layers by the activations that reach them: see `modeling_mistral_large.calibration`."""
+
+    @property
+    def calibration(self) -> Calibration: ...
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes on disk that it takes besides the weights."""
+        ...
+
+    @property
+    def working_names(self) -> Iterable[str]:
+        """The names of its own files, without the suffix, that a later run of the same goes on with."""
+        ...
+
+    def quantize(self, weights: WeightStore, folder: Path, journal: Journal) -> None:
+        """Write every calibrated weight, or keep it where it is written, and leave no file of its own."""
+        ...
 
 
 def checksums_of(tensor: PlannedTensor, progress: Progress) -> dict[str, str]:
@@ -146,6 +213,7 @@ def checksums_of(tensor: PlannedTensor, progress: Progress) -> dict[str, str]:
 
 def transformed(tensor: PlannedTensor) -> Iterator[tuple[Rows, ...]]:
     """The rows of the outputs of a tensor, block by block; they are valid until the next block is asked for."""
+    tensor = tensor.begin()
     source = tensor.source
     row_bytes = source.size // source.shape[0]
     unit_bytes = tensor.rows_at_once * row_bytes

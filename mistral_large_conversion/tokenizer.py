@@ -2,23 +2,38 @@
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from mistral_large_conversion.chat_templates import RESPONSE_TEMPLATE
+from mistral_large_conversion.chat_templates import RESPONSE_TEMPLATES
 from mistral_large_conversion.checkpoint.atomic_write import json_bytes
 from mistral_large_conversion.checkpoint.layout import TOKENIZER_CONFIG_NAME, TOKENIZER_JSON_NAME, TOKENIZER_NAME
+from mistral_large_conversion.checkpoint.source_files import file_problem, shown
 from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
+from mistral_large_conversion.folder_tokenizer import FolderTokenizer, read_folder_tokenizer
 from mistral_large_conversion.sentencepiece_bpe import (
     TextEncoder,
+    build_backend,
     load_processor,
     load_sentencepiece_bpe,
     read_tokenizer_json,
+    vocabulary_of,
 )
-from mistral_large_conversion.vocabulary import BOS, EOS, MAX_LENGTH, PAD, UNKNOWN, find_vocabulary
+from mistral_large_conversion.vocabulary import (
+    BOS,
+    EOS,
+    KNOWN_FILES,
+    MAX_LENGTH,
+    PAD,
+    UNKNOWN,
+    VOCAB_SIZE,
+    VOCABULARIES,
+    find_vocabulary,
+)
 
 # What tokenizer_config.json says, as the library's tokenizer class writes it.
 TOKENIZER_SETTINGS: dict[str, Any] = {
@@ -27,12 +42,18 @@ TOKENIZER_SETTINGS: dict[str, Any] = {
     "eos_token": EOS,
     "model_max_length": MAX_LENGTH,
     "pad_token": PAD,
-    "response_template": RESPONSE_TEMPLATE,
     "unk_token": UNKNOWN,
 }
 # The parts of tokenizer.json that decide about ids and text. The others, `truncation` and `padding`, are set anew by
 # each call of transformers.
 MAKES_IDS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+
+# sha256 of the tokenizer.json made from each of the vendor's files; a test makes them again. With both known, nothing
+# has to be rebuilt to compare them, which takes longer than all other checks of a small checkpoint.
+MADE_FROM_VENDOR = {
+    "v3": "dea1f79a85d81298e7a2db9bab3bb0ef5f9627f46f94e462bca66f07552c46c8",
+    "v7": "547b8af3322d6d1c80d09346165ca765f9e57631c40a96f6ac8bda58ab886ea5",
+}
 
 # One line for each way in which a conversion has been seen to go wrong.
 CORPUS = (
@@ -57,53 +78,125 @@ CORPUS = (
 )
 
 
-def tokenizer_files(source: Path, *, vocab_size: int) -> dict[str, bytes]:
+def tokenizer_files(source: Path, *, vocab_size: int, tokenizer: FolderTokenizer | None = None) -> dict[str, bytes]:
     """Names and contents of the tokenizer files for a checkpoint from `source`.
 
+    tokenizer: of a folder of the HF layout; without it, the SentencePiece file of the folder alone is read, and must
+        have as many pieces as the weights have rows.
+
     Raises:
-        CheckpointError: the tokenizer has another number of pieces than the weights have rows, or its conversion is
-            not exact.
-        TokenizerFileError: the file is not a v3 tokenizer.
+        CheckpointError: more tokens than the weights have rows, or a conversion that is not exact.
+        TokenizerFileError: the file is not a v3 or v7 tokenizer.
     """
+    if tokenizer is not None:
+        return _files_of(tokenizer, vocab_size=vocab_size)
     # Of this file alone: the vendor's folder also has a tokenizer.json and a template, which are not exact.
-    vocabulary = find_vocabulary(source) or source / TOKENIZER_NAME
-    files = {
-        TOKENIZER_NAME: vocabulary.read_bytes(),
-        TOKENIZER_JSON_NAME: load_sentencepiece_bpe(vocabulary).to_str(pretty=True).encode(),
-        TOKENIZER_CONFIG_NAME: json_bytes(TOKENIZER_SETTINGS),
-    }
-    processor = load_processor(vocabulary)
+    path = find_vocabulary(source) or source / TOKENIZER_NAME
+    backend, model = load_sentencepiece_bpe(path), path.read_bytes()
+    processor = load_processor(path)
     if processor.vocab_size() != vocab_size:
         raise CheckpointError(
-            f"{vocabulary}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
+            f"{path}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
             "take both from one checkpoint"
         )
-    # What was written, read again.
+    name = vocabulary_of(backend).name
+    return _proven(path, model, backend, tokenizer_settings(name), name)
+
+
+def tokenizer_settings(prompt_format: str | None) -> dict[str, Any]:
+    """What tokenizer_config.json says for a prompt format, or for a template of its own."""
+    response_template = RESPONSE_TEMPLATES.get(prompt_format or "")
+    return TOKENIZER_SETTINGS | ({} if response_template is None else {"response_template": response_template})
+
+
+def _files_of(tokenizer: FolderTokenizer, *, vocab_size: int) -> dict[str, bytes]:
+    if tokenizer.vocabulary is None:
+        return tokenizer.carried_files()
+    tokens = VOCAB_SIZE + len(tokenizer.added)
+    if tokens > vocab_size:
+        names = f", {shown([token.content for token in tokenizer.added])} added" if tokenizer.added else ""
+        raise CheckpointError(
+            f"{tokenizer.folder}: its tokenizer has {tokens} tokens{names}, the weights have {vocab_size} rows: every "
+            "token needs one; take both from one checkpoint"
+        )
+    settings = {**tokenizer_settings(tokenizer.prompt_format), **tokenizer.special_tokens}
+    if [*tokenizer.chat_templates] not in ([], ["default"]) and tokenizer.prompt_format is None:
+        settings["chat_template"] = [
+            {"name": name, "template": text} for name, text in tokenizer.chat_templates.items()
+        ]
+    where = tokenizer.folder / tokenizer.source
+    return _proven(where, tokenizer.sentencepiece, tokenizer.backend, settings, tokenizer.vocabulary)
+
+
+def _proven(
+    where: Path, model: bytes, backend: Tokenizer, settings: dict[str, Any], vocabulary: str
+) -> dict[str, bytes]:
+    """The tokenizer files of a vocabulary, written and read again.
+
+    Raises:
+        CheckpointError: the ids of some text are not SentencePiece's.
+    """
+    files = {
+        VOCABULARIES[vocabulary].file_name: model,
+        TOKENIZER_JSON_NAME: backend.to_str(pretty=True).encode(),
+        TOKENIZER_CONFIG_NAME: json_bytes(settings),
+    }
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
     written = Tokenizer.from_buffer(files[TOKENIZER_JSON_NAME])
     if (text := inexact_text(TextEncoder(written), processor)) is not None:
-        raise CheckpointError(f"{vocabulary}: converted ids of {text[:40]!r} are not SentencePiece's")
+        raise CheckpointError(f"{where}: converted ids of {text[:40]!r} are not SentencePiece's")
     return files
 
 
-def tokenizer_problems(folder: Path, *, vocab_size: int) -> list[str]:
-    """What is wrong with tokenizer.json, compared whole with what is made of the tokenizer.model.v3 next to it.
+def tokenizer_problems(folder: Path, *, vocab_size: int, may_lack_model: bool = False) -> list[str]:
+    """What is wrong with tokenizer.json, compared whole with what is made of the SentencePiece file next to it.
 
     Tokens may have been added since, if the weights have rows for them. Empty if nothing is wrong.
+
+    may_lack_model: whether the folder may have no SentencePiece file; then the pieces of tokenizer.json are taken.
     """
+    model = find_vocabulary(folder)
+    if model is not None and _is_made_from_vendor(model, folder / TOKENIZER_JSON_NAME):
+        # Rows without a token are padding.
+        if vocab_size >= VOCAB_SIZE:
+            return []
+        return [f"{TOKENIZER_JSON_NAME} has {VOCAB_SIZE} tokens, the weights have {vocab_size} rows"]
     try:
-        wanted = json.loads(load_sentencepiece_bpe(folder / TOKENIZER_NAME).to_str())
+        if model is None and may_lack_model:
+            model = folder / TOKENIZER_JSON_NAME
+            tokenizer = read_folder_tokenizer(folder, layout="hf")
+            if tokenizer.vocabulary is None:
+                return [*tokenizer.remarks]
+            wanted = json.loads(build_backend(tokenizer.pieces).to_str())
+        else:
+            model = model or folder / TOKENIZER_NAME
+            wanted = json.loads(load_sentencepiece_bpe(model).to_str())
         found = json.loads(read_tokenizer_json(folder / TOKENIZER_JSON_NAME).to_str())
     except TokenizerFileError as error:
         return [str(error)]
     pieces, added = len(wanted["model"]["vocab"]), found["added_tokens"][len(wanted["added_tokens"]) :]
     found["added_tokens"] = found["added_tokens"][: len(wanted["added_tokens"])]
     problems = []
-    if vocab_size < pieces + len(added) or (vocab_size > pieces and not added):
+    # Rows without a token are padding.
+    if vocab_size < pieces + len(added):
         problems.append(f"{TOKENIZER_JSON_NAME} has {pieces + len(added)} tokens, the weights have {vocab_size} rows")
     differing = [name for name in MAKES_IDS if found[name] != wanted[name]]
     if differing:
-        problems.append(f"{TOKENIZER_JSON_NAME}: {', '.join(differing)} not as made from {TOKENIZER_NAME}")
+        problems.append(f"{TOKENIZER_JSON_NAME}: {', '.join(differing)} not as made from {model.name}")
     return problems
+
+
+def _is_made_from_vendor(model: Path, made: Path) -> bool:
+    """Whether the vendor's file and the tokenizer.json made from it are both there, byte for byte."""
+    # Most of a pipe or of a file without end would never be read.
+    if any(file_problem(path.parent, path.name) for path in (model, made)):
+        return False
+    try:
+        of_model, of_made = (sha256(path.read_bytes()).hexdigest() for path in (model, made))
+    except OSError:
+        return False
+    return of_made == MADE_FROM_VENDOR.get(KNOWN_FILES.get(of_model, ""))
 
 
 def inexact_text(encode: Callable[[str], list[int]], processor: SentencePieceProcessor) -> str | None:

@@ -1,50 +1,70 @@
 """Proof that a folder holds a checkpoint: whole by itself, and tensor by tensor the one it was made of."""
 
 import filecmp
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-import numpy
-
-from mistral_large_conversion.checkpoint.layout import CONFIG_NAME, CONFIG_NAMES, TOKENIZER_NAME, Layout, layouts_of
+from mistral_large_conversion.checkpoint.adapter import Adapter, read_adapter
+from mistral_large_conversion.checkpoint.hub import resolve_adapter
+from mistral_large_conversion.checkpoint.layout import (
+    CONFIG_NAME,
+    CONFIG_NAMES,
+    TOKENIZER_NAME,
+    Layout,
+    is_consolidated,
+    layouts_of,
+)
 from mistral_large_conversion.checkpoint.names import expected_tensors
 from mistral_large_conversion.checkpoint.read import Checkpoint, load_headers, problem_lines, vocabulary_problem
-from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
 from mistral_large_conversion.checkpoint.source_files import (
     adapter_problem,
     file_problem,
     parse_json_object,
     read_json_object,
+    shown,
 )
-from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
+from mistral_large_conversion.errors import CheckpointError, SettingError, TokenizerFileError
 from mistral_large_conversion.folder_checks import (
     added_files,
     chat_template_problems,
     config_problems,
+    has_model_file,
     licence_problems,
     manifest_problems,
+    recorded_prompt_format,
     unfinished_problems,
 )
+from mistral_large_conversion.folder_tokenizer import read_folder_tokenizer
 from mistral_large_conversion.hf_files import consolidated_files, hf_files
-from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestTensor, read_manifest
+from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mistral_large_conversion.model_card import licence_files
 from mistral_large_conversion.plan import PlannedTensor, planned_tensors
-from mistral_large_conversion.stream import DEFAULT_JOBS, Progress, file_checksum, transformed
+from mistral_large_conversion.progress import Progress, progress_calls
+from mistral_large_conversion.stream import DEFAULT_JOBS
+from mistral_large_conversion.tensor_comparison import (
+    manifest_difference,
+    source_difference,
+    unchanged_tensor,
+)
 from mistral_large_conversion.tokenizer import tokenizer_problems
-from mistral_large_conversion.transforms import Rows
 from mistral_large_conversion.vocabulary import find_vocabulary, known_vocabulary
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 # What config.json says and no shape of a tensor shows.
 NOT_IN_SHAPES = ("numbers of heads", "head_dim", "norm_eps", "rope_theta", "max_position_embeddings")
+
+# By what is noted of the prompt format.
+TEMPLATE_DETAILS = {
+    "own": "its own: prompts are what it renders",
+    None: "of another program: `mistral-large inspect` says what prompts are",
+}
 
 
 @dataclass(frozen=True)
@@ -57,17 +77,30 @@ class Check:
 
 
 def verify_checkpoint(
-    folder: Path | str, source: Path | str | None = None, *, progress: Progress | None = None
+    folder: Path | str,
+    source: Path | str | None = None,
+    *,
+    adapter: Path | str | None = None,
+    progress: Progress | bool = True,
 ) -> list[Check]:
     """Check the checkpoint in `folder`, and compare it with the one in `source`, of the same layout or the other.
 
-    Every byte of the weights is read, little of it held in memory; `progress` is told the bytes of tensors. Without
-    `source`, they are compared with the checksums of the manifest, if the folder has one. `source` may have another
-    dtype: then its values are rounded to that of `folder`.
+    Every byte of the weights is read, little of it held in memory. Without `source`, they are compared with the
+    checksums of the manifest, if the folder has one. `source` may have another dtype: then its values are rounded to
+    that of `folder`.
+
+    adapter: the LoRA that was merged into the source, if one was.
+    progress: shows a bar at a terminal and in a notebook; False shows none. A function is called with the bytes of each
+        tensor that was compared.
 
     Raises:
-        CheckpointError: no checkpoint in `folder`, or none that is sound in `source`.
+        CheckpointError: no checkpoint in `folder`, none that is sound in `source`, or no adapter that fits it.
+        SettingError: an adapter without `source`.
     """
+    if adapter is not None and source is None:
+        raise SettingError(
+            f"adapter {shown(str(adapter))}: has no effect without the source it was merged into; give it"
+        )
     folder = Path(folder)
     if problem := adapter_problem(folder):
         raise CheckpointError(f"{folder}: {problem}")
@@ -75,6 +108,7 @@ def verify_checkpoint(
     if not layouts:
         raise CheckpointError(f"{folder}: no checkpoint; give a folder with {' or '.join(CONFIG_NAMES.values())}")
     origin = None if source is None else load_headers(Path(source), may_mix_dtypes=True)
+    lora = None if origin is None or adapter is None else _read_adapter(adapter, origin)
     checks = [_check("finished", unfinished_problems(folder), "no conversion was interrupted here")]
     checkpoint = None
     try:
@@ -86,13 +120,37 @@ def verify_checkpoint(
         count = len(checkpoint.tensors)
         checks.append(_check("headers", [], f"{count} tensors, {checkpoint.dtype}, match the config"))
         checks.append(_config_check(checkpoint, origin))
-        checks.append(_tensor_check(checkpoint, origin, progress))
+        checks.append(_tensor_check(checkpoint, origin, lora, progress))
         checks.append(_tokenizer_check(checkpoint, origin))
     if layouts[0] == "hf":
-        checks.append(_check("chat template", chat_template_problems(folder), "the bundled one"))
+        detail = TEMPLATE_DETAILS.get(recorded_prompt_format(folder), "the bundled one")
+        checks.append(_check("chat template", chat_template_problems(folder), detail))
     checks.append(_licence_check(folder, origin, layouts[0]))
-    checks.append(_files_check(folder, checkpoint, origin))
+    checks.append(_files_check(folder, checkpoint, origin, lora))
     return checks
+
+
+def _read_adapter(adapter: Path | str, origin: Checkpoint) -> Adapter:
+    if origin.quantization is not None:
+        raise CheckpointError(f"{origin.folder}: quantized, so no adapter was merged into it; give its own source")
+    folder, name = resolve_adapter(adapter)
+    return read_adapter(folder, origin.geometry, name=name)
+
+
+def _merged_problem(folder: Path, lora: Adapter | None) -> str | None:
+    """Where the manifest of a folder says that another adapter was merged, or that none was; None if nowhere."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return None
+    merged = None if manifest is None else manifest.adapter
+    if merged is not None and lora is None:
+        return f"the adapter {shown(merged.name)} was merged into this folder; give it with --adapter"
+    if merged is not None and lora is not None and merged.files != lora.checksums:
+        return f"another adapter was merged into this folder, {shown(merged.name)}; give that one with --adapter"
+    if manifest is not None and merged is None and lora is not None:
+        return "no adapter was merged into this folder; leave --adapter out"
+    return None
 
 
 def _check(name: str, problems: Sequence[str], detail: str) -> Check:
@@ -116,24 +174,47 @@ def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
 
 
 def _tokenizer_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
+    if checkpoint.layout == "hf" and recorded_prompt_format(checkpoint.folder) is None:
+        return _foreign_tokenizer_check(checkpoint.folder)
     problems, detail = _tokenizer_problems(checkpoint, origin), "the vendor's, made again from it"
     if problems or origin is None or (not_compared := vocabulary_problem(origin.folder)) is None:
         return _check("tokenizer", problems, detail)
     return Check("tokenizer", None, f"{detail}; not compared with the source: {not_compared}")
 
 
+def _foreign_tokenizer_check(folder: Path) -> Check:
+    """What is known of a tokenizer that another program has written."""
+    try:
+        tokenizer = read_folder_tokenizer(folder, layout="hf")
+    except TokenizerFileError as error:
+        return Check("tokenizer", False, str(error))
+    if tokenizer.vocabulary is None:
+        return Check("tokenizer", None, "; ".join(tokenizer.remarks))
+    added = f" and {len(tokenizer.added)} added tokens" if tokenizer.added else ""
+    detail = f"the {tokenizer.vocabulary} vocabulary{added}, written by another program: exact ids through this package"
+    return Check("tokenizer", None, "; ".join([detail, *tokenizer.remarks]))
+
+
 def _tokenizer_problems(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[str]:
     folder = checkpoint.folder
-    # The consolidated layout is read under the file's other name, too.
-    known = find_vocabulary(folder) if checkpoint.layout == "consolidated" else None
+    try:
+        # The consolidated layout is read under the file's other name, too.
+        known = find_vocabulary(folder)
+        others = None if origin is None else find_vocabulary(origin.folder)
+    except TokenizerFileError as error:
+        return [str(error)]
+    if known is None and checkpoint.layout == "hf" and not has_model_file(folder):
+        return tokenizer_problems(folder, vocab_size=checkpoint.geometry.vocab_size, may_lack_model=True)
     name = TOKENIZER_NAME if known is None else known.name
     if problem := file_problem(folder, name):
         return [problem]
     problems = []
-    others = None if origin is None else find_vocabulary(origin.folder)
     if (
-        others is not None
+        origin is not None
+        and others is not None
         and file_problem(others.parent, others.name) is None
+        # One that was not read, as tokenizer.json next to it says otherwise, is no source.
+        and (is_consolidated(origin.folder) or known_vocabulary(others) == known_vocabulary(folder / name))
         and not filecmp.cmp(folder / name, others, shallow=False)
     ):
         problems.append(f"{name} is not the source's")
@@ -151,7 +232,7 @@ def _licence_check(folder: Path, origin: Checkpoint | None, layout: Layout) -> C
     return Check("licence", None, "not proven: no manifest to compare it with; give the source")
 
 
-def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint | None) -> Check:
+def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint | None, lora: Adapter | None) -> Check:
     """Compare every file with the manifest; without one, say which are as a conversion would write them."""
     try:
         manifest = read_manifest(folder)
@@ -168,12 +249,12 @@ def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint
         raise CheckpointError(f"{folder}: cannot be compared: {error}") from error
     what = "no manifest" if manifest is None else "a manifest without checksums of files"
     detail = f"not proven: {what}; convert again for one"
-    if checkpoint is not None:
-        detail += f"; {_made_again(checkpoint, origin)}"
+    if checkpoint is not None and (checkpoint.layout != "hf" or recorded_prompt_format(folder) is not None):
+        detail += f"; {_made_again(checkpoint, origin, lora)}"
     return Check("files", None, detail)
 
 
-def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
+def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None, lora: Adapter | None) -> str:
     """Which small files are what a conversion of the source, or of what the folder says of itself, writes."""
     folder, geometry = checkpoint.folder, checkpoint.geometry
     source = (origin or checkpoint).folder
@@ -194,9 +275,10 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None) -> str:
                 licences=licences,
                 cast=cast,
                 kept_from=source if origin is not None and origin.layout == "hf" else None,
+                adapter=lora,
             )
         else:
-            files = consolidated_files(geometry, source=source, licences=licences, cast=cast)
+            files = consolidated_files(geometry, source=source, licences=licences, cast=cast, adapter=lora)
     except (CheckpointError, TokenizerFileError) as error:
         return f"nothing made again: {error}"
     weights = {tensor.path.name for tensor in checkpoint.tensors.values()}
@@ -227,10 +309,22 @@ def _file_difference(folder: Path, name: str, wanted: bytes) -> str | None:
     return f"{name} differs in {', '.join(differing) or 'its layout'}"
 
 
-def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: Progress | None) -> Check:
+def _calibrated_manifest(checkpoint: Checkpoint) -> Manifest | None:
+    """The manifest of a folder with calibrated weights; None where it says of none."""
+    try:
+        manifest = read_manifest(checkpoint.folder)
+    except CheckpointError:
+        return None
+    return None if manifest is None or manifest.calibration is None else manifest
+
+
+def _tensor_check(
+    checkpoint: Checkpoint, origin: Checkpoint | None, lora: Adapter | None, progress: Progress | bool
+) -> Check:
     """Compare every byte of the weights with the source's, or with the checksums of the manifest."""
     count = len(checkpoint.tensors)
     compare: Callable[[PlannedTensor], str | None]
+    manifest = None
     if origin is None:
         try:
             manifest = read_manifest(checkpoint.folder)
@@ -238,17 +332,17 @@ def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: P
             return Check("tensors", False, str(error))
         if manifest is None:
             return Check("tensors", None, "not compared: the folder has no manifest; give the source")
-        compare, agreement = partial(_manifest_difference, manifest=manifest), "manifest's checksums"
-        tensors = [_as_it_is(tensor, tensor) for tensor in checkpoint.tensors.values()]
+        compare, agreement = partial(manifest_difference, manifest=manifest), "manifest's checksums"
+        tensors = [unchanged_tensor(tensor, tensor) for tensor in checkpoint.tensors.values()]
     else:
         shapes = [(expected_tensors(each.geometry), each.geometry.head_dim) for each in (checkpoint, origin)]
         if shapes[0] != shapes[1]:
             return Check("tensors", False, "not compared: the source has other shapes")
-        compare, agreement = partial(_difference, stored=checkpoint.tensors), "source's bits"
+        compare, agreement = partial(source_difference, stored=checkpoint.tensors), "source's bits"
         if origin.quantization is not None:
             if (origin.quantization, origin.dtype) != (checkpoint.quantization, checkpoint.dtype):
                 return Check("tensors", False, "not compared: the source is quantized; give the one it was made of")
-            tensors = [_as_it_is(origin.tensors[name], own) for name, own in checkpoint.tensors.items()]
+            tensors = [unchanged_tensor(origin.tensors[name], own) for name, own in checkpoint.tensors.items()]
         else:
             tensors = planned_tensors(
                 origin.tensors,
@@ -257,68 +351,34 @@ def _tensor_check(checkpoint: Checkpoint, origin: Checkpoint | None, progress: P
                 checkpoint.layout,
                 checkpoint.dtype,
                 checkpoint.quantization,
+                lora,
             )
-            if checkpoint.quantization is not None:
+            if lora is not None:
+                agreement += " with the adapter merged"
+            if (calibrated := _calibrated_manifest(checkpoint)) is not None:
+                agreement += "; of calibrated ones the manifest's checksums, and values near the source's"
+                compare = partial(source_difference, stored=checkpoint.tensors, calibrated=calibrated)
+            elif checkpoint.quantization is not None:
                 agreement += f", quantized to {checkpoint.quantization.scheme}"
             elif {tensor.dtype for tensor in origin.tensors.values()} != {checkpoint.dtype}:
                 agreement += f", rounded to {checkpoint.dtype}"
 
     def compare_and_count(tensor: PlannedTensor) -> str | None:
         difference = compare(tensor)
-        if progress is not None:
-            with lock:
-                progress(tensor.size)
+        with lock:
+            tell(tensor.size)
         return difference
 
-    lock = Lock()
+    lock, total = Lock(), sum(tensor.size for tensor in tensors)
     try:
-        with ThreadPoolExecutor(DEFAULT_JOBS) as pool:
+        with progress_calls(progress, "Verifying", total) as tell, ThreadPoolExecutor(DEFAULT_JOBS) as pool:
             differences = [difference for difference in pool.map(compare_and_count, tensors) if difference is not None]
     except OSError as error:
         raise CheckpointError(f"{checkpoint.folder}: cannot be compared: {error}") from error
     if differences:
-        return Check("tensors", False, f"{len(differences)} of {count} differ, first {differences[0]}")
+        hint = "" if origin is None or (problem := _merged_problem(checkpoint.folder, lora)) is None else f"; {problem}"
+        return Check("tensors", False, f"{len(differences)} of {count} differ, first {differences[0]}{hint}")
+    if origin is None and manifest is not None and any(each.checksum is None for each in manifest.tensors.values()):
+        detail = "weights were linked, not read: of their bytes only the headers are compared; give the source"
+        return Check("tensors", None, detail)
     return Check("tensors", True, f"all {count} have the {agreement}")
-
-
-def _as_it_is(source: FileTensor, own: FileTensor) -> PlannedTensor:
-    return PlannedTensor(source, (), (own,))
-
-
-def _manifest_difference(tensor: PlannedTensor, *, manifest: Manifest) -> str | None:
-    """What the manifest says otherwise of a tensor, or None."""
-    own = tensor.source
-    assert isinstance(own, FileTensor)
-    entry = manifest.tensors.get(own.name)
-    checksum = file_checksum(own.path, own.offset, own.size)
-    found = ManifestTensor(own.path.name, own.dtype, own.shape, checksum or "")
-    return None if found == entry else f"{own.name}: {found}, the manifest has {entry}"
-
-
-def _difference(tensor: PlannedTensor, *, stored: Mapping[str, FileTensor]) -> str | None:
-    """Where what is stored first differs from what the source gives, or None."""
-    own = [stored[output.name] for output in tensor.outputs]
-    start = 0
-    with ExitStack() as stack:
-        streams = [stack.enter_context(part.open()) for part in own]
-        for blocks in transformed(tensor):
-            for part, stream, wanted in zip(own, streams, blocks, strict=True):
-                found = numpy.frombuffer(stream.read(wanted.nbytes), numpy.uint8)
-                if found.size != wanted.size:
-                    raise CheckpointError(f"tensor {part.name!r} ends early: its file has changed since it was checked")
-                found = found.reshape(wanted.shape)
-                if not numpy.array_equal(found, wanted):
-                    row, byte = numpy.argwhere(found != wanted)[0].tolist()
-                    column = byte // BYTES_OF[part.dtype]
-                    place = [start + row, column][: len(part.shape)]
-                    values = (_numbers(rows[row], part.dtype)[column].item() for rows in (found, wanted))
-                    return "{} at {}: {!r}, the source has {!r}".format(part.name, place, *values)
-            start += len(blocks[0])
-    return None
-
-
-def _numbers(row: Rows, dtype: str) -> "torch.Tensor":
-    import torch
-
-    numbers: torch.Tensor = torch.from_numpy(row.copy()).view(getattr(torch, TORCH_NAMES[dtype]))
-    return numbers

@@ -1,15 +1,21 @@
-"""The vocabulary of v3: its control tokens, the ids of its kinds of pieces, and how its file is recognised."""
+"""The vocabularies of v3 and v7: control tokens, ids of the kinds of pieces, and how a file of them is recognised.
+
+The two have the same pieces and scores but for seven names. v3 is that of Mistral-Large-Instruct-2407, v7 of 2411.
+"""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+from mistral_large_conversion.errors import TokenizerFileError
 
 VOCAB_SIZE = 32768
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 
-# The tokens of the v3 instruct format.
+# The control tokens of the v3 instruct format, and what v7 adds to them.
 CONTROL_TOKENS = {
     BOS: 1,
     EOS: 2,
@@ -21,6 +27,7 @@ CONTROL_TOKENS = {
     "[TOOL_RESULTS]": 8,
     "[/TOOL_RESULTS]": 9,
 }
+CONTROL_TOKENS_OF_V7 = {**CONTROL_TOKENS, "[SYSTEM_PROMPT]": 16, "[/SYSTEM_PROMPT]": 17, "[TOOL_CONTENT]": 18}
 
 # `<unk>` and the 750 control pieces, the 20 user-defined pieces, the 256 bytes, then the pieces of text.
 UNUSED_IDS = range(10, 14)
@@ -36,7 +43,7 @@ MAX_LENGTH = 131072
 # A control piece that never got a meaning, and so can never be part of a prompt or an answer.
 PAD = "[control_382]"
 SPECIAL_IDS = {"bos_token_id": CONTROL_TOKENS[BOS], "eos_token_id": CONTROL_TOKENS[EOS], "pad_token_id": 384}
-# Pieces at fixed ids. Those of 10 to 13 are left open: this format does not use them.
+# Pieces at fixed ids. Those of 10 to 13 are left open: neither format uses them, and fine-tunes name them anew.
 PIECES_OF_V3 = {
     0: UNKNOWN,
     **{index: token for token, index in CONTROL_TOKENS.items()},
@@ -44,17 +51,61 @@ PIECES_OF_V3 = {
     **{index: f"[REFERENCE_DOC_{770 - index}]" for index in REFERENCE_IDS},
     **{BYTE_IDS[byte]: piece for piece, byte in BYTE_PIECES.items()},
 }
+PIECES_OF_V7 = {
+    **PIECES_OF_V3,
+    14: "[IMG_BREAK]",
+    15: "[IMG_END]",
+    749: "[/REF]",
+    750: "[REF]",
+    **{index: token for token, index in CONTROL_TOKENS_OF_V7.items()},
+}
 
-# The pieces of text decide about merges and words, so all are compared.
+# The pieces of text decide about merges and words, so all are compared; both vocabularies have the same.
 TEXT_PIECES_SHA256 = "53a6491d971065614a9a39edcf88f81a9bccbc3df7e5e0ba82f65a5bca761bfa"
 
-# The vendor's file has the second name in mirrors and fine-tunes; other vocabularies have it too.
-VOCABULARY_NAMES = ("tokenizer.model.v3", "tokenizer.model")
 
-# The vendor's file itself, and everything in it that decides about an id: see `_content_sha256`.
-KNOWN_FILES = {"9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33": "v3"}
+@dataclass(frozen=True)
+class Vocabulary:
+    """One of the vendor's vocabularies of 32768 pieces.
 
-KNOWN_VOCABULARIES = {"ab8a3423b8d0fed7acee4a989ff6ecabd22edc2d13f6cd7c9c89da1149c71ac7": "v3"}
+    name: also that of the prompt format that was made for it.
+    file_name: of the vendor's SentencePiece file.
+    control_tokens: ids of the control tokens that prompts and completions of this format hold.
+    fixed_pieces: pieces by id, without those of text.
+    control_ids: `<unk>` and the control pieces, which no text gives.
+    user_defined_ids: pieces that SentencePiece takes whole out of a text.
+    """
+
+    name: str
+    file_name: str
+    control_tokens: Mapping[str, int]
+    fixed_pieces: Mapping[int, str]
+    control_ids: range
+    user_defined_ids: range
+
+
+V3 = Vocabulary("v3", "tokenizer.model.v3", CONTROL_TOKENS, PIECES_OF_V3, CONTROL_IDS, REFERENCE_IDS)
+V7 = Vocabulary("v7", "tokenizer.model.v7", CONTROL_TOKENS_OF_V7, PIECES_OF_V7, range(749), range(749, 771))
+VOCABULARIES = {each.name: each for each in (V3, V7)}
+# The piece of this id is another one in each.
+TELLING_ID = 749
+
+# The vendor's file has the last name in mirrors and fine-tunes; other vocabularies have it too.
+VOCABULARY_NAMES = (*(each.file_name for each in VOCABULARIES.values()), "tokenizer.model")
+
+# The vendor's files themselves, and everything in them that decides about an id: see `_content_sha256`.
+KNOWN_FILES = {
+    "9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33": "v3",
+    "1b968b8dc352f42192367337c78ccc61e1eaddc6d641a579372d4f20694beb7a": "v7",
+}
+
+# Those of the vendor have half a megabyte.
+LARGEST_MODEL = 100_000_000
+
+KNOWN_VOCABULARIES = {
+    "ab8a3423b8d0fed7acee4a989ff6ecabd22edc2d13f6cd7c9c89da1149c71ac7": "v3",
+    "950be373dfaef20b85a14230c8049681aca0b01bd255bf54a62068b9e9eb30bd": "v7",
+}
 
 # Field numbers in SentencePiece's ModelProto, and in its specs those that change ids, with their defaults: the model
 # type, white space as a suffix, byte fallback; the character map, dummy prefix, extra white space, escaped white space.
@@ -76,6 +127,8 @@ def known_vocabulary(file: Path | str) -> str | None:
     Names of files prove nothing: mirrors call the same file `tokenizer.model`, and so are other models called.
     """
     try:
+        if not Path(file).is_file() or Path(file).stat().st_size > LARGEST_MODEL:
+            return None
         model = Path(file).read_bytes()
         return KNOWN_FILES.get(sha256(model).hexdigest()) or KNOWN_VOCABULARIES.get(_content_sha256(model))
     except (OSError, ValueError):
@@ -83,20 +136,51 @@ def known_vocabulary(file: Path | str) -> str | None:
 
 
 def find_vocabulary(folder: Path) -> Path | None:
-    """Return the vendor's SentencePiece file in a folder: under its own name, or under its other one if it is known.
+    """Return the vendor's SentencePiece file in a folder: under a name of its own, or under another one if it is known.
 
-    Of the two names only the first says which vocabulary it is.
+    Of the names only those with a version say which vocabulary it is.
+
+    Raises TokenizerFileError where there are two of those.
     """
-    own, other = (folder / name for name in VOCABULARY_NAMES)
-    if own.exists() or own.is_symlink():
-        return own
-    return other if known_vocabulary(other) == "v3" else None
+    *own, other = (folder / name for name in VOCABULARY_NAMES)
+    present = [path for path in own if path.exists() or path.is_symlink()]
+    if len(present) > 1:
+        names = " and ".join(path.name for path in present)
+        raise TokenizerFileError(
+            f"{folder}: {names}: the vocabularies of two models; a checkpoint has one; remove the file that is not of "
+            "this checkpoint"
+        )
+    if present:
+        return present[0]
+    return None if known_vocabulary(other) is None else other
+
+
+def recognize_pieces(pieces: Sequence[str | None]) -> str | None:
+    """Return the name of the vocabulary whose pieces these are, by id, or None; None in it stands for no piece.
+
+    The names of pieces 10 to 13 do not matter, nor what comes after the vocabulary.
+    """
+    if len(pieces) < VOCAB_SIZE or text_pieces_sha256(pieces) != TEXT_PIECES_SHA256:
+        return None
+    return next(
+        (
+            name
+            for name, vocabulary in VOCABULARIES.items()
+            if all(pieces[index] == piece for index, piece in vocabulary.fixed_pieces.items())
+        ),
+        None,
+    )
+
+
+def text_pieces_sha256(pieces: Sequence[str | None]) -> str:
+    """Return the hash of the pieces of text."""
+    return sha256("\n".join(pieces[index] or "" for index in TEXT_IDS).encode()).hexdigest()
 
 
 def _content_sha256(model: bytes) -> str:
     """Return the hash of what decides about ids in a serialized ModelProto; raise ValueError where it is none.
 
-    The names of pieces 10 to 13 are left out, which this format does not use, and so is how the model was trained.
+    The names of pieces 10 to 13 are left out, which neither format uses, and so is how the model was trained.
     """
     hashed = sha256()
     specs: dict[int, dict[int, bytes | int]] = {_TRAINER: {}, _NORMALIZER: {}}

@@ -5,7 +5,7 @@ classes, with the module `transformers` and with PEFT's defaults; it does nothin
 `mistral_large_conversion`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig, read_consolidated
+from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig, read_for_auto_classes
 from modeling_mistral_large.modeling_mistral_large import (
     MistralLargeForCausalLM,
     MistralLargeForQuestionAnswering,
@@ -38,10 +38,14 @@ from modeling_mistral_large.peft_defaults import add_peft_defaults
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.transformers_api import (
     export_names,
+    prefer_tokenizer,
     read_config_dict_with,
     register_pipeline,
     warn_outside_range,
 )
+
+if TYPE_CHECKING:
+    from modeling_mistral_large.any_folder import load, pipeline
 
 __version__ = "0.1.0"
 
@@ -54,6 +58,8 @@ __all__ = [
     "MistralLargeModel",
     "MistralLargePreTrainedModel",
     "MistralLargeTokenizer",
+    "load",
+    "pipeline",
 ]
 
 MODELS = {
@@ -73,16 +79,26 @@ NAMES_OF_MODELS: tuple[Any, ...] = (
 )
 
 
+def __getattr__(name: str) -> Any:
+    """Import what loads any folder when it is asked for: importing this package registers and does nothing else."""
+    if name in ("load", "pipeline"):
+        from modeling_mistral_large import any_folder
+
+        return getattr(any_folder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _register() -> None:
     """Make the Auto classes know Mistral Large; may run any number of times."""
     AutoConfig.register(MistralLargeConfig.model_type, MistralLargeConfig, exist_ok=True)
     AutoTokenizer.register(MistralLargeConfig, MistralLargeTokenizer, exist_ok=True)
+    prefer_tokenizer(MistralLargeConfig.model_type, MistralLargeTokenizer)
     for (auto_class, model_class), names in zip(MODELS.items(), NAMES_OF_MODELS, strict=True):
         auto_class.register(MistralLargeConfig, model_class, exist_ok=True)
         # Pipelines and trainers read these names: a class that is not among them is said not to do its task.
         names[MistralLargeConfig.model_type] = model_class.__name__
     export_names([MistralLargeConfig, MistralLargePreTrainedModel, MistralLargeTokenizer, *MODELS.values()])
-    read_config_dict_with(read_consolidated)
+    read_config_dict_with(read_for_auto_classes)
     add_peft_defaults()
     find_moved_modules()
     register_pipeline(

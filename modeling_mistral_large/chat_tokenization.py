@@ -11,10 +11,11 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.generic import PaddingStrategy, to_py_obj
 
 from mistral_large_conversion.chat_templates import prompt_format_of, response_format_of
-from mistral_large_conversion.vocabulary import CONTROL_IDS, CONTROL_TOKENS
+from mistral_large_conversion.vocabulary import Vocabulary
 from modeling_mistral_large.custom_templates import CustomPrompts, template_variables
 from modeling_mistral_large.errors import ConversationError, KeywordError
 from modeling_mistral_large.instruct.answer import parse_answer
+from modeling_mistral_large.instruct.formats import format_problem
 from modeling_mistral_large.instruct.json_text import show
 from modeling_mistral_large.instruct.prompt import Segment, build_prompt
 from modeling_mistral_large.transformers_api import HOST_CHAT_OPTIONS, TokenizerHook, refuse_unknown_options
@@ -67,6 +68,11 @@ class ChatTokenizer(TokenizerHook):
         raise NotImplementedError
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary, which has the ids of control tokens."""
+        raise NotImplementedError
+
+    @property
     def pieces(self) -> list[str]:
         """The pieces by id."""
         raise NotImplementedError
@@ -95,8 +101,8 @@ class ChatTokenizer(TokenizerHook):
         The ids are the reference's. Texts are encoded apart from control tokens, so `sanitize_control_tokens` has
         nothing left to do; the format has no generation prompt, so `add_generation_prompt` changes nothing.
         `strict=True` refuses what the reference refuses, `finetuning=True` what its fine-tuning mode refuses in a
-        training sample. `reference_documents_as_text=True` keeps the one kind of pieces from a text that the reference
-        does take from it, `[REFERENCE_DOC_n]`, which has no meaning in this format.
+        training sample. `reference_documents_as_text=True` keeps those pieces from a text that the reference does take
+        from it: `[REFERENCE_DOC_n]`, and with the v7 vocabulary `[REF]` and `[/REF]`.
 
         A `chat_template` that is none of ours, passed or set, is rendered by transformers, and a CustomTemplateWarning
         says so once. Control strings in texts stay text all the same, unless `sanitize_control_tokens` is False. Other
@@ -130,7 +136,8 @@ class ChatTokenizer(TokenizerHook):
             )
         is_batch = _is_batch(conversation)
         conversations = list(conversation) if is_batch else [conversation]
-        if prompt_format_of(template) is None:
+        prompt_format = prompt_format_of(template)
+        if prompt_format is None:
             is_safe = sanitize_control_tokens is not False
             self._say_custom(chat_template, template, is_safe=is_safe)
             rows = self._custom_prompts(
@@ -145,7 +152,13 @@ class ChatTokenizer(TokenizerHook):
             )
         else:
             rows = self._own_prompts(
-                conversations, tools=tools, documents=documents, tokenize=tokenize, **options, **kwargs
+                prompt_format,
+                conversations,
+                tools=tools,
+                documents=documents,
+                tokenize=tokenize,
+                **options,
+                **kwargs,
             )
         if not tokenize:
             return rows if is_batch else rows[0]
@@ -165,6 +178,7 @@ class ChatTokenizer(TokenizerHook):
 
     def _own_prompts(
         self,
+        prompt_format: str,
         conversations: Sequence[Any],
         *,
         tools: Any,
@@ -178,7 +192,7 @@ class ChatTokenizer(TokenizerHook):
         reference_documents_as_text: bool = False,
         **unknown: Any,
     ) -> list[Any]:
-        """Return prompts of the v3 format, as text or as ids and marks of what the assistant says."""
+        """Return prompts of one of our formats, as text or as ids and marks of what the assistant says."""
         refuse_unknown_options("apply_chat_template", unknown, (*_CHAT_OPTIONS, *FORMAT_OPTIONS))
         if continue_final_message not in (False, True, "content"):
             raise ConversationError(
@@ -186,12 +200,17 @@ class ChatTokenizer(TokenizerHook):
             )
         if documents:
             raise ConversationError(
-                "documents: the v3 format has no place for them; write them into a message or a tool's result"
+                f"documents: the {prompt_format} format has no place for them; write them into a message or a tool's "
+                "result"
             )
+        vocabulary = self.vocabulary
+        if problem := format_problem(prompt_format, vocabulary):
+            raise ConversationError(f"the chat template writes {prompt_format} prompts: {problem}")
         prompts = [
             build_prompt(
                 messages,
                 tools,
+                prompt_format=prompt_format,
                 continue_final_message=bool(continue_final_message),
                 strict=strict,
                 finetuning=finetuning,
@@ -203,7 +222,7 @@ class ChatTokenizer(TokenizerHook):
         texts = [segment.text for prompt in prompts for segment in prompt if not segment.is_control]
         text_ids = iter(self.encode_texts(texts, reference_documents_as_text=reference_documents_as_text))
         segment_ids = [
-            [[CONTROL_TOKENS[segment.text]] if segment.is_control else next(text_ids) for segment in prompt]
+            [[vocabulary.control_tokens[segment.text]] if segment.is_control else next(text_ids) for segment in prompt]
             for prompt in prompts
         ]
         masks = [
@@ -303,7 +322,7 @@ class ChatTokenizer(TokenizerHook):
                 raise ValueError(f"{len(prefixes)} prefixes for {len(answers)} responses: pass one, or one for each")
             prefixes *= len(answers)
         messages = [
-            parse_answer(answer, self.pieces, continues_text=_ends_in_text(prompt)).message
+            parse_answer(answer, self.pieces, continues_text=_ends_in_text(prompt, self.vocabulary)).message
             for answer, prompt in zip(answers, prefixes, strict=True)
         ]
         return messages if is_batch else messages[0]
@@ -365,10 +384,10 @@ def _as_batch(sequences: Any) -> tuple[list[Any], bool]:
     return [sequences], False
 
 
-def _ends_in_text(prompt: str | Sequence[int]) -> bool:
+def _ends_in_text(prompt: str | Sequence[int], vocabulary: Vocabulary) -> bool:
     if isinstance(prompt, str):
-        return bool(prompt) and not prompt.endswith(tuple(CONTROL_TOKENS))
-    return bool(prompt) and prompt[-1] not in CONTROL_IDS
+        return bool(prompt) and not prompt.endswith(tuple(vocabulary.control_tokens))
+    return bool(prompt) and prompt[-1] not in vocabulary.control_ids
 
 
 def _render(segment: Segment) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
+from mistral_large_conversion.checkpoint.auto_classes import is_another_model, is_named_mistral_large
 from mistral_large_conversion.checkpoint.geometry import Geometry
 from mistral_large_conversion.checkpoint.hub import find_consolidated, reachable_options, refuse_adapter
 from mistral_large_conversion.checkpoint.params import ABSENT, read_params_file
@@ -16,6 +17,7 @@ from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large.errors import ConfigurationError
 from modeling_mistral_large.peft_defaults import add_peft_defaults
 from modeling_mistral_large.remote_code import ConfigWithRemoteCode
+from modeling_mistral_large.stock_config import STOCK_TYPE, is_mistral_large, own_fields
 
 ROPE_THETA = 1e6
 
@@ -256,8 +258,11 @@ class MistralLargeConfig(ConfigWithRemoteCode):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read config.json or, of a checkpoint in the consolidated layout, params.json; and what `kwargs` remain.
 
+        A config.json of type `mistral` is read as what it says of a Mistral Large.
+
         Raises:
-            CheckpointError: no config.json, or a params.json that is not a Mistral Large geometry.
+            CheckpointError: no config.json, one of type `mistral` that leaves sizes out, or a params.json that is not
+                a Mistral Large geometry.
         """
         kwargs = reachable_options(pretrained_model_name_or_path, kwargs)
         found = read_consolidated(pretrained_model_name_or_path, kwargs)
@@ -271,6 +276,8 @@ class MistralLargeConfig(ConfigWithRemoteCode):
                 f"{pretrained_model_name_or_path}: neither params.json nor config.json has a geometry; pass the "
                 "folder of a checkpoint, or make a MistralLargeConfig()"
             )
+        if found.get("model_type") == STOCK_TYPE:
+            found = own_fields(found, pretrained_model_name_or_path)
         return found, remaining
 
     def to_dict(self) -> dict[str, Any]:
@@ -293,6 +300,36 @@ def read_consolidated(source: Any, options: dict[str, Any]) -> dict[str, Any] | 
     # As every config.json says it: pipelines and TRL look for the class of this name.
     config = MistralLargeConfig.from_geometry(read_params_file(folder))
     return {**config.to_dict(), "architectures": ["MistralLargeForCausalLM"]}
+
+
+def read_for_auto_classes(found: dict[str, Any], source: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What the Auto classes take for the config of `source`, whose config.json says `found`; None: just that.
+
+    Of a config.json of type `mistral` they take our config where the geometry is one of ours and the name of the
+    repository or the folder says Mistral Large, or a folder holds both layouts in sizes of no other model of the
+    vendor, which publishes Mistral-7B, Nemo and Codestral in both layouts as well. All others stay transformers' own.
+
+    Raises:
+        CheckpointError: a params.json that is not a Mistral Large geometry.
+    """
+    if not found.keys() - {"_commit_hash"}:
+        return read_consolidated(source, options)
+    if found.get("model_type") != STOCK_TYPE or not is_mistral_large(found):
+        return None
+    if is_named_mistral_large(source):
+        return read_consolidated(source, options) or own_fields(found, source)
+    return read_consolidated(source, options) if Path(source).is_dir() and not is_another_model(found) else None
+
+
+def read_any_of_ours(found: dict[str, Any], source: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What `read_for_auto_classes` returns, and of any config.json of type `mistral` that fits, whatever the name.
+
+    Raises:
+        CheckpointError: a params.json that is not a Mistral Large geometry.
+    """
+    if found.get("model_type") == STOCK_TYPE and is_mistral_large(found):
+        return read_consolidated(source, options) or own_fields(found, source)
+    return read_for_auto_classes(found, source, options)
 
 
 def check_config(config: Any) -> None:

@@ -23,6 +23,7 @@ from mistral_large_conversion.checkpoint.rope import split_rope_pairs
 from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES, FileTensor
 from mistral_large_conversion.vocabulary import SPECIAL_IDS
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
+from modeling_mistral_large.hf_loading import Unwrapping
 
 # The last part of a name between renaming and conversion: no layout has it.
 INTERLEAVED = "interleaved"
@@ -48,8 +49,11 @@ class SplitRopePairs(ConversionOps):
 
 
 def weight_conversions() -> list[WeightRenaming | WeightConverter]:
-    """The renaming of consolidated names to those of the model, anchored: HF names pass through the table, too."""
-    renamings = []
+    """The renaming of consolidated names to those of the model, anchored: HF names pass through the table, too.
+
+    First of all, names lose what training has put around modules.
+    """
+    renamings: list[WeightRenaming] = [Unwrapping()]
     for consolidated, hf in TO_HF.items():
         source = re.escape(consolidated).replace(re.escape("{layer}"), r"(\d+)")
         target = hf.format(layer=r"\1")

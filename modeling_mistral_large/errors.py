@@ -12,6 +12,7 @@ from mistral_large_conversion.errors import (
     MissingLibraryError,
     MistralLargeError,
     PlanError,
+    SampleFileError,
     SettingError,
     TokenizerFileError,
 )
@@ -26,9 +27,11 @@ __all__ = [
     "MissingLibraryError",
     "MistralLargeError",
     "PlanError",
+    "SampleFileError",
     "SchemaError",
     "SettingError",
     "TokenizerFileError",
+    "UnknownVocabularyError",
 ]
 
 
@@ -42,3 +45,7 @@ class ConfigurationError(MistralLargeError, ValueError):
 
 class KeywordError(MistralLargeError, TypeError):
     """A keyword argument that nothing takes, or two that are one: it would be swallowed."""
+
+
+class UnknownVocabularyError(TokenizerFileError):
+    """A tokenizer whose vocabulary is none of the vendor's, of which no exact tokenizer can be made."""

@@ -1,12 +1,15 @@
 """What a model is loaded from and saved as: both layouts of a checkpoint, adapters, quantized checkpoints."""
 
 import os
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from modeling_mistral_large.configuration_mistral_large import check_config
-from modeling_mistral_large.transformers_api import HostedModel
+from modeling_mistral_large.transformers_api import HeadedModel, HostedModel
 
 
 class LoadableModel(HostedModel):  # type: ignore[no-untyped-call]  # transformers types no __init_subclass__
@@ -40,12 +43,18 @@ class LoadableModel(HostedModel):  # type: ignore[no-untyped-call]  # transforme
         # Imported here, because importing the package loads no more than stock Mistral does.
         from mistral_large_conversion.checkpoint.hub import CONSOLIDATED_FILES, find_consolidated, reachable_options
         from mistral_large_conversion.checkpoint.read import read_checkpoint
-        from modeling_mistral_large.adapter_loading import adapter_base, load_own_adapter, load_with_adapter
+        from modeling_mistral_large.adapter_loading import (
+            adapter_base,
+            load_own_adapter,
+            load_with_adapter,
+            refuse_vendors_adapter,
+        )
         from modeling_mistral_large.consolidated_loading import (
             default_generation_config,
             index_of,
             register_weight_conversions,
         )
+        from modeling_mistral_large.hf_loading import check_folder, refuse_made_up
         from modeling_mistral_large.quantization.loading import config_for_loading, refuse_unquantized
 
         source = pretrained_model_name_or_path
@@ -59,11 +68,16 @@ class LoadableModel(HostedModel):  # type: ignore[no-untyped-call]  # transforme
                 return load_with_adapter(
                     cls, base, source, *model_args, config=config, output_loading_info=wants_info, **options
                 )
+            refuse_vendors_adapter(source, kwargs)
+            is_checked = check_folder(source, config, kwargs, has_output_matrix=issubclass(cls, HeadedModel))
+            register_weight_conversions()
             config = config_for_loading(cls, source, config, kwargs)
             loaded: Any = super().from_pretrained(
                 source, *model_args, config=config, output_loading_info=True, **kwargs
             )
         else:
+            is_checked = True
+            refuse_vendors_adapter(folder, {})
             register_weight_conversions()
             checkpoint = read_checkpoint(folder, "consolidated", needs_tokenizer=False)
             kwargs.pop("subfolder", None)
@@ -78,6 +92,8 @@ class LoadableModel(HostedModel):  # type: ignore[no-untyped-call]  # transforme
             load_own_adapter(loaded[0], folder)
         model, info = loaded
         refuse_unquantized(model, source, info["unexpected_keys"], info["missing_keys"])
+        if not is_checked:
+            refuse_made_up(model, source, info["missing_keys"])
         return loaded if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -93,7 +109,20 @@ class LoadableModel(HostedModel):  # type: ignore[no-untyped-call]  # transforme
                 "save_original_format=True: the consolidated layout has files of its own, which transformers does not "
                 "write; call mistral_large_conversion.export_checkpoint(model, folder)"
             )
+        # `mistral-large adopt` gives the files of another checkpoint a second name: those are replaced, never written.
+        for path in Path(save_directory).glob("model*.safetensors"):
+            if path.is_symlink() or path.stat().st_nlink > 1:
+                path.unlink()
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def open_weights(
+        cls, files: Sequence[str], devices: Collection[Any]
+    ) -> AbstractContextManager[dict[str, Any] | None]:
+        """Stream what goes to a GPU, see `streamed_weights`."""
+        from modeling_mistral_large.streamed_weights import streamed_weights
+
+        return streamed_weights(files, devices)
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,6 @@
 """The Mistral Large decoder on transformers' primitives.
 
-Shapes are [batch, tokens, features]; `heads / kv_heads` query heads share one key-value head. Parameters have the names
-that transformers' Mistral gives them.
+Shapes are [batch, tokens, features]; `heads / kv_heads` query heads share one key-value head. Names are Mistral's.
 """
 
 from typing import Any
@@ -23,8 +22,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
 from modeling_mistral_large.inference.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
-from modeling_mistral_large.inference.chunked_prefill import ChunkedPrefillGenerationMixin
 from modeling_mistral_large.loading import LoadableModel
+from modeling_mistral_large.recorded_steps.automatic import RecordedGenerationMixin
+from modeling_mistral_large.recorded_steps.cache import by_recorded_steps
 from modeling_mistral_large.transformers_api import (
     HeadedModel,
     attention_implementation,
@@ -127,7 +127,6 @@ class MistralLargeAttention(nn.Module):
         value = self.v_proj(hidden_states).view(by_head).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, **cache_update_options(kwargs))
-
         implementation = attention_implementation(self.config)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -231,7 +230,7 @@ class MistralLargeModel(MistralLargePreTrainedModel):
 
 
 class MistralLargeForCausalLM(  # type: ignore[misc]  # transformers types plans of lists, and its own are tuples
-    HeadedModel, MistralLargePreTrainedModel, ChunkedPrefillGenerationMixin
+    HeadedModel, MistralLargePreTrainedModel, RecordedGenerationMixin
 ):
     """The decoder with the output matrix that turns hidden states into logits over the vocabulary."""
 
@@ -244,6 +243,7 @@ class MistralLargeForCausalLM(  # type: ignore[misc]  # transformers types plans
 
     @model_forward
     @can_return_tuple  # type: ignore[untyped-decorator]  # transformers does not type it
+    @by_recorded_steps
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -12,9 +12,8 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from mistral_large_conversion.chat_templates import (
-    CHAT_TEMPLATE,
-    PROMPT_FORMAT,
-    RESPONSE_TEMPLATE,
+    CHAT_TEMPLATES,
+    RESPONSE_TEMPLATES,
     prompt_format_of,
 )
 from mistral_large_conversion.checkpoint.remote_code import TOKENIZER_AUTO_MAP
@@ -28,6 +27,7 @@ from mistral_large_conversion.sentencepiece_bpe import (
     clone_backend,
     load_sentencepiece_bpe,
     read_tokenizer_json,
+    vocabulary_of,
 )
 from mistral_large_conversion.vocabulary import (
     BOS,
@@ -36,11 +36,14 @@ from mistral_large_conversion.vocabulary import (
     MAX_LENGTH,
     PAD,
     UNKNOWN,
+    VOCABULARIES,
+    Vocabulary,
     join_pieces,
     known_vocabulary,
 )
 from modeling_mistral_large.chat_tokenization import ChatTokenizer, TokenizerCaches
-from modeling_mistral_large.errors import KeywordError
+from modeling_mistral_large.errors import KeywordError, UnknownVocabularyError
+from modeling_mistral_large.instruct.formats import format_problem
 from modeling_mistral_large.instruct.json_text import show
 from modeling_mistral_large.remote_code import write_remote_code
 
@@ -72,20 +75,21 @@ SETTINGS = (
 
 
 class MistralLargeTokenizer(ChatTokenizer):
-    """The tokenizer of Mistral-Large-Instruct-2407, exact for every text and every conversation.
+    """The tokenizer of Mistral-Large-Instruct-2407 and 2411, exact for every text and every conversation.
 
-    vocab_file: `tokenizer.model.v3`.
+    vocab_file: `tokenizer.model.v3` or `tokenizer.model.v7`.
     tokenizer_file: `tokenizer.json` as `save_pretrained` writes it; preferred, as it knows the tokens added since.
-    prompt_format: what a folder records about its chat template; only `v3` can be read.
+    prompt_format: `v3` or `v7`, the format of the bundled chat template that is used where none is given; by default
+        that of the vocabulary. The control tokens of v7 exist in its own vocabulary only, those of v3 in both.
 
-    Raises TokenizerFileError where there is neither, or what is there is another tokenizer; KeywordError for a setting
-    that this tokenizer does not have.
+    Raises TokenizerFileError where there is neither file, what is there is another tokenizer, or its vocabulary lacks
+    control tokens of the format; KeywordError for a setting that this tokenizer does not have.
     """
 
     vocab_files_names = {
         "tokenizer_file": "tokenizer.json",
         # Not named vocab_file: without a tokenizer.json, transformers looks for `tokenizer.model.` under that name.
-        "sentencepiece_file": "tokenizer.model.v3",
+        **{f"sentencepiece_{name}_file": each.file_name for name, each in VOCABULARIES.items()},
     }
     padding_side = "left"
 
@@ -111,11 +115,15 @@ class MistralLargeTokenizer(ChatTokenizer):
                 "a ▁ before every text, as the vendor's has",
                 stacklevel=2,
             )
-        if prompt_format not in (None, PROMPT_FORMAT):
+        vocabulary = vocabulary_of(backend)
+        if prompt_format not in (None, *CHAT_TEMPLATES):
             raise TokenizerFileError(
                 f"prompt_format {show(prompt_format)} in tokenizer_config.json: this version of the package makes "
-                f"{PROMPT_FORMAT} prompts only; use the version that wrote it"
+                f"{' and '.join(CHAT_TEMPLATES)} prompts only; use the version that wrote it"
             )
+        if problem := format_problem(prompt_format, vocabulary):
+            raise TokenizerFileError(f"prompt_format {show(prompt_format)}: {problem}")
+        bundled = prompt_format or vocabulary.name
         # Calls have settings of their own; those saved with them by others would be in every file again.
         backend.no_truncation()
         backend.no_padding()
@@ -132,8 +140,8 @@ class MistralLargeTokenizer(ChatTokenizer):
             "unk_token": UNKNOWN,
             "pad_token": PAD,
             "model_max_length": MAX_LENGTH,
-            "chat_template": CHAT_TEMPLATE,
-            "response_template": RESPONSE_TEMPLATE,
+            "chat_template": CHAT_TEMPLATES[bundled],
+            "response_template": RESPONSE_TEMPLATES[bundled],
             # The base class takes both for false, and would drop `<s>` as soon as one of them is set.
             "add_bos_token": backend.token_to_id(BOS) in wrapping,
             "add_eos_token": backend.token_to_id(EOS) in wrapping,
@@ -151,8 +159,12 @@ class MistralLargeTokenizer(ChatTokenizer):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *init_inputs: Any, **kwargs: Any
     ) -> "MistralLargeTokenizer":
-        """Read the tokenizer of a folder, of one of its two files, or of a repository on the hub."""
+        """Read the tokenizer of a folder, of one of its two files, or of a repository on the hub.
+
+        prompt_format: `v3` or `v7` for the bundled templates of that format instead of the folder's own.
+        """
         _refuse_settings(kwargs)
+        _choose_templates(kwargs)
         path = Path(pretrained_model_name_or_path)
         # Imported here, because importing the package loads no more than stock Mistral does.
         from mistral_large_conversion.checkpoint.hub import is_repository_id, reachable_options
@@ -183,10 +195,22 @@ class MistralLargeTokenizer(ChatTokenizer):
         """
         tokenizer_file = files.pop("tokenizer_file", None)
         any_model_file = files.pop("vocab_file", None)
-        vocab_file = files.pop("sentencepiece_file", None) or any_model_file
+        own = [files.pop(f"sentencepiece_{vocabulary}_file", None) for vocabulary in VOCABULARIES]
+        vocab_file = next(filter(None, own), any_model_file)
         if tokenizer_file is None and vocab_file is None:
-            raise TokenizerFileError(f"{name}: has neither tokenizer.model.v3 nor tokenizer.json; {RULE}; {WAY_OUT}")
-        return {"read_backend": _read_backend(tokenizer_file, vocab_file), "vocab_file": vocab_file}
+            names = ", ".join(vocabulary.file_name for vocabulary in VOCABULARIES.values())
+            raise TokenizerFileError(f"{name}: has none of {names} and tokenizer.json; {RULE}; {WAY_OUT}")
+        if Path(name).is_file() or _is_own(tokenizer_file):
+            return {"read_backend": _read_backend(tokenizer_file, vocab_file), "vocab_file": vocab_file}
+        # Imported here, because it imports what only such folders need.
+        from modeling_mistral_large.foreign_tokenizer import read_foreign_tokenizer
+
+        is_known = tokenizer_file is not None or known_vocabulary(vocab_file) is not None
+        # Pieces alone do not make a SentencePiece file: scores, types and settings decide about ids as well.
+        read = read_foreign_tokenizer(Path(tokenizer_file or vocab_file).parent, name) if is_known else None
+        if read is None:
+            raise _unknown_vocabulary(tokenizer_file, vocab_file, name)
+        return read
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -198,11 +222,11 @@ class MistralLargeTokenizer(ChatTokenizer):
         """Do nothing: transformers would copy the source of this package into folders, instead of the module."""
 
     def save_more_files(self, folder: Path, prefix: str) -> tuple[str, ...]:
-        """Write the module that the files name and, if it is at hand and the vendor's, tokenizer.model.v3."""
+        """Write the module that the files name and, if it is at hand and the vendor's, its SentencePiece file."""
         module = write_remote_code(folder)
         if self.vocab_file is None or known_vocabulary(self.vocab_file) is None:
             return (module,)
-        copy = folder / f"{prefix}{self.vocab_files_names['sentencepiece_file']}"
+        copy = folder / f"{prefix}{self.vocabulary.file_name}"
         if not (copy.exists() and copy.samefile(self.vocab_file)):
             shutil.copyfile(self.vocab_file, copy)
         return (module, str(copy))
@@ -222,9 +246,14 @@ class MistralLargeTokenizer(ChatTokenizer):
 
     @property
     def prompt_format(self) -> str | None:
-        """The format of the prompts of this tokenizer's chat template: `v3`, or None where it is another template."""
+        """The format of the prompts of this tokenizer's chat template: `v3`, `v7`, or None for another template."""
         template = self.chat_template
         return prompt_format_of(template.get("default") if isinstance(template, dict) else template)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vendor's vocabulary that this tokenizer has, without tokens that were added since."""
+        return vocabulary_of(self.backend_tokenizer)
 
     def forget_tokens(self) -> None:
         """Drop what is derived from the tokens."""
@@ -274,7 +303,8 @@ class MistralLargeTokenizer(ChatTokenizer):
     def encode_texts(self, texts: Sequence[str], *, reference_documents_as_text: bool = False) -> list[list[int]]:
         """Return the ids of texts that are not to be trusted: control strings stay text, and there is no `<s>`.
 
-        `[REFERENCE_DOC_n]` in a text is one piece, as for SentencePiece, unless `reference_documents_as_text` is set.
+        `[REFERENCE_DOC_n]` in a text is one piece, as for SentencePiece, and in the v7 vocabulary so are `[REF]` and
+        `[/REF]`, unless `reference_documents_as_text` is set.
         """
         encoders = self._caches.text_encoders
         encode = encoders.get(reference_documents_as_text)
@@ -284,16 +314,35 @@ class MistralLargeTokenizer(ChatTokenizer):
         return [encode(text) for text in texts]
 
 
+def _is_own(tokenizer_file: str | None) -> bool:
+    """Whether a tokenizer.json has the exact backend, as this package writes it."""
+    try:
+        return tokenizer_file is not None and bool(read_tokenizer_json(tokenizer_file))
+    except TokenizerFileError:
+        return False
+
+
+def _unknown_vocabulary(tokenizer_file: str | None, vocab_file: str | None, name: Any) -> UnknownVocabularyError:
+    """Return the error for a folder whose vocabulary is none of the vendor's, with what tells it apart."""
+    try:
+        _read_backend(tokenizer_file, None if tokenizer_file else vocab_file)
+    except TokenizerFileError as error:
+        return UnknownVocabularyError(
+            f"{error}; modeling_mistral_large.load({str(name)!r}) takes transformers' own tokenizer for such a folder"
+        )
+    raise AssertionError("a known vocabulary is read before")
+
+
 def _read_backend(tokenizer_file: str | None, vocab_file: str | None) -> Tokenizer:
     if tokenizer_file is not None:
         try:
             backend = read_tokenizer_json(tokenizer_file)
         except TokenizerFileError:
-            # Beside tokenizer.model.v3 the vendor publishes a tokenizer.json that is not exact.
+            # Next to its SentencePiece file the vendor publishes a tokenizer.json that is not exact.
             if vocab_file is None:
                 raise
         else:
-            if vocab_file is not None and known_vocabulary(vocab_file) is None:
+            if vocab_file is not None and known_vocabulary(vocab_file) != vocabulary_of(backend).name:
                 raise TokenizerFileError(
                     f"{vocab_file}: other pieces, scores, types or settings than the vendor's file, which "
                     f"tokenizer.json next to it was made of; {RULE}; download it again, or remove it"
@@ -312,6 +361,26 @@ def _text_encoder(backend: Tokenizer, reference_documents_as_text: bool) -> Call
     text_backend = clone_backend(backend, added=added, reference_documents_as_text=reference_documents_as_text)
     text_backend.encode_special_tokens = True
     return lambda text: text_backend.encode(text, add_special_tokens=False).ids
+
+
+def _choose_templates(settings: dict[str, Any]) -> None:
+    """Add the templates of the prompt format that a caller passes, or raise KeywordError."""
+    if (chosen := settings.get("prompt_format")) is None:
+        return
+    if chosen not in CHAT_TEMPLATES:
+        raise KeywordError(
+            f"prompt_format={show(chosen)}: the prompt formats are {', '.join(CHAT_TEMPLATES)}; choose one, or leave "
+            "prompt_format out"
+        )
+    if settings.get("chat_template") is None:
+        settings["chat_template"] = CHAT_TEMPLATES[chosen]
+    elif prompt_format_of(settings["chat_template"]) != chosen:
+        raise KeywordError(
+            f"prompt_format={show(chosen)}: the chat_template that is passed is another one and decides about prompts; "
+            "leave one of the two out"
+        )
+    if settings.get("response_template") is None:
+        settings["response_template"] = RESPONSE_TEMPLATES[chosen]
 
 
 def _refuse_settings(settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The chat template and the response template that travel with every converted checkpoint, and all released ones."""
+"""The chat and response templates that travel with every converted checkpoint, and all released ones."""
 
 import json
 import re
@@ -7,33 +7,50 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
-from mistral_large_conversion.chat_templates.response_template import RESPONSE_TEMPLATE
+from mistral_large_conversion.chat_templates.response_template import RESPONSE_TEMPLATES, START_ANCHORS
 
 __all__ = [
-    "CHAT_TEMPLATE",
-    "PLAIN_CHAT_TEMPLATE",
-    "PROMPT_FORMAT",
-    "RESPONSE_TEMPLATE",
+    "CHAT_TEMPLATES",
+    "PLAIN_CHAT_TEMPLATES",
+    "RESPONSE_TEMPLATES",
+    "START_ANCHORS",
     "prompt_format_of",
     "response_format_of",
 ]
 
-# The format of the prompts of the bundled templates, as tokenizer_config.json records it.
-PROMPT_FORMAT = "v3"
+# By prompt format, as tokenizer_config.json records it.
+TEMPLATE_FILES = {"v3": "mistral_large_2407.jinja", "v7": "mistral_large_2411.jinja"}
 
-CHAT_TEMPLATE: str = files(__name__).joinpath("mistral_large_2407.jinja").read_text(encoding="utf-8")
+# What both formats need is written once. A template that travels is one file, and engines have no loader for another.
+_INCLUDE = re.compile(r'\{%- include "(\w+\.jinja)" -%\}\n')
+
+
+def _read(name: str) -> str:
+    text = files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda include: _read(include[1]), text)
+
+
+CHAT_TEMPLATES: dict[str, str] = {prompt_format: _read(name) for prompt_format, name in TEMPLATE_FILES.items()}
 
 # For a jinja2 without transformers' `generation` tag, which marks what the assistant says and renders nothing.
-PLAIN_CHAT_TEMPLATE: str = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
+PLAIN_CHAT_TEMPLATES: dict[str, str] = {
+    prompt_format: re.sub(r"\{%- (end)?generation -%\}", "", template)
+    for prompt_format, template in CHAT_TEMPLATES.items()
+}
 
 # `template_sha256` and `response_template_sha256` of every template that a version of this package has written: folders
 # keep the one they were converted with. tests/released_templates has each of them; a new template adds its own.
 CHAT_TEMPLATES_SHA256 = {
     "a80bb409395f7c6d70db8de9824d1fb45040d9eb706f757f91df663bbf478aa8": "v3",
+    "cca8bfd2b36988314ea38f0927d690b7aea9ef858dbb74e03b85341d26eb2ee0": "v7",
     # Without `generation` tags.
     "9b79ca7f9ab026e9b0c0d4859fcf40d8e07483755140d8cca85e92628d5ed169": "v3",
+    "28a42245f0ac2150370f34e6895a003d1df501878b2e516fef0c5b56461fe163": "v7",
 }
-RESPONSE_TEMPLATES_SHA256 = {"87b45630ea095aa497f8863d3d6b0837e455c6655f0210d594c26f6bfb3c35b1": "v3"}
+RESPONSE_TEMPLATES_SHA256 = {
+    "87b45630ea095aa497f8863d3d6b0837e455c6655f0210d594c26f6bfb3c35b1": "v3",
+    "77cc227feeec61379ca87d886935aa45517ff692e2a9e930d01cb64179a69e27": "v7",
+}
 
 _NOT_RENDERED = ("comment_begin", "comment", "comment_end", "whitespace")
 
@@ -49,8 +66,10 @@ def prompt_format_of(template: object) -> str | None:
 
 @lru_cache(maxsize=64)
 def _known_format(template: str) -> str | None:
-    if template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE):
-        return PROMPT_FORMAT
+    for bundled in (CHAT_TEMPLATES, PLAIN_CHAT_TEMPLATES):
+        for prompt_format, known in bundled.items():
+            if template == known:
+                return prompt_format
     from jinja2 import TemplateSyntaxError
 
     try:
@@ -81,8 +100,9 @@ def template_sha256(template: str) -> str:
 
 def response_format_of(template: object) -> str | None:
     """Return the format that a response template reads, or None where it is none of the released ones."""
-    if template == RESPONSE_TEMPLATE:
-        return PROMPT_FORMAT
+    for prompt_format, known in RESPONSE_TEMPLATES.items():
+        if template == known:
+            return prompt_format
     try:
         return RESPONSE_TEMPLATES_SHA256.get(response_template_sha256(template))
     except (TypeError, ValueError):

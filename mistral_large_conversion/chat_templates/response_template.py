@@ -1,4 +1,4 @@
-"""The response template: how transformers (its pipelines, its server) reads the model's answers without our parser.
+"""The response templates: how transformers (its pipelines, its server) reads the model's answers without our parser.
 
 There is one region per tool call, the only form that its server can stream. A call opens a region only when it is
 complete and well formed, so that whatever else the model writes stays text. In a text the parser cannot tell a
@@ -28,29 +28,40 @@ _OPEN_CALL = r"""
 _CLOSE_CALL = r"""
     \G(?:(?&call)\K|(?<=\}))(?:(?&space)\](?:(?&space)(?=</s>|\Z))?|(?=(?&space),))"""
 
-RESPONSE_TEMPLATE: dict[str, Any] = {
-    "version": 1,
-    "start_anchor": ["[/INST]", "[/TOOL_RESULTS]"],
-    # An empty content stays in the message: a pipeline takes no chat back in which a message has none.
-    "defaults": {"role": "assistant", "content": ""},
-    "fields": {
-        "tool_calls": {
-            "open_pattern": "(?x)" + _GRAMMAR + _OPEN_CALL,
-            "close_pattern": "(?x)" + _GRAMMAR + _CLOSE_CALL,
-            "repeats": True,
-            "content": "json",
-            "transform": {
-                "type": "function",
-                "function": {"name": "{content.name}", "arguments": "{content.arguments}"},
-            },
-        },
-        "content": {
-            # The end of the answer, with the padding of a batch.
-            "close_pattern": r"</s>(?:</s>|\[control_\d+\])*\Z",
-            "repeats": True,
-            "join": "",
-            "content": "text",
-            "content_args": {"strip": False},
+_FIELDS: dict[str, Any] = {
+    "tool_calls": {
+        "open_pattern": "(?x)" + _GRAMMAR + _OPEN_CALL,
+        "close_pattern": "(?x)" + _GRAMMAR + _CLOSE_CALL,
+        "repeats": True,
+        "content": "json",
+        "transform": {
+            "type": "function",
+            "function": {"name": "{content.name}", "arguments": "{content.arguments}"},
         },
     },
+    "content": {
+        # The end of the answer, with the padding of a batch.
+        "close_pattern": r"</s>(?:</s>|\[control_\d+\])*\Z",
+        "repeats": True,
+        "join": "",
+        "content": "text",
+        "content_args": {"strip": False},
+    },
+}
+
+# By prompt format: the control tokens after which an answer begins.
+START_ANCHORS = {
+    "v3": ["[/INST]", "[/TOOL_RESULTS]"],
+    "v7": ["[/INST]", "[/TOOL_RESULTS]", "[/SYSTEM_PROMPT]"],
+}
+
+RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
+    prompt_format: {
+        "version": 1,
+        "start_anchor": start_anchor,
+        # An empty content stays in the message: a pipeline takes no chat back in which a message has none.
+        "defaults": {"role": "assistant", "content": ""},
+        "fields": _FIELDS,
+    }
+    for prompt_format, start_anchor in START_ANCHORS.items()
 }

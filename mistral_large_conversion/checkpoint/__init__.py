@@ -3,6 +3,7 @@
 from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
 from mistral_large_conversion.checkpoint.hub import resolve_source
 from mistral_large_conversion.checkpoint.names import ExpectedTensor, expected_tensors
+from mistral_large_conversion.checkpoint.open import open_checkpoint
 from mistral_large_conversion.checkpoint.quantization import Quantization, quantization_config, quantization_of
 from mistral_large_conversion.checkpoint.read import Checkpoint, load_headers, read_checkpoint, read_geometry
 
@@ -14,6 +15,7 @@ __all__ = [
     "Quantization",
     "expected_tensors",
     "load_headers",
+    "open_checkpoint",
     "quantization_config",
     "quantization_of",
     "read_checkpoint",

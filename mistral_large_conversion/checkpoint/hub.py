@@ -10,11 +10,18 @@ from typing import Any
 
 import huggingface_hub
 
-from mistral_large_conversion.checkpoint.layout import is_consolidated
+from mistral_large_conversion.checkpoint.layout import (
+    CONFIG_NAMES,
+    OTHER_LAYOUT,
+    WEIGHTS_STEM,
+    Layout,
+    is_consolidated,
+)
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME
 from mistral_large_conversion.checkpoint.safetensors_header import LARGEST_HEADER, LENGTH_BYTES
 from mistral_large_conversion.checkpoint.source_files import (
     ADAPTER_CONFIG_NAME,
+    LORA_NAME,
     adapter_problem,
 )
 from mistral_large_conversion.errors import CheckpointError, CheckpointNotFoundError
@@ -27,13 +34,23 @@ CONSOLIDATED_FILES = (
     "consolidated-*.safetensors",
     "consolidated.safetensors.index.json",
     "tokenizer.model.v3",
+    "tokenizer.model.v7",
     ADAPTER_CONFIG_NAME,
+    LORA_NAME,
     *LICENCE_PATTERNS,
 )
+ADAPTER_FILES = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin", LORA_NAME, "params.json")
 # A hub that answers nothing for so long is taken for out of reach; HF_HUB_ETAG_TIMEOUT is for slow networks.
 ANSWER_SECONDS = 1.5
 # A repository of which the cache has one of these may be read without the hub.
-TELLING_FILES = ("config.json", "params.json", "tokenizer.json", "tokenizer.model.v3", ADAPTER_CONFIG_NAME)
+TELLING_FILES = (
+    "config.json",
+    "params.json",
+    "tokenizer.json",
+    "tokenizer.model.v3",
+    "tokenizer.model.v7",
+    ADAPTER_CONFIG_NAME,
+)
 # Options of `from_pretrained` that say where in the hub and how to get it.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # Most headers are shorter.
@@ -46,10 +63,15 @@ HF_FILES = (
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model.v3",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "README.md",
     ADAPTER_CONFIG_NAME,
+    LORA_NAME,
     *LICENCE_PATTERNS,
 )
 
@@ -71,6 +93,35 @@ def resolve_source(
     Raises:
         CheckpointError: neither a folder nor a repository that can be had, or an adapter, and what to do about it.
     """
+    folder = _find_folder(
+        source, patterns, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    refuse_adapter(folder, name=None if folder == Path(source) else os.fspath(source))
+    return folder
+
+
+def resolve_adapter(source: Path | str, **hub_options: Any) -> tuple[Path, str]:
+    """The folder of an adapter and its name: that of the folder, or the id of a repository.
+
+    hub_options: those of `resolve_source`.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be had, and what to do about it.
+    """
+    folder = _find_folder(source, ADAPTER_FILES, **hub_options)
+    return folder, folder.resolve().name if folder == Path(source) else os.fspath(source)
+
+
+def _find_folder(
+    source: Path | str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder `source`, or the snapshot of a repository with the files that match `patterns`."""
     folder = Path(source)
     # An id has one slash. A Path drops the dot of ./owner/name, which says that it is a folder.
     is_folder = folder.exists() or not is_repository_id(os.fspath(source))
@@ -78,7 +129,6 @@ def resolve_source(
         if not folder.is_dir():
             problem = "is a file" if folder.exists() else "no such folder"
             raise CheckpointError(f"{source}: {problem}; give a folder, or a repository on the hub as owner/name")
-        refuse_adapter(folder)
         return folder
     repository = os.fspath(source)
     try:
@@ -95,7 +145,21 @@ def resolve_source(
     # The client's HTTP library, whose errors also come through, is another one in each of its major versions.
     except Exception as error:
         raise CheckpointError(f"{repository}: {hub_problem(repository, error)}") from error
-    refuse_adapter(folder, name=repository)
+    return folder
+
+
+def resolve_conversion_source(source: Path | str, *, to: Layout, **options: Any) -> Path:
+    """The folder of what is converted to layout `to`, see `resolve_source`.
+
+    Of a repository that has no params.json, the files of the HF layout are downloaded.
+
+    Raises:
+        CheckpointError: the reasons of `resolve_source`.
+    """
+    folder = resolve_source(source, patterns=CONSOLIDATED_FILES if to == "hf" else HF_FILES, **options)
+    is_repository = not Path(source).exists() and is_repository_id(os.fspath(source))
+    if to == "hf" and is_repository and not (folder / PARAMS_NAME).exists():
+        return resolve_source(source, patterns=HF_FILES, **options)
     return folder
 
 
@@ -188,8 +252,26 @@ def fetch_headers(
 
 def refuse_adapter(folder: Path, name: str | None = None) -> None:
     """Raise a CheckpointError if a folder holds an adapter of PEFT and no checkpoint; `name` is how it was named."""
-    if problem := adapter_problem(folder):
+    if problem := adapter_problem(folder, name):
         raise CheckpointError(f"{name or folder}: {problem}")
+
+
+def find_small_file(source: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """Where a file of a folder or repository is on this machine, or None if it has none or cannot be reached.
+
+    options: those of `reachable_options`.
+    """
+    if Path(source).is_dir():
+        return Path(source, name) if Path(source, name).exists() else None
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                source, name, **{key: options[key] for key in HUB_OPTIONS if options.get(key)}
+            )
+        )
+    # The client's HTTP library, whose errors also come through, is another one in each of its major versions.
+    except Exception:
+        return None
 
 
 def is_repository_id(source: str) -> bool:
@@ -227,13 +309,36 @@ def hub_problem(repository: str, error: Exception) -> str:
     return f"the download stopped: {reason}; run it again, the files that are whole are kept"
 
 
+def cached_layout(repository: str, options: Mapping[str, Any]) -> Layout | None:
+    """The layout of which the hub's cache holds all weights and the geometry, the vendor's first, or None.
+
+    `options` are those of `from_pretrained`; of these, `revision` and `cache_dir` say which snapshot.
+    """
+    place = {name: options[name] for name in ("revision", "cache_dir") if options.get(name)}
+    for layout in OTHER_LAYOUT:
+        config = huggingface_hub.try_to_load_from_cache(repository, CONFIG_NAMES[layout], **place)
+        if isinstance(config, str) and _has_all_weights(Path(config).parent, WEIGHTS_STEM[layout]):
+            return layout
+    return None
+
+
+def _has_all_weights(snapshot: Path, stem: str) -> bool:
+    names = {path.name for path in snapshot.glob(f"{stem}*.safetensors") if path.exists()}
+    totals = {match[1] for name in names if (match := re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.safetensors", name))}
+    if f"{stem}.safetensors" in names or len(totals) != 1:
+        return f"{stem}.safetensors" in names
+    (total,) = totals
+    return names >= {f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, int(total) + 1)}
+
+
 def find_consolidated(
     source: Any, options: Mapping[str, Any], *, patterns: Sequence[str] = (PARAMS_NAME,)
 ) -> Path | None:
     """The folder of a consolidated checkpoint, or None where `source` is anything else, for transformers to judge.
 
-    A repository on the hub is consolidated if it has a params.json; of its other files those of `patterns` are
-    downloaded. `options` are those of `from_pretrained`.
+    A repository on the hub is consolidated if it has a params.json, and what the cache holds whole is read rather than
+    downloaded in the other layout; of its other files those of `patterns` are downloaded. `options` are those of
+    `from_pretrained`.
 
     Raises:
         CheckpointError: the files cannot be downloaded, and what to do about it.
@@ -248,6 +353,8 @@ def find_consolidated(
     if subfolder or Path(source).exists() or not is_repository_id(repository):
         return None
     hub_options = {name: options[name] for name in HUB_OPTIONS if options.get(name)}
+    if cached_layout(repository, hub_options) == "hf" and not options.get("force_download"):
+        return None
     try:
         folder = Path(huggingface_hub.hf_hub_download(repository, PARAMS_NAME, **hub_options)).parent
     except Exception:

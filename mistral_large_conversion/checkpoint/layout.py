@@ -13,6 +13,8 @@ CONFIG_NAME = "config.json"
 CONFIG_NAMES: dict[Layout, str] = {"consolidated": PARAMS_NAME, "hf": CONFIG_NAME}
 GENERATION_CONFIG_NAME = "generation_config.json"
 TOKENIZER_NAME = "tokenizer.model.v3"
+# Of all names of SentencePiece files.
+TOKENIZER_STEM = "tokenizer.model"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TOKENIZER_JSON_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
@@ -20,8 +22,8 @@ MODEL_CARD_NAME = "README.md"
 
 
 def source_layout(source: Path | str) -> Layout:
-    """The layout from which a folder is quantized: the vendor's, unless there is only the other one."""
-    return "hf" if _with_weights(Path(source)) == ["hf"] else "consolidated"
+    """The layout of a folder that is read: the vendor's, unless there is only the other one."""
+    return next(iter(layouts_of(Path(source))), "consolidated")
 
 
 def layouts_of(folder: Path) -> list[Layout]:

@@ -43,6 +43,11 @@ ABSENT = {
     "tie_word_embeddings": False,
 }
 
+TIED = (
+    "; load it with transformers, give lm_head a copy of the embeddings, set config.tie_word_embeddings to False, and "
+    "save it"
+)
+
 # Keys that other models of the vendor have. Only these values describe the architecture of Mistral Large.
 FIXED: dict[str, tuple[object, ...]] = {
     "activation": (None, "silu"),
@@ -162,6 +167,7 @@ def params_from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], li
     }
     problems += [
         f"{name} is {shown(config.get(name))}: only {values[-1]!r} is this architecture"
+        + (TIED if name == "tie_word_embeddings" else "")
         for name, values in allowed.items()
         if not _is_one_of(config.get(name), values)
     ]

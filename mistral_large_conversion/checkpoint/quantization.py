@@ -1,7 +1,7 @@
 """Quantized checkpoints in the formats of compressed-tensors: what a weight is in the file, and what config.json says.
 
-The weights of the linear layers of the decoder are quantized, each number rounded to the nearest without any
-calibration; embeddings, norms and head are BF16.
+The weights of the linear layers of the decoder are quantized, each rounded to the nearest or, of int4, by calibration;
+embeddings, norms and head are BF16.
 
 | | fp8, `float-quantized` | int4, `pack-quantized` |
 | --- | --- | --- |
@@ -164,6 +164,16 @@ def quantization_of(settings: object) -> Quantization | None:
             if _says(settings, quantization_config(scheme, group_size), optional=("use_optimized_inference",)):
                 return Quantization(scheme, group_size)
     return None
+
+
+def foreign_quantization(settings: object) -> str:
+    """What a `quantization_config` that is not ours means, and the way out."""
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    named = f"by {method}" if isinstance(method, str) and method else "by an unknown method"
+    return (
+        f"its weights are quantized {named}, which this package neither reads nor undoes; take the checkpoint it was "
+        "made of, or load this one with transformers' own classes"
+    )
 
 
 def _says(settings: Mapping[str, Any], wanted: Mapping[str, Any], optional: tuple[str, ...] = ()) -> bool:

@@ -25,6 +25,7 @@ from mistral_large_conversion.checkpoint.params import (
 from mistral_large_conversion.checkpoint.quantization import (
     CANNOT_UNDO,
     Quantization,
+    foreign_quantization,
     is_part,
     is_quantized,
     quantization_of,
@@ -38,10 +39,17 @@ from mistral_large_conversion.checkpoint.safetensors_header import (
     read_header,
 )
 from mistral_large_conversion.checkpoint.source_files import adapter_problem, file_problem, read_json_object, shown
-from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
 from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
 
 FIRST_QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+# Weights of older programs, which run code when they are read.
+PICKLES = ("*.pth", "*.pt", "*.bin")
+NO_PICKLES = (
+    "pickles are not read, as they may run code; take the safetensors files, or load it with transformers and save it "
+    "again with save_pretrained, which writes them"
+)
 
 # An error that lists more than this is no longer read.
 MOST_PROBLEMS = 1000
@@ -88,9 +96,13 @@ class Checkpoint:
 
 def vocabulary_problem(folder: Path) -> str | None:
     """What keeps the vendor's SentencePiece file of a folder from being read, or None if nothing does."""
-    if (vocabulary := find_vocabulary(folder)) is not None:
+    try:
+        vocabulary = find_vocabulary(folder)
+    except TokenizerFileError as error:
+        return str(error)
+    if vocabulary is not None:
         return file_problem(folder, vocabulary.name)
-    other = VOCABULARY_NAMES[1]
+    other = VOCABULARY_NAMES[-1]
     is_there = f", and {other} is another vocabulary" if (folder / other).exists() else ""
     return f"{TOKENIZER_NAME} is missing{is_there}"
 
@@ -111,7 +123,7 @@ def read_checkpoint(
     """
     folder = Path(source)
     _check_folder(folder, layout)
-    tensors, weight_problems = _read_weights(folder, layout)
+    tensors, weight_problems = read_weights(folder, layout)
     params, quantization, problems = _read_params(folder, layout, tensors)
     if quantization is not None and not may_be_quantized:
         raise CheckpointError(f"{folder}: {CANNOT_UNDO}")
@@ -139,7 +151,7 @@ def read_geometry(source: Path | str, layout: Layout) -> tuple[Geometry, Quantiz
     folder = Path(source)
     _check_folder(folder, layout)
     # Only for a config.json without head_dim, which its weights can prove.
-    tensors, _ = _read_weights(folder, layout)
+    tensors, _ = read_weights(folder, layout)
     params, quantization, problems = _read_params(folder, layout, tensors)
     if params is None:
         raise CheckpointError(f"{folder}: no geometry of a Mistral Large: {'; '.join(problems)}; give another folder")
@@ -180,8 +192,12 @@ def _read_params(
     problems: list[str] = []
     quantization = None
     if layout == "hf":
-        if (quantization := quantization_of(params.get("quantization_config"))) is not None:
+        settings = params.get("quantization_config")
+        if (quantization := quantization_of(settings)) is not None:
             del params["quantization_config"]
+        elif settings:
+            # Its tensors have other names and shapes: all of them would be listed.
+            raise CheckpointError(f"{folder}: {foreign_quantization(settings)}")
         params, problems = params_from_hf_config(params)
         problems += derive_head_dim(params, tensors)
     problems += params_problems(params)
@@ -208,7 +224,7 @@ def derive_head_dim(params: dict[str, Any], tensors: Iterable[StoredTensor]) -> 
     return []
 
 
-def _read_weights(folder: Path, layout: Layout) -> tuple[list[FileTensor], list[str]]:
+def read_weights(folder: Path, layout: Layout) -> tuple[list[FileTensor], list[str]]:
     """All tensors of the files of weights, and what is wrong with the files, their number and their index.
 
     Names are those of the model alone, without what training has put around it, and buffers are left out.
@@ -236,8 +252,8 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
     if present == [single]:
         return present, []
     if not present:
-        pickled = sorted(path.name for path in folder.glob(f"{stem}*.pth"))
-        hint = f", only {pickled[0]!r}: pickles are not read" if pickled else ""
+        pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        hint = f", only {pickled[0]!r}: {NO_PICKLES}" if pickled else ""
         return [], [f"no {single} and no {stem}-00001-of-….safetensors{hint}"]
     matches = [re.fullmatch(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.safetensors", name) for name in present]
     totals = {match[2] for match in matches if match}

@@ -6,7 +6,7 @@ dtype, a shape and the two ends of its bytes in the data; together they must fil
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -169,9 +169,9 @@ def _layout_problems(tensors: Iterable[FileTensor], data_start: int, file_size: 
         yield f"has {file_size - end} bytes after the last tensor"
 
 
-def encode_header(tensors: Iterable[TensorEntry]) -> bytes:
-    """The first bytes of a file that holds these tensors in this order."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
+def encode_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str] | None = METADATA) -> bytes:
+    """The first bytes of a file that holds these tensors in this order; `metadata` of None is left out."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     start = 0
     for tensor in tensors:
         end = start + tensor.size

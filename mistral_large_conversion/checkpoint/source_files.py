@@ -3,6 +3,7 @@
 import json
 import reprlib
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from mistral_large_conversion.errors import CheckpointError
 
 LARGEST_JSON = 100_000_000
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+# The vendor's fine-tuning code and mistral-inference name the file of an adapter so.
+LORA_NAME = "lora.safetensors"
+MANIFEST_NAME = "conversion.manifest.json"
 CHECKPOINT_CONFIGS = ("config.json", "params.json")
+CHECKPOINT_WEIGHTS = ("consolidated*.safetensors", "model*.safetensors")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
@@ -22,7 +27,8 @@ shown = _SHORT.repr
 def file_problem(folder: Path, name: str) -> str | None:
     """What keeps a file of the folder from being read, or None if nothing does.
 
-    A link may point inside the folder, or to the `blobs` of the hub cache when the folder is one of its snapshots.
+    A link may point inside the folder, to the `blobs` of the hub cache when the folder is one of its snapshots, or to
+    the weights that the folder was made for, as its manifest says.
     Only files of weights, which are never read whole, may be larger than 100 MB.
     """
     path = folder / name
@@ -32,8 +38,10 @@ def file_problem(folder: Path, name: str) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is not a regular file"
         folder = folder.resolve()
-        allowed = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
-        if target.parent not in allowed:
+        # A snapshot, or a folder in one.
+        snapshot = folder if folder.parent.name == "snapshots" else folder.parent
+        allowed = [folder, snapshot.parent.parent / "blobs"] if snapshot.parent.name == "snapshots" else [folder]
+        if target.parent not in allowed and not _is_adopted(folder, name, target):
             return f"{name} is a link out of the folder, to {str(target)!r}"
         if status.st_size > LARGEST_JSON and not name.endswith(".safetensors"):
             return f"{name} has more than {LARGEST_JSON} bytes"
@@ -46,17 +54,36 @@ def file_problem(folder: Path, name: str) -> str | None:
     return None
 
 
-def adapter_problem(folder: Path) -> str | None:
-    """What a folder with nothing but an adapter is, of which base, and the way out; None for any other folder."""
-    if not (folder / ADAPTER_CONFIG_NAME).exists() or any((folder / name).exists() for name in CHECKPOINT_CONFIGS):
-        return None
+def _is_adopted(folder: Path, name: str, target: Path) -> bool:
+    """Whether a link to weights is one that `adopt_checkpoint` made."""
+    if not name.endswith(".safetensors"):
+        return False
     try:
-        of_base = f"the base {shown(read_adapter_base(folder))}"
-    except CheckpointError:
-        of_base = "a base that it does not name"
+        links = read_json_object(folder / MANIFEST_NAME).get("links")
+    except (OSError, ValueError):
+        return False
+    return isinstance(links, dict) and links.get(name) == str(target)
+
+
+def adapter_problem(folder: Path, name: str | None = None) -> str | None:
+    """What a folder with nothing but an adapter is, of which base, and the way out; None for any other folder.
+
+    name: how the folder was named, if not by its path.
+    """
+    of_base, format_name = "a base that it does not name", "PEFT"
+    if (folder / LORA_NAME).exists():
+        # Its params.json is that of the base, and makes no checkpoint of it.
+        if any(any(folder.glob(pattern)) for pattern in CHECKPOINT_WEIGHTS):
+            return None
+        format_name = LORA_NAME
+    elif not (folder / ADAPTER_CONFIG_NAME).exists() or any((folder / name).exists() for name in CHECKPOINT_CONFIGS):
+        return None
+    else:
+        with suppress(CheckpointError):
+            of_base = f"the base {shown(read_adapter_base(folder))}"
     return (
-        f"an adapter (PEFT) of {of_base}, not a checkpoint; load it with peft.AutoPeftModelForCausalLM, save what "
-        "merge_and_unload() returns, and give that folder"
+        f"an adapter ({format_name}) of {of_base}, not a checkpoint; merge it with `mistral-large convert BASE "
+        f"DESTINATION --adapter {name or folder}`, and give that destination; chat and serve take BASE with --adapter"
     )
 
 
@@ -86,9 +113,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: not an object, a key twice in one object, or a file of more than 100 MB.
+        ValueError: not an object, a key twice in one object, no regular file, or one of more than 100 MB.
         OSError: the file cannot be read.
     """
+    # To open a pipe would wait for someone who writes.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a regular file")
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"more than {LARGEST_JSON} bytes")
     return parse_json_object(path.read_bytes())

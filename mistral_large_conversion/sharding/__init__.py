@@ -1,7 +1,7 @@
 """Where a model runs: devices, the memory that each of them has to hold, and the fastest strategies."""
 
 from mistral_large_conversion.sharding.devices import Device, detect_devices, parse_devices
-from mistral_large_conversion.sharding.memory import Workload
+from mistral_large_conversion.sharding.memory import Draft, Workload
 from mistral_large_conversion.sharding.plan import (
     DeviceLoad,
     ShardingPlan,
@@ -15,6 +15,7 @@ from mistral_large_conversion.sharding.plan import (
 __all__ = [
     "Device",
     "DeviceLoad",
+    "Draft",
     "ShardingPlan",
     "Workload",
     "detect_devices",

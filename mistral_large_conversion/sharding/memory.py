@@ -5,7 +5,7 @@ Activations are those of transformers' sdpa attention, as the tests of the plan 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mistral_large_conversion.checkpoint.geometry import ModelSizes
 from mistral_large_conversion.checkpoint.names import expected_tensors
@@ -118,6 +118,26 @@ def cache_bytes_of_layer(config: ModelSizes, workload: Workload) -> int:
     """Bytes of one layer's keys and values for all positions of all sequences."""
     vector = config.head_dim + SCALE_BYTES if workload.kv == "fp8" else config.head_dim * workload.number_bytes
     return 2 * config.num_key_value_heads * vector * workload.context * workload.batch
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A smaller model that drafts tokens for the model: its geometry, and weights as in `Workload`."""
+
+    sizes: ModelSizes
+    weights: str = "bf16"
+
+    def weight_bytes(self, *, ranks: int = 1) -> int:
+        """Bytes of its weights, or of the shard that one of several ranks has."""
+        return Sizes.of(self.sizes, self.weights, ranks=ranks).weights
+
+    def cache_bytes(self, workload: Workload, *, ranks: int = 1) -> int:
+        """Bytes of its keys and values for the model's workload, up to its own longest context."""
+        own = replace(workload, weights=self.weights, context=min(workload.context, self.sizes.max_position_embeddings))
+        return self.sizes.num_hidden_layers * cache_bytes_of_layer(self.sizes, own) // ranks
+
+    def total_bytes(self, workload: Workload, *, ranks: int = 1) -> int:
+        return self.weight_bytes(ranks=ranks) + self.cache_bytes(workload, ranks=ranks)
 
 
 def activation_bytes(config: ModelSizes, workload: Workload, *, ranks: int = 1) -> int:

@@ -6,7 +6,7 @@
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from mistral_large_conversion.sharding.memory import (
     GIB,
     PREFILL_CHUNK,
     QUANTIZED,
+    Draft,
     Sizes,
     Workload,
     activation_bytes,
@@ -42,7 +43,10 @@ Strategy = Literal["one device", "device_map", "tensor parallel", "device_map wi
 
 @dataclass(frozen=True)
 class DeviceLoad:
-    """What one device holds, in bytes; `modules` are the names that a device_map has for it."""
+    """What one device holds, in bytes; `modules` are the names that a device_map has for it.
+
+    draft_bytes: weights and cache of a draft.
+    """
 
     device: Device
     modules: tuple[str, ...]
@@ -50,10 +54,11 @@ class DeviceLoad:
     cache_bytes: int
     activation_bytes: int
     reserve_bytes: int = RESERVE
+    draft_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.cache_bytes + self.activation_bytes + self.reserve_bytes
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes + self.reserve_bytes + self.draft_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -114,6 +119,7 @@ def plan_sharding(
     kv: str = "auto",
     prefill_chunk: int = PREFILL_CHUNK,
     host_memory: int = 0,
+    draft: Draft | None = None,
 ) -> list[ShardingPlan]:
     """Return every way to run the model on these devices, the best first: those that fit, then the fastest.
 
@@ -121,17 +127,20 @@ def plan_sharding(
     weights, kv: as in `Workload`.
     prefill_chunk: positions of a prompt that are read at once, the `prefill_chunk_size` of `generate`.
     host_memory: bytes of the host that weights may lie in; 0 offloads nothing. Quantized ones are not offloaded.
+    draft: lies on the first device or, with tensor parallelism, sharded as the model is; rates are those without it.
 
     Raises:
         PlanError: no devices, or a number that makes no sense.
     """
     workload = Workload(context, batch, weights, kv, prefill_chunk)
     _check(config, devices, workload, host_memory)
-    plans = [_plan_device_map(config, devices, workload)]
-    if _can_be_parallel(config, devices):
-        plans.append(_plan_tensor_parallel(config, devices, workload))
+    if draft is not None:
+        _check_draft(config, workload, draft)
+    plans = [_plan_device_map(config, devices, workload, draft=draft)]
+    if _can_be_parallel(config, devices) and (draft is None or _can_be_parallel(draft.sizes, devices)):
+        plans.append(_plan_tensor_parallel(config, devices, workload, draft))
     if host_memory and not plans[0].fits and weights not in QUANTIZED:
-        plans.append(_plan_offload(config, devices, workload, host_memory))
+        plans.append(_plan_offload(config, devices, workload, host_memory, draft))
     return sorted(plans, key=lambda plan: (plan.shortfall_bytes, -(plan.tokens_per_second or 0)))
 
 
@@ -159,7 +168,8 @@ def _check(config: ModelSizes, devices: Sequence[Device], workload: Workload, ho
         raise PlanError(f"kv {shown(workload.kv)}: must be one of {', '.join(CACHES)}")
     if not _is_whole(workload.context, 1, config.max_position_embeddings):
         raise PlanError(
-            f"context {shown(workload.context)}: the model has 1 to {config.max_position_embeddings} positions"
+            f"context {shown(workload.context)}: must be 1 to {config.max_position_embeddings} tokens, the context "
+            "length of the model"
         )
     for name, value in {"batch": workload.batch, "prefill_chunk": workload.prefill_chunk}.items():
         if not _is_whole(value, 1, LARGEST):
@@ -172,12 +182,29 @@ def _check(config: ModelSizes, devices: Sequence[Device], workload: Workload, ho
         )
 
 
+def _check_draft(config: ModelSizes, workload: Workload, draft: Draft) -> None:
+    if draft.weights not in BYTES_OF_NUMBER:
+        raise PlanError(f"draft's weights {shown(draft.weights)}: must be one of {', '.join(BYTES_OF_NUMBER)}")
+    if draft.sizes.vocab_size != config.vocab_size:
+        raise PlanError(
+            f"the draft has {draft.sizes.vocab_size} tokens, and the model {config.vocab_size}: a draft must have the "
+            "vocabulary of the model; take another draft"
+        )
+    if workload.batch > 1:
+        raise PlanError(f"batch {workload.batch} with a draft: drafts are of one sequence; leave one of the two out")
+
+
 def _is_whole(value: object, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
 def _plan_device_map(
-    config: ModelSizes, devices: Sequence[Device], workload: Workload, *, offloaded: int = 0
+    config: ModelSizes,
+    devices: Sequence[Device],
+    workload: Workload,
+    *,
+    offloaded: int = 0,
+    draft: Draft | None = None,
 ) -> ShardingPlan:
     """Whole layers, one device after the other, as evenly as the limits allow; the last `offloaded` ones on the host.
 
@@ -185,13 +212,14 @@ def _plan_device_map(
     """
     sizes, cache = Sizes.of(config, workload.weights), cache_bytes_of_layer(config, workload)
     activations = activation_bytes(config, workload)
+    drafting = 0 if draft is None else draft.total_bytes(workload)
     per_layer = sizes.layer + cache
     used = list(range(len(devices)))
     while True:
         # Every device's own, without layers: a device that has no room for that is left out.
         first, last = used[0], used[-1]
         fixed = dict.fromkeys(used, RESERVE + activations)
-        fixed[first] += sizes.embedding + (offloaded * cache + sizes.layer if offloaded else 0)
+        fixed[first] += drafting + sizes.embedding + (offloaded * cache + sizes.layer if offloaded else 0)
         fixed[last] += sizes.norm + sizes.head
         crowded = [index for index in used if fixed[index] > devices[index].memory_bytes]
         if not crowded or len(used) == 1:
@@ -224,6 +252,7 @@ def _plan_device_map(
             + (sizes.norm + sizes.head if index == last else 0),
             cache_bytes=counts[index] * cache + (offloaded * cache if index == first else 0),
             activation_bytes=activations + (sizes.layer if offloaded and index == first else 0),
+            draft_bytes=drafting if index == first else 0,
         )
         for index in used
         if modules[index]
@@ -250,7 +279,9 @@ def _can_be_parallel(config: ModelSizes, devices: Sequence[Device]) -> bool:
     return ranks > 1 and not any(size % ranks for size in shared)
 
 
-def _plan_tensor_parallel(config: ModelSizes, devices: Sequence[Device], workload: Workload) -> ShardingPlan:
+def _plan_tensor_parallel(
+    config: ModelSizes, devices: Sequence[Device], workload: Workload, draft: Draft | None = None
+) -> ShardingPlan:
     """An equal shard of every layer and of the head on every device; embedding and norms whole."""
     ranks = len(devices)
     sizes = Sizes.of(config, workload.weights, ranks=ranks)
@@ -261,6 +292,7 @@ def _plan_tensor_parallel(config: ModelSizes, devices: Sequence[Device], workloa
             weight_bytes=sizes.weights,
             cache_bytes=sizes.layers * cache_bytes_of_layer(config, workload) // ranks,
             activation_bytes=activation_bytes(config, workload, ranks=ranks),
+            draft_bytes=0 if draft is None else draft.total_bytes(workload, ranks=ranks),
         )
         for device in devices
     ]
@@ -279,18 +311,24 @@ def _plan_tensor_parallel(config: ModelSizes, devices: Sequence[Device], workloa
     )
 
 
-def _plan_offload(config: ModelSizes, devices: Sequence[Device], workload: Workload, host_memory: int) -> ShardingPlan:
+def _plan_offload(
+    config: ModelSizes,
+    devices: Sequence[Device],
+    workload: Workload,
+    host_memory: int,
+    draft: Draft | None = None,
+) -> ShardingPlan:
     """As many layers on the devices as they hold, the others on the host."""
     layers = config.num_hidden_layers
-    plan = _plan_device_map(config, devices, workload, offloaded=layers)
+    plan = _plan_device_map(config, devices, workload, offloaded=layers, draft=draft)
     if plan.fits:
         # Where all can be offloaded, one more always can: the first device has room for the cache of all.
         fewest = 1 + bisect_left(
             range(1, layers),
             True,
-            key=lambda count: _plan_device_map(config, devices, workload, offloaded=count).fits,
+            key=lambda count: _plan_device_map(config, devices, workload, offloaded=count, draft=draft).fits,
         )
-        plan = _plan_device_map(config, devices, workload, offloaded=fewest)
+        plan = _plan_device_map(config, devices, workload, offloaded=fewest, draft=draft)
     if plan.host_weight_bytes <= host_memory:
         return plan
     lacking = plan.host_weight_bytes - host_memory
@@ -309,23 +347,22 @@ def _rate(workload: Workload, seconds: float) -> float | None:
 
 
 def largest_context(config: ModelSizes, devices: Sequence[Device], **options: Any) -> int:
-    """Return the longest context for which some way fits, 0 if none does; `options` are those of `plan_sharding`."""
-    low, high = 0, config.max_position_embeddings
-    while low < high:
-        middle = (low + high + 1) // 2
-        if plan_sharding(config, devices, context=middle, **options)[0].fits:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """Return the longest context that fits, 0 if none does; `options` are those of `plan_sharding`."""
+    limit = config.max_position_embeddings
+    return _largest(limit, lambda context: plan_sharding(config, devices, context=context, **options)[0].fits)
 
 
 def largest_batch(config: ModelSizes, devices: Sequence[Device], *, batch: int, **options: Any) -> int:
     """Return the most sequences, fewer than `batch`, that fit at once, 0 if not even one does; options as above."""
-    low, high = 0, batch - 1
+    return _largest(batch - 1, lambda fewer: plan_sharding(config, devices, batch=fewer, **options)[0].fits)
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `limit` that fits, by bisection; 0 if none does."""
+    low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        if plan_sharding(config, devices, batch=middle, **options)[0].fits:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1

@@ -1,9 +1,11 @@
 """Streamers for `generate` that keep the spaces at the start of lines."""
 
+from typing import Any
+
 from torch import Tensor
 from transformers import TextIteratorStreamer, TextStreamer
 
-from mistral_large_conversion.vocabulary import CONTROL_IDS, NEWLINE_ID
+from mistral_large_conversion.vocabulary import NEWLINE_ID
 
 
 class _KeepsLineStarts(TextStreamer):
@@ -17,7 +19,8 @@ class _KeepsLineStarts(TextStreamer):
     def put(self, value: Tensor) -> None:
         is_skipped = self.skip_prompt and self.next_tokens_are_prompt
         super().put(value)  # type: ignore[no-untyped-call]
-        goes_on = value.numel() > 0 and int(value.flatten()[-1]) not in CONTROL_IDS
+        tokenizer: Any = self.tokenizer
+        goes_on = value.numel() > 0 and int(value.flatten()[-1]) not in tokenizer.vocabulary.control_ids
         if not self.token_cache and (goes_on or not is_skipped):
             self.token_cache, self.print_len = [NEWLINE_ID], len("\n")
 

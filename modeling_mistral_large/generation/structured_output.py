@@ -9,7 +9,6 @@ text, for servers that read such grammars themselves.
 """
 
 import json
-import re
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from mistral_large_conversion.chat_templates import START_ANCHORS
 from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
-from mistral_large_conversion.vocabulary import BYTE_IDS, CONTROL_IDS, CONTROL_TOKENS, REFERENCE_IDS, VOCAB_SIZE
+from mistral_large_conversion.vocabulary import BOS, BYTE_IDS, CONTROL_TOKENS, VOCAB_SIZE, VOCABULARIES, piece_bytes
 from modeling_mistral_large.errors import ConversationError, SchemaError
 from modeling_mistral_large.instruct.answer import EOS_ID, TOOL_CALLS_ID
 from modeling_mistral_large.instruct.json_text import as_mapping
@@ -45,16 +45,9 @@ MORE_PROPERTIES = frozenset({"$ref", "additionalProperties", "allOf", "anyOf", "
 
 # Where the grammar leaves one text only, the model still chooses its tokens: encoding that text costs more.
 OPTIONS = '%llguidance {"no_forcing": true}'
-RULES = {
-    "text": f"( TEXT | <[{REFERENCE_IDS.start}-{REFERENCE_IDS.stop - 1}]> )*",
-    "TEXT": r"/(.|\n)+/",
-    "id": r'", \"id\": \"" /[a-zA-Z0-9]{9}/ "\""',
-}
+TEXT_RULE = r"/(.|\n)+/"
+ID_RULE = r'", \"id\": \"" /[a-zA-Z0-9]{9}/ "\""'
 
-# The last of these in a prompt stands before the answer.
-END_INST_ID, END_RESULTS_ID = CONTROL_TOKENS["[/INST]"], CONTROL_TOKENS["[/TOOL_RESULTS]"]
-
-_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _vocabularies: "weakref.WeakKeyDictionary[MistralLargeTokenizer, LLTokenizer]" = weakref.WeakKeyDictionary()
 
 
@@ -75,7 +68,11 @@ def constrain(
     Raises what `answer_grammar` raises.
     """
     grammar = answer_grammar(
-        response_format=response_format, tools=tools, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls
+        response_format=response_format,
+        tools=tools,
+        tool_choice=tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
+        vocabulary=tokenizer.vocabulary.name,
     )
     return LogitsProcessorList([AnswerConstraint(tokenizer, grammar, continue_final_message=continue_final_message)])
 
@@ -86,6 +83,7 @@ def answer_grammar(
     tools: Sequence[ToolDefinition] | None = None,
     tool_choice: str | Mapping[str, Any] | None = "auto",
     parallel_tool_calls: bool = True,
+    vocabulary: str = "v3",
 ) -> str:
     """Return the grammar of the answers to a request, in llguidance's variety of Lark.
 
@@ -95,10 +93,17 @@ def answer_grammar(
         tool's parameters; where these name properties and say nothing of others, there are no others.
     tool_choice: "none", "auto", "required" (or "any"), or `{"type": "function", "function": {"name": …}}`.
     parallel_tool_calls: whether an answer may hold several calls.
+    vocabulary: `v3` or `v7`, the name of the vocabulary of the model's tokenizer. Completions have one grammar in both,
+        but a text of v7 can hold two tokens more, `[REF]` and `[/REF]`.
 
     Raises ConversationError for a request that is none, SchemaError for a schema that cannot be kept to, and
     MissingLibraryError without llguidance.
     """
+    if vocabulary not in VOCABULARIES:
+        raise ConversationError(
+            f"vocabulary {vocabulary!r}: it is one of {', '.join(VOCABULARIES)}; pass `tokenizer.vocabulary.name`"
+        )
+    pieces = VOCABULARIES[vocabulary].user_defined_ids
     schema = _read_response_format(response_format)
     functions = json.loads(write_tools(list_tools(tools)))
     functions, is_call_required = _read_tool_choice(tool_choice, [tool["function"] for tool in functions])
@@ -115,7 +120,8 @@ def answer_grammar(
     elif is_call_required:
         rules["start"] = "calls"
     else:
-        rules |= {"start": "text calls?" if functions else "text", "text": RULES["text"], "TEXT": RULES["TEXT"]}
+        text = f"( TEXT | <[{pieces.start}-{pieces.stop - 1}]> )*"
+        rules |= {"start": "text calls?" if functions else "text", "text": text, "TEXT": TEXT_RULE}
     if functions:
         more = '(", " call)*' if parallel_tool_calls else ""
         rules["calls"] = f'<[{TOOL_CALLS_ID}]> " [" call {more} "]"'
@@ -125,7 +131,7 @@ def answer_grammar(
             arguments = _write_schema(_arguments_schema(function["parameters"], name), f"tool {name!r}")
             begin = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
             rules[f"call_{number}"] = f'{begin} %json {arguments} id? "}}"'
-        rules["id"] = RULES["id"]
+        rules["id"] = ID_RULE
     return "\n".join([OPTIONS, *(f"{name}: {body}" for name, body in rules.items())])
 
 
@@ -185,8 +191,10 @@ class AnswerConstraint(LogitsProcessor):
         self._answers = [_Answer(self._start.deep_copy()) for _ in input_ids]
         if not self._continues:
             return
+        vocabulary = self._tokenizer.vocabulary
+        anchors = {vocabulary.control_tokens[token] for token in START_ANCHORS[vocabulary.name]}
         for answer, prompt in zip(self._answers, input_ids.tolist(), strict=True):
-            marks = [index for index, token in enumerate(prompt) if token in (END_INST_ID, END_RESULTS_ID)]
+            marks = [index for index, token in enumerate(prompt) if token in anchors]
             begun = prompt[marks[-1] + 1 :] if marks else []
             if not answer.begin_with(begun):
                 raise ConversationError(
@@ -344,27 +352,22 @@ class _Pieces:
     """The vocabulary as llguidance reads it: what is special can be written only where the grammar names it."""
 
     eos_token_id = EOS_ID
-    bos_token_id = CONTROL_TOKENS["<s>"]
+    bos_token_id = CONTROL_TOKENS[BOS]
 
     def __init__(self, tokenizer: MistralLargeTokenizer) -> None:
-        self.tokens = [_piece_bytes(piece) for piece in tokenizer.pieces]
+        self.tokens = [piece_bytes(piece) for piece in tokenizer.pieces]
         known = set(self.tokens[BYTE_IDS.stop :])
         added = tokenizer.added_tokens_decoder.items()
-        # Reference documents are text, but not in JSON. No text is encoded to the byte of a character with a piece.
+        # User-defined pieces are text, but not in JSON. No text is encoded to the byte of a character with a piece.
         self.special_token_ids = [
-            *CONTROL_IDS,
-            *REFERENCE_IDS,
+            *tokenizer.vocabulary.control_ids,
+            *tokenizer.vocabulary.user_defined_ids,
             *(index for index in BYTE_IDS if self.tokens[index] in known),
             *(index for index, token in added if index >= VOCAB_SIZE and token.special),
         ]
 
     def __call__(self, text: str) -> list[int]:
         raise NotImplementedError("a grammar without forced tokens encodes no text")
-
-
-def _piece_bytes(piece: str) -> bytes:
-    byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
 
 def _read_vocabulary(tokenizer: MistralLargeTokenizer) -> "LLTokenizer":

@@ -6,7 +6,7 @@ from transformers import TextGenerationPipeline
 from transformers.pipelines.text_generation import ReturnType
 
 from mistral_large_conversion.chat_templates import response_format_of
-from mistral_large_conversion.vocabulary import CONTROL_IDS, NEWLINE_ID
+from mistral_large_conversion.vocabulary import NEWLINE_ID
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 
@@ -43,6 +43,7 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
             return records
         prompt: list[int] = prompt_ids[0].tolist()
         given = model_outputs["prompt_text"]
+        ends_in_text = bool(prompt) and prompt[-1] not in tokenizer.vocabulary.control_ids
         for record, sequence in zip(records, model_outputs["generated_sequence"][0].tolist(), strict=True):
             ids = sequence[len(prompt) :]
             if return_type == ReturnType.TENSORS:
@@ -51,10 +52,10 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
                 # Options of raw texts: with a response template transformers keeps the control tokens whatever is said.
                 is_skipped = skip_special_tokens is not False
                 is_full = return_type == ReturnType.FULL_TEXT
-                text = self._text(ids, goes_on=bool(given) and (is_full or _ends_in_text(prompt)), skip=is_skipped)
+                text = self._text(ids, goes_on=bool(given) and (is_full or ends_in_text), skip=is_skipped)
                 record["generated_text"] = given + text if is_full else text
             elif return_type == ReturnType.NEW_TEXT:
-                record["generated_text"] = self._text(ids, goes_on=_ends_in_text(prompt), skip=False)
+                record["generated_text"] = self._text(ids, goes_on=ends_in_text, skip=False)
             elif response_format_of(tokenizer.response_template) is not None:
                 continues = continue_final_message
                 if continues is None:
@@ -68,10 +69,6 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
         tokenizer: Any = self.tokenizer
         text: str = tokenizer.decode([NEWLINE_ID, *ids] if goes_on else ids, skip_special_tokens=skip)
         return text.removeprefix("\n") if goes_on else text
-
-
-def _ends_in_text(prompt: list[int]) -> bool:
-    return bool(prompt) and prompt[-1] not in CONTROL_IDS
 
 
 def _with_answer(messages: list[Any], answer: dict[str, Any], *, continues: bool) -> list[Any]:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from modeling_mistral_large.errors import ConversationError
+from modeling_mistral_large.instruct.formats import InstructFormat, find_format
 from modeling_mistral_large.instruct.json_text import json_value, rewrite_json, show
 from modeling_mistral_large.instruct.tool_schemas import describe_function, find_function, list_tools, parameters_of
 
@@ -37,7 +39,12 @@ class _Tool(NamedTuple):
 
 
 def run_tool_loop(
-    generate: Generate, messages: Sequence[Message], tools: Sequence[Callable[..., Any]], *, max_rounds: int = 8
+    generate: Generate,
+    messages: Sequence[Message],
+    tools: Sequence[Callable[..., Any]],
+    *,
+    max_rounds: int = 8,
+    prompt_format: str | None = None,
 ) -> list[Message]:
     """Return the messages with the model's calls, the tools' results and the final answer appended.
 
@@ -47,10 +54,13 @@ def run_tool_loop(
         can hold: see `json_text.json_value`.
     max_rounds: how many answers the model may give. If the last of them still calls tools, the list ends with their
         results.
+    prompt_format: `v3` or `v7`, how the model reads results: v7 any text unchanged, v3 as JSON where it is JSON.
+        Without it, that of the tokenizer that `generate_with` was given, else v3.
 
     Raises ConversationError for a function whose schema cannot be read, a generator, or two of one name, before the
     model is asked; and for a result that is no JSON value, before the model reads it.
     """
+    form = find_format(prompt_format or getattr(generate, "prompt_format", None) or "v3")
     tools = list_tools(tools)
     named: dict[str, _Tool] = {}
     for index, function in enumerate(tools):
@@ -77,7 +87,7 @@ def run_tool_loop(
                 break
             for call in calls:
                 function = call["function"]
-                result = _run_call(function["name"], function["arguments"], named, event_loop)
+                result = _run_call(function["name"], function["arguments"], named, event_loop, form)
                 conversation.append(
                     {"role": "tool", "tool_call_id": call.get("id"), "name": function["name"], "content": result}
                 )
@@ -89,14 +99,27 @@ def run_tool_loop(
 def generate_with(model: Any, tokenizer: Any, **generation: Any) -> Generate:
     """Return a `generate` for `run_tool_loop` from a model, its tokenizer and arguments for `model.generate`."""
 
-    def generate(messages: list[Message], tools: Sequence[Callable[..., Any]]) -> Message:
-        inputs = tokenizer.apply_chat_template(messages, tools=list(tools), return_tensors="pt").to(model.device)
-        prompt = inputs["input_ids"][0]
-        output = model.generate(**inputs, **generation)[0]
-        answer: Message = tokenizer.parse_response(output[len(prompt) :].tolist(), prefix=prompt.tolist())
-        return answer
+    return _Generator(model, tokenizer, generation)
 
-    return generate
+
+@dataclass(frozen=True)
+class _Generator:
+    """A model that answers messages."""
+
+    model: Any
+    tokenizer: Any
+    generation: Mapping[str, Any]
+
+    @property
+    def prompt_format(self) -> str | None:
+        return getattr(self.tokenizer, "prompt_format", None)
+
+    def __call__(self, messages: list[Message], tools: Sequence[Callable[..., Any]]) -> Message:
+        inputs = self.tokenizer.apply_chat_template(messages, tools=list(tools), return_tensors="pt")
+        prompt = inputs["input_ids"][0]
+        output = self.model.generate(**inputs.to(self.model.device), **self.generation)[0]
+        answer: Message = self.tokenizer.parse_response(output[len(prompt) :].tolist(), prefix=prompt.tolist())
+        return answer
 
 
 class _EventLoop:
@@ -145,13 +168,15 @@ async def _cancel_all() -> None:
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-def _run_call(name: str, arguments: Any, named: Mapping[str, _Tool], event_loop: _EventLoop) -> str:
+def _run_call(
+    name: str, arguments: Any, named: Mapping[str, _Tool], event_loop: _EventLoop, form: InstructFormat
+) -> str:
     """Return the result of a call as the content of a tool message."""
     if name not in named:
-        return _write_error(f"there is no tool {show(name)}; the tools are {', '.join(named)}")
+        return _write_error(f"there is no tool {show(name)}; the tools are {', '.join(named)}", form)
     tool = named[name]
     if problem := _find_argument_error(arguments, tool.schema):
-        return _write_error(problem)
+        return _write_error(problem, form)
     by_name = dict(arguments)
     by_place = [by_name.pop(parameter.name, parameter.default) for parameter in tool.positional]
     where = f"the result of tool {name}"
@@ -161,23 +186,26 @@ def _run_call(name: str, arguments: Any, named: Mapping[str, _Tool], event_loop:
             result = event_loop.run(result)
     # Whatever a tool does wrong is for the model to deal with.
     except Exception as error:
-        return _write_error(f"{type(error).__name__}: {error}")
+        return _write_error(f"{type(error).__name__}: {error}", form)
     if isinstance(result, asyncio.Future):
         raise ConversationError(
             f"{where}: a task of an event loop that waits for this call to end; make the tool an async function"
         )
     if isinstance(result, str):
-        return _as_content(str.__str__(result))
+        return _as_content(str.__str__(result), form)
     result = json_value(result, where)
     try:
-        return _as_content(json.dumps(result, ensure_ascii=False))
+        return _as_content(json.dumps(result, ensure_ascii=False), form)
     # A whole number that is too long for Python to write.
     except ValueError as error:
-        return _write_error(f"{type(error).__name__}: {error}")
+        return _write_error(f"{type(error).__name__}: {error}", form)
 
 
-def _as_content(text: str) -> str:
+def _as_content(text: str, form: InstructFormat) -> str:
     """Return the text, or, where no prompt can hold it unchanged, the nearest that one can."""
+    if form.tool_content_token is not None:
+        # Raw: all but what is no Unicode.
+        return text.encode(errors="replace").decode()
     try:
         rewrite_json(text, "result")
     except ConversationError:
@@ -185,8 +213,8 @@ def _as_content(text: str) -> str:
     return text
 
 
-def _write_error(problem: str) -> str:
-    return _as_content(json.dumps({"error": problem}, ensure_ascii=False))
+def _write_error(problem: str, form: InstructFormat) -> str:
+    return _as_content(json.dumps({"error": problem}, ensure_ascii=False), form)
 
 
 def _find_argument_error(arguments: Any, schema: Mapping[str, Any]) -> str | None:

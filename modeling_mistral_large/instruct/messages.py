@@ -8,11 +8,10 @@ from enum import Enum
 from typing import Any
 
 from modeling_mistral_large.errors import ConversationError
+from modeling_mistral_large.instruct.formats import InstructFormat
 from modeling_mistral_large.instruct.json_text import as_mapping, check_unicode, is_list, json_value, rewrite_json, show
 from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id
 from modeling_mistral_large.instruct.tool_schemas import FUNCTION_NAME, FUNCTION_NAME_RULE
-
-SEPARATOR = "\n\n"
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # What `tool` was called before there were several calls in an answer.
@@ -33,7 +32,7 @@ CHUNK_KEYS = METADATA | {"type", "text"}
 CALL_KEYS = METADATA | {"type", "function"}
 FUNCTION_KEYS = METADATA | {"name", "arguments"}
 
-# Settings of a request that would change its prompt, if this format had a place for them.
+# Settings of a request that would change its prompt, if these formats had a place for them.
 REFUSED_SETTINGS = ("documents", "reasoning_effort", "truncate_for_context_length")
 
 
@@ -50,7 +49,7 @@ class Message:
     index: int
     role: str
     has_content: bool
-    text: str = ""  # of a tool message: JSON
+    text: str = ""  # of a tool message: as the format writes results
     is_prefix: bool = False
     weight: int | None = None
     calls: Sequence[ToolCall] = field(default=())
@@ -61,7 +60,7 @@ class Message:
         return f"message {self.index}"
 
 
-def read_request(conversation: Any, tools: Any) -> tuple[Sequence[Any], Any, bool]:
+def read_request(conversation: Any, tools: Any, form: InstructFormat) -> tuple[Sequence[Any], Any, bool]:
     """Return the messages and tools of a request or a list of messages, and whether it continues the last one."""
     if is_list(conversation):
         return conversation, tools, False
@@ -78,14 +77,16 @@ def read_request(conversation: Any, tools: Any) -> tuple[Sequence[Any], Any, boo
         )
     for name in REFUSED_SETTINGS:
         if fields.get(name):
-            raise ConversationError(f"{name} {show(fields[name])}: the v3 format has no place for it; leave it out")
+            raise ConversationError(
+                f"{name} {show(fields[name])}: the {form.name} format has no place for it; leave it out"
+            )
     own = fields.get("tools") or fields.get("functions")
     if own and tools:
         raise ConversationError("tools: the request has its own; a prompt has one list of them; leave one out")
     return messages, tools or own, bool(fields.get("continue_final_message"))
 
 
-def read_message(given: Any, index: int, *, strict: bool, is_sample_end: bool) -> Message:
+def read_message(given: Any, index: int, form: InstructFormat, *, strict: bool, is_sample_end: bool) -> Message:
     message = given if isinstance(given, dict) else as_mapping(given)
     if message is None:
         raise ConversationError(
@@ -103,15 +104,15 @@ def read_message(given: Any, index: int, *, strict: bool, is_sample_end: bool) -
         )
     where = f"message {index}"
     if not KEYS[role].issuperset(message):
-        _check_keys(message, KEYS[role], where, f"in {'an' if role == 'assistant' else 'a'} {role} message")
+        _check_keys(message, KEYS[role], where, f"in {'an' if role == 'assistant' else 'a'} {role} message", form)
     content = message.get("content")
     if strict and content is None and role != "assistant":
         raise ConversationError(f"{where}: no content; a {role} message has text; pass a string")
     if role == "tool":
         read = Message(index, role, has_content=True)
-        _read_tool_result(message, read, strict=strict)
+        _read_tool_result(message, read, form, strict=strict)
         return read
-    text = _read_text(content, where)
+    text = _read_text(content, where, form)
     read = Message(index, role, bool(content), text if text.isascii() else check_unicode(text, where))
     if message.get("name"):
         warnings.warn(
@@ -120,11 +121,11 @@ def read_message(given: Any, index: int, *, strict: bool, is_sample_end: bool) -
             stacklevel=2,
         )
     if role == "assistant":
-        _read_answer(message, read, strict=strict, is_sample_end=is_sample_end)
+        _read_answer(message, read, form, strict=strict, is_sample_end=is_sample_end)
     return read
 
 
-def _check_keys(fields: Mapping[Any, Any], known: frozenset[str], where: str, place: str) -> None:
+def _check_keys(fields: Mapping[Any, Any], known: frozenset[str], where: str, place: str, form: InstructFormat) -> None:
     """Check that keys without a place in the format say nothing."""
     for key, value in fields.items():
         is_empty = value is None or ((isinstance(value, str | Mapping) or is_list(value)) and len(value) == 0)
@@ -134,12 +135,12 @@ def _check_keys(fields: Mapping[Any, Any], known: frozenset[str], where: str, pl
         if value is False and key in KEYS["assistant"]:
             continue
         raise ConversationError(
-            f"{where}: {key} {show(value)}; the v3 format has no such thing {place}; "
+            f"{where}: {key} {show(value)}; the {form.name} format has no such thing {place}; "
             "move what the model should read into the content, or leave the key out"
         )
 
 
-def _read_text(content: Any, where: str) -> str:
+def _read_text(content: Any, where: str, form: InstructFormat) -> str:
     """Return a text, or the texts of the chunks of one message."""
     if isinstance(content, str):
         return content if type(content) is str else str.__str__(content)
@@ -149,12 +150,12 @@ def _read_text(content: Any, where: str) -> str:
         raise ConversationError(
             f"{where}: content {show(content)}; it must be text or a list of text chunks; convert it"
         )
-    return SEPARATOR.join(
-        filter(None, (_read_chunk(chunk, f"{where}: content[{n}]") for n, chunk in enumerate(content)))
+    return form.separator.join(
+        filter(None, (_read_chunk(chunk, f"{where}: content[{n}]", form) for n, chunk in enumerate(content)))
     )
 
 
-def _read_chunk(chunk: Any, where: str) -> str:
+def _read_chunk(chunk: Any, where: str, form: InstructFormat) -> str:
     fields = as_mapping(chunk)
     kind = fields.get("type") if fields is not None else None
     if isinstance(kind, Enum):
@@ -168,11 +169,13 @@ def _read_chunk(chunk: Any, where: str) -> str:
     if not isinstance(text, str):
         raise ConversationError(f"{where}.text is {show(text)}; it must be a string; convert it")
     if not CHUNK_KEYS.issuperset(fields):
-        _check_keys(fields, CHUNK_KEYS, where, "in a text chunk")
+        _check_keys(fields, CHUNK_KEYS, where, "in a text chunk", form)
     return str.__str__(text)
 
 
-def _read_answer(message: Mapping[str, Any], read: Message, *, strict: bool, is_sample_end: bool) -> None:
+def _read_answer(
+    message: Mapping[str, Any], read: Message, form: InstructFormat, *, strict: bool, is_sample_end: bool
+) -> None:
     """Add what only an assistant message holds."""
     prefix = message.get("prefix")
     if prefix not in (None, False, True):
@@ -184,12 +187,14 @@ def _read_answer(message: Mapping[str, Any], read: Message, *, strict: bool, is_
     read.weight = weight
     for key in ("reasoning_content", "reasoning"):
         if message.get(key):
-            raise ConversationError(f"{read.where}: {key}; the v3 format has no place for reasoning; leave the key out")
+            raise ConversationError(
+                f"{read.where}: {key}; the {form.name} format has no place for reasoning; leave the key out"
+            )
     calls = message.get("tool_calls")
     if calls is not None and not is_list(calls):
         raise ConversationError(f"{read.where}: tool_calls {show(calls)}; it must be a list of calls; correct it")
     read.calls = [
-        _read_call(call, f"{read.where}: tool_calls[{number}]", strict=strict, is_sample_end=is_sample_end)
+        _read_call(call, f"{read.where}: tool_calls[{number}]", form, strict=strict, is_sample_end=is_sample_end)
         for number, call in enumerate(calls or ())
     ]
     if (old_call := message.get("function_call")) is None:
@@ -198,12 +203,11 @@ def _read_answer(message: Mapping[str, Any], read: Message, *, strict: bool, is_
         raise ConversationError(
             f"{read.where}: function_call {show(old_call)}; calls are in tool_calls; move it there, or leave it out"
         )
-    read.calls = [
-        _read_call({"function": old_call}, f"{read.where}: function_call", strict=strict, is_sample_end=is_sample_end)
-    ]
+    where = f"{read.where}: function_call"
+    read.calls = [_read_call({"function": old_call}, where, form, strict=strict, is_sample_end=is_sample_end)]
 
 
-def _read_call(call: Any, where: str, *, strict: bool, is_sample_end: bool) -> ToolCall:
+def _read_call(call: Any, where: str, form: InstructFormat, *, strict: bool, is_sample_end: bool) -> ToolCall:
     fields = as_mapping(call) or {}
     function = as_mapping(fields.get("function"))
     if function is None:
@@ -220,9 +224,9 @@ def _read_call(call: Any, where: str, *, strict: bool, is_sample_end: bool) -> T
     if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
         raise ConversationError(f"{where}: name {show(name)}; {FUNCTION_NAME_RULE}; rename the function")
     if not CALL_KEYS.issuperset(fields):
-        _check_keys(fields, CALL_KEYS, where, "in a tool call")
+        _check_keys(fields, CALL_KEYS, where, "in a tool call", form)
     if not FUNCTION_KEYS.issuperset(function):
-        _check_keys(function, FUNCTION_KEYS, f"{where} ({name})", "in a tool call")
+        _check_keys(function, FUNCTION_KEYS, f"{where} ({name})", "in a tool call", form)
     if strict and "arguments" not in function:
         raise ConversationError(f"{where} ({name}): no arguments; a call has an object of arguments; pass {{}}")
     arguments = function.get("arguments")
@@ -240,7 +244,7 @@ def _read_call(call: Any, where: str, *, strict: bool, is_sample_end: bool) -> T
     return ToolCall(str.__str__(name), _write_value(arguments, where, strict=strict), given_id)
 
 
-def _read_tool_result(message: Mapping[str, Any], read: Message, *, strict: bool) -> None:
+def _read_tool_result(message: Mapping[str, Any], read: Message, form: InstructFormat, *, strict: bool) -> None:
     """Add what a tool message holds."""
     name = message.get("name")
     if name is not None and (not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name)):
@@ -248,7 +252,11 @@ def _read_tool_result(message: Mapping[str, Any], read: Message, *, strict: bool
     read.given_id = _read_id(message.get("tool_call_id"), read.where, strict=strict)
     content = message.get("content")
     if content is None or isinstance(content, str) or (is_list(content) and (strict or _are_chunks(content))):
-        content = _read_text(content, read.where) or "{}"
+        content = _read_text(content, read.where, form)
+        if form.tool_content_token is not None:
+            read.text = check_unicode(content, read.where)
+            return
+        content = content or "{}"
     elif strict:
         raise ConversationError(f"{read.where}: content {show(content)}; a tool result is text; pass it as JSON text")
     read.text = _write_value(content, read.where, strict=strict)

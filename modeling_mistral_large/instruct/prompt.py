@@ -1,15 +1,17 @@
-"""The v3 instruct format: a conversation becomes control tokens, and texts that are encoded one by one.
+"""Prompts: a conversation becomes control tokens, and texts that are encoded one by one.
 
-What the reference accepts gets exactly the reference's prompt. Where it refuses, `build_prompt` raises
-ConversationError, except for what transformers users send every day; `strict=True` refuses that too:
+The two instruct formats, v3 of Mistral-Large-Instruct-2407 and v7 of Mistral-Large-Instruct-2411, differ in what
+`instruct.formats` says. What the reference of a format accepts gets exactly the reference's prompt. Where it refuses,
+`build_prompt` raises ConversationError, except for what transformers users send every day; `strict=True` refuses that
+too:
 
 | conversation                                                 | without `strict`                               |
 | ------------------------------------------------------------ | ---------------------------------------------- |
 | a tool call id that is not 9 letters or digits, or no id     | mapped, the same on the call and on its result |
-| text next to tool calls in one answer                        | both kept: text, then calls                    |
+| v3: text next to tool calls in one answer                    | both kept: text, then calls                    |
 | a final assistant message that is not to be continued        | rendered with `</s>`, as for training          |
 | `content` that is null or absent where a role needs it       | empty text                                     |
-| a tool result that is any JSON value but text                | that JSON value                                |
+| a tool result that is any JSON value but text                | that JSON value; in v7 its JSON text           |
 | a tool call without `arguments`                              | `{}`                                           |
 | `function_call`, and the role `function`                     | a tool call, and its result                    |
 | a tool definition without its `{"type", "function"}` wrapper | wrapped                                        |
@@ -17,19 +19,24 @@ ConversationError, except for what transformers users send every day; `strict=Tr
 A final assistant message is a training sample: a tool call without an id in it has none in the prompt, as in the
 reference's fine-tuning mode, and no token of a message with `weight: 0` counts as generated.
 
-A conversation of system messages only, or one that begins with the assistant, gets an empty user message first, as
-in the reference. A key that has no place in the format is refused unless it is empty or in METADATA. Messages, calls
-and chunks may be objects (pydantic models, dataclasses). Nothing the caller passes in is changed.
+As in the references, a conversation of system messages only, or one that begins with the assistant, gets an empty user
+message first in v3 and none in v7. Tools go before the last user message, so a v7 conversation without one drops them,
+as its reference does; a warning says so. A key that has no place in the format is refused unless it is empty or in
+METADATA. Messages, calls and chunks may be objects (pydantic models, dataclasses). Nothing the caller passes in is
+changed.
 """
 
 import json
+import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import groupby, pairwise, zip_longest
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from mistral_large_conversion.prompt_roles import html_prompt
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.instruct.messages import SEPARATOR, Message, ToolCall, read_message, read_request
+from modeling_mistral_large.instruct.formats import InstructFormat, find_format
+from modeling_mistral_large.instruct.messages import Message, ToolCall, read_message, read_request
 from modeling_mistral_large.instruct.tool_call_ids import map_tool_call_ids
 from modeling_mistral_large.instruct.tool_schemas import ToolDefinition, list_tools, write_tools
 
@@ -45,6 +52,13 @@ class Segment(NamedTuple):
     is_generated: bool = False
 
 
+class Prompt(list[Segment]):
+    """The segments of a prompt; a notebook shows them as `mistral-large show` does."""
+
+    def _repr_html_(self) -> str:
+        return html_prompt((segment.text, segment.is_control) for segment in self)
+
+
 BOS = Segment("<s>", is_control=True)
 EOS = Segment("</s>", is_control=True, is_generated=True)
 BEGIN_INST, END_INST = Segment("[INST]", is_control=True), Segment("[/INST]", is_control=True)
@@ -52,29 +66,24 @@ TOOL_CALLS = Segment("[TOOL_CALLS]", is_control=True, is_generated=True)
 BEGIN_TOOLS, END_TOOLS = Segment("[AVAILABLE_TOOLS]", is_control=True), Segment("[/AVAILABLE_TOOLS]", is_control=True)
 BEGIN_RESULTS, END_RESULTS = Segment("[TOOL_RESULTS]", is_control=True), Segment("[/TOOL_RESULTS]", is_control=True)
 
-# What may come after a message of each role.
-NEXT_ROLES = {
-    "system": ("system", "user", "assistant"),
-    "user": ("system", "user", "assistant"),
-    "assistant": ("user", "assistant", "tool"),
-    "tool": ("user", "assistant", "tool"),
-}
-
 
 def build_prompt(
     messages: Any,
     tools: Sequence[ToolDefinition] | None = None,
     *,
+    prompt_format: str = "v3",
     continue_final_message: bool = False,
     strict: bool = False,
     finetuning: bool = False,
-) -> list[Segment]:
+) -> Prompt:
     """Return the prompt of an OpenAI-shaped conversation.
 
     messages: a list of dicts (or dataclasses, or pydantic models) with `role`, `content` (text or text chunks), and
         where they apply `tool_calls`, `tool_call_id`, `name`, `prefix` and `weight`; or a request with such `messages`,
         and `tools` of its own.
     tools: OpenAI tool definitions or Python functions.
+    prompt_format: the instruct format, a name in `FORMATS`: `v3` of the 2407 model, or `v7` of the 2411 model.
+        `MistralLargeTokenizer.prompt_format` says which one a checkpoint has.
     continue_final_message: leave `</s>` off the last message, which must be the assistant's; `prefix: true` in that
         message does the same.
     strict: refuse whatever the reference refuses.
@@ -83,14 +92,15 @@ def build_prompt(
 
     Raises ConversationError with the index of the message or tool, the problem, the rule and the way out.
     """
-    messages, tools, is_continued = read_request(messages, tools)
+    form = find_format(prompt_format)
+    messages, tools, is_continued = read_request(messages, tools, form)
     continue_final_message = continue_final_message or is_continued
     tools = list_tools(tools)
     if len(messages) == 0:
         raise ConversationError("no messages: a conversation has at least one; pass a user message")
     final = len(messages) - 1
     conversation = [
-        read_message(message, index, strict=strict, is_sample_end=finetuning and index == final)
+        read_message(message, index, form, strict=strict, is_sample_end=finetuning and index == final)
         for index, message in enumerate(messages)
     ]
     last = conversation[-1]
@@ -101,7 +111,7 @@ def build_prompt(
                 "leave continue_final_message out"
             )
         last.is_prefix = True
-    _check_order(conversation)
+    _check_order(conversation, form)
     if finetuning:
         _check_sample(conversation)
     elif strict and last.role == "assistant" and not last.is_prefix:
@@ -114,23 +124,31 @@ def build_prompt(
         # There is no result that would have to name it; a model trained on an invented one would learn that.
         for call in last.calls:
             call.is_id_written = call.given_id is not None
-    return _render(conversation, write_tools(tools, strict=strict) if tools else "", strict=strict)
+    written_tools = write_tools(tools, strict=strict) if tools else ""
+    segments = _render(conversation, written_tools, form, strict=strict)
+    if written_tools and BEGIN_TOOLS not in segments:
+        warnings.warn(
+            f"tools: the {form.name} format writes them before the last user message, and this conversation has none; "
+            "they are left out, as the reference does it; add a user message",
+            stacklevel=2,
+        )
+    return Prompt(segments)
 
 
 # Checking: what the reference refuses
 
 
-def _check_order(conversation: Sequence[Message]) -> None:
+def _check_order(conversation: Sequence[Message], form: InstructFormat) -> None:
     first = conversation[0]
     if len(conversation) == 1 and first.role not in ("user", "system"):
         raise ConversationError(
             f"{first.where}: an {first.role} message alone; a conversation has a user or system message; add one"
         )
     for previous, message in pairwise(conversation):
-        if message.role not in NEXT_ROLES[previous.role]:
+        if message.role not in form.next_roles[previous.role]:
             raise ConversationError(
                 f"{message.where}: role {message.role} after {previous.role}; what comes there is "
-                f"{', '.join(NEXT_ROLES[previous.role])}; move the message or change its role"
+                f"{', '.join(form.next_roles[previous.role])}; move the message or change its role"
             )
         if previous.is_prefix:
             raise ConversationError(
@@ -173,78 +191,97 @@ def _check_results(conversation: Sequence[Message]) -> None:
             awaited = len(message.calls)
 
 
-def _check_answer(turn: Sequence[Message], *, strict: bool) -> None:
+def _check_answer(turn: Sequence[Message], form: InstructFormat, *, strict: bool) -> None:
     """Check that the assistant's messages in a row say something, and text before tool calls."""
     has_text = has_content = has_calls = False
     for message in turn:
-        if not message.has_content and not message.calls:
-            raise ConversationError(
-                f"{message.where}: neither content nor tool_calls; an assistant message has one of them; leave it out"
-            )
-        if has_calls and message.text:
-            raise ConversationError(
-                f"{message.where}: text after tool calls; their results come before it; add tool messages"
-            )
+        # Where text and calls go together, the reference looks at them after the messages are merged.
+        if not form.takes_text_with_calls:
+            if not message.has_content and not message.calls:
+                raise ConversationError(
+                    f"{message.where}: neither content nor tool_calls; an assistant message has one of them; "
+                    "leave it out"
+                )
+            if has_calls and message.text:
+                raise ConversationError(
+                    f"{message.where}: text after tool calls; their results come before it; add tool messages"
+                )
         has_text = has_text or bool(message.text)
         has_content = has_content or message.has_content
         has_calls = has_calls or bool(message.calls)
-        if strict and has_content and has_calls:
+        if strict and not form.takes_text_with_calls and has_content and has_calls:
             raise ConversationError(
                 f"{message.where}: content and tool_calls; an answer has one; leave strict=True out to keep both"
             )
     if not has_text and not has_calls:
-        raise ConversationError(f"{turn[0].where}: its text is empty; an assistant message has text; leave it out")
+        problem = "its text is empty" if has_content else "neither content nor tool_calls"
+        raise ConversationError(
+            f"{turn[0].where}: {problem}; an assistant message has text or tool calls; leave it out"
+        )
 
 
 # Rendering: the checked conversation as segments
 
 
-def _render(conversation: Sequence[Message], tools: str, *, strict: bool) -> list[Segment]:
+def _render(conversation: Sequence[Message], tools: str, form: InstructFormat, *, strict: bool) -> list[Segment]:
     ids = iter(_map_ids(conversation))
-    system = SEPARATOR.join(
-        message.text for message in conversation if message.role == "system" and message.has_content
-    )
     turns = [
         (role, list(turn))
         # Messages that are trained on and messages that are not are answers of their own, as in the reference.
         for (role, _), turn in groupby(conversation, attrgetter("role", "weight"))
-        # A system message has no place of its own, but keeps the users around it apart.
-        if role != "system"
     ]
-    if not turns or turns[0][0] != "user":
+    system = ""
+    if form.system_tokens is None:
+        # They have no place of their own, but keep the users around them apart.
+        said = (message.text for message in conversation if message.role == "system" and message.has_content)
+        if system := form.separator.join(said):
+            system += form.separator
+        turns = [turn for turn in turns if turn[0] != "system"]
+    if form.begins_with_user and (not turns or turns[0][0] != "user"):
         turns.insert(0, ("user", []))
-    last_user = max(number for number, (role, _) in enumerate(turns) if role == "user")
+    last_user = max((number for number, (role, _) in enumerate(turns) if role == "user"), default=None)
 
     segments = [BOS]
     for number, (role, turn) in enumerate(turns):
         if role == "user":
-            text = SEPARATOR.join(message.text for message in turn if message.text)
-            if number == last_user:
-                if tools:
-                    segments += [BEGIN_TOOLS, Segment(tools), END_TOOLS]
-                if system:
-                    text = system + SEPARATOR + text
+            if number == last_user and tools:
+                segments += [BEGIN_TOOLS, Segment(tools), END_TOOLS]
+            text = (system if number == last_user else "") + _merge_texts(turn, form)
             segments += [BEGIN_INST, Segment(text), END_INST]
         elif role == "assistant":
-            _check_answer(turn, strict=strict)
-            segments += _render_answer(turn, ids)
-        else:
+            _check_answer(turn, form, strict=strict)
+            segments += _render_answer(turn, ids, form)
+        elif role == "tool":
             for message in turn:
-                result = f'{{"content": {message.text}, "call_id": {json.dumps(next(ids))}}}'
-                segments += [BEGIN_RESULTS, Segment(result), END_RESULTS]
+                segments += [BEGIN_RESULTS, *_render_result(message, next(ids), form), END_RESULTS]
+        else:
+            assert form.system_tokens is not None
+            begin, end = (Segment(token, is_control=True) for token in form.system_tokens)
+            for message in turn:
+                segments += [begin, Segment(message.text), end]
     return segments
 
 
-def _render_answer(turn: Sequence[Message], ids: Iterator[str]) -> list[Segment]:
+def _merge_texts(turn: Sequence[Message], form: InstructFormat) -> str:
+    return form.separator.join(message.text for message in turn if message.text)
+
+
+def _render_answer(turn: Sequence[Message], ids: Iterator[str], form: InstructFormat) -> list[Segment]:
     segments = []
-    if text := SEPARATOR.join(message.text for message in turn if message.text):
-        segments.append(Segment(text.rstrip(" "), is_generated=True))
+    if text := _merge_texts(turn, form):
+        segments.append(Segment(text.rstrip(form.stripped), is_generated=True))
     if calls := [call for message in turn for call in message.calls]:
         texts = [_write_call(call, next(ids)) for call in calls]
         segments += [TOOL_CALLS, Segment(f"[{', '.join(texts)}]", is_generated=True)]
     if not turn[-1].is_prefix:
         segments.append(EOS)
     return [segment._replace(is_generated=False) for segment in segments] if turn[0].weight == 0 else segments
+
+
+def _render_result(message: Message, call_id: str, form: InstructFormat) -> list[Segment]:
+    if form.tool_content_token is None:
+        return [Segment(f'{{"content": {message.text}, "call_id": {json.dumps(call_id)}}}')]
+    return [Segment(call_id), Segment(form.tool_content_token, is_control=True), Segment(message.text)]
 
 
 def _write_call(call: ToolCall, call_id: str) -> str:

@@ -24,7 +24,7 @@ def new_tool_call_id(rng: random.Random | None = None) -> str:
 
 
 def is_tool_call_id(text: str) -> bool:
-    """Return whether the v3 format takes `text` as the id of a tool call."""
+    """Return whether the instruct formats take `text` as the id of a tool call."""
     return _VALID_ID.fullmatch(text) is not None
 
 

@@ -38,5 +38,5 @@ def register() -> None:
     # Classes by name: importing the model's here would initialize CUDA before vLLM starts its workers.
     ModelRegistry.register_model(ARCHITECTURE, "vllm.model_executor.models.mistral:MistralForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = MistralLargeDefaults
-    TokenizerRegistry.tokenizers[TOKENIZER_MODE] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
+    TokenizerRegistry.tokenizers[TOKENIZER_MODE] = (f"{__package__}.vllm_renderer", "VllmTokenizer")
     RENDERER_REGISTRY.renderers[TOKENIZER_MODE] = (f"{__package__}.vllm_renderer", "MistralLargeRenderer")

@@ -1,10 +1,33 @@
 """How vLLM makes prompts of conversations for our tokenizer: as ids, so that texts stay text."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
+from vllm.tokenizers.hf import CachedHfTokenizer, get_cached_tokenizer
+
+from modeling_mistral_large import MistralLargeTokenizer
+
+
+class VllmTokenizer(CachedHfTokenizer):  # type: ignore[misc, unused-ignore]
+    """Our tokenizer as vLLM loads it, of a folder or repository of any model type, thus of `mistral`, too."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo_id: str | os.PathLike[str],
+        *args: Any,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        download_dir: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load it; errors are those of `MistralLargeTokenizer.from_pretrained`."""
+        # Every tokenizer of ours is made by our class: what is remote is not run.
+        place = {"revision": revision or "main", "cache_dir": download_dir}
+        return get_cached_tokenizer(MistralLargeTokenizer.from_pretrained(path_or_repo_id, *args, **place, **kwargs))
 
 
 class MistralLargeRenderer(HfRenderer):  # type: ignore[misc, unused-ignore]
