@@ -5,6 +5,8 @@
 import fcntl
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,29 @@ import pytest
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
+    from mistral_large_conversion.checkpoint.geometry import Geometry
     from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
+    from tests.support.warm_python import WarmPython
 
 # Tiny models gain nothing from threads, and threads that wait for each other take the cores of the other workers. Read
 # when torch is imported, also in the processes that tests start.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+
+# What the ground floor does without, see the marker `ground_floor`.
+UPPER_FLOORS = ("modeling_mistral_large", "transformers")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hide the upper floors from a test that is marked, and from what prepares it: any import of them is an error."""
+    if item.get_closest_marker("ground_floor") is None:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in UPPER_FLOORS:
+            patch.setitem(sys.modules, name, None)
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -43,14 +62,19 @@ def reference_tokenizer(tokenizer_model_file: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "MistralLargeTokenizer":
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> "MistralLargeTokenizer":
     """Ours, from a folder that holds nothing but tokenizer.model.v3."""
-    from modeling_mistral_large import MistralLargeTokenizer
+    from tests.support import checkpoints
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.model.v3").write_bytes(tokenizer_model_file.read_bytes())
-    tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(folder)
-    return tokenizer
+    return checkpoints.vendor_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def v7_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> "MistralLargeTokenizer":
+    """Ours, from a folder that holds nothing but tokenizer.model.v7."""
+    from tests.support import checkpoints
+
+    return checkpoints.vendor_tokenizer(tmp_path_factory.mktemp("tokenizer"), "v7")
 
 
 @pytest.fixture(scope="session")
@@ -61,21 +85,48 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert_demo_checkpoint(tmp_path_factory.mktemp("demo"))
 
 
+@pytest.fixture(scope="session")
+def demo_folder_of_v7(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled demo checkpoint of v7, converted to the HF layout."""
+    from mistral_large_cli.demo import convert_demo_checkpoint
+
+    return convert_demo_checkpoint(tmp_path_factory.mktemp("demo_of_v7"), "v7")
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> "Iterator[WarmPython]":
+    """Commands that start with torch and transformers imported, for programs in processes of their own."""
+    from tests.support import warm_python
+
+    with warm_python.start() as commands:
+        yield commands
+
+
+# A geometry in which no two sizes are alike, so that a swap cannot pass.
+TINY: dict[str, Any] = {
+    "vocab_size": 768,
+    "hidden_size": 80,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+
+
 @pytest.fixture
 def tiny_config() -> "MistralLargeConfig":
-    """A geometry in which no two sizes are alike, so that a swap cannot pass."""
     from modeling_mistral_large import MistralLargeConfig
 
-    return MistralLargeConfig(
-        vocab_size=768,
-        hidden_size=80,
-        intermediate_size=112,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-    )
+    return MistralLargeConfig(**TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_geometry() -> "Geometry":
+    from mistral_large_conversion.checkpoint.geometry import Geometry
+
+    return Geometry(**TINY, rms_norm_eps=1e-5, rope_theta=1e6)
 
 
 @pytest.fixture(scope="session")
@@ -106,24 +157,23 @@ def remembered_tokenizer(converted_tokenizer: dict[str, bytes], monkeypatch: pyt
 
     known = checkpoints.tokenizer_model_file().read_bytes()
 
-    def convert_or_remember(source: Path, *, vocab_size: int) -> dict[str, bytes]:
+    def convert_or_remember(source: Path, *, vocab_size: int, **options: Any) -> dict[str, bytes]:
         path = find_vocabulary(source)
         is_known = path is not None and path.is_file() and path.stat().st_size == len(known)
         if path is None or not is_known or vocab_size != 32768 or path.read_bytes() != known:
-            return tokenizer_files(source, vocab_size=vocab_size)
+            return tokenizer_files(source, vocab_size=vocab_size, **options)
         return converted_tokenizer
 
     monkeypatch.setattr(hf_files, "tokenizer_files", convert_or_remember)
 
 
 @pytest.fixture
-def small_source(tiny_config: "MistralLargeConfig", tmp_path: Path, known_tokenizer: None) -> Path:
+def small_source(tiny_geometry: "Geometry", tmp_path: Path, known_tokenizer: None) -> Path:
     import torch
 
     from tests.support import checkpoints
 
-    tiny_config.vocab_size = 768
-    checkpoints.write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
+    checkpoints.write_consolidated(tmp_path / "source", tiny_geometry, torch.bfloat16)
     return tmp_path / "source"
 
 
@@ -133,14 +183,15 @@ def quanto_kernels() -> None:
 
     A process that is killed while it compiles leaves a lock file that every later one waits for without end. Only one
     of ours compiles at a time, by a lock that ends with its process; so a lock file that it finds is such a leftover.
+    Every test that uses quanto asks for this fixture.
     """
     extensions = pytest.importorskip("optimum.quanto.library.extensions", reason="quanto is not installed")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("quanto compiles its kernels for the CPU, and no C++ compiler (c++ or $CXX) is found")
     kernels = extensions.get_extension("quanto_cpp")
     folder = Path(kernels.build_directory)
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    # Not the folder itself, which quanto removes and makes anew.
+    descriptor = os.open(folder.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)

@@ -20,14 +20,17 @@ import pytest
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
+from mistral_large_cli.conversation_file import check_messages, formats_of_folder
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from mistral_large_cli.generation_session import GenerationSession, Sampling
 from mistral_large_cli.highlighting import highlighted
 from mistral_large_cli.terminal import printable
 from mistral_large_cli.tools_file import function_names, load_tools
-from mistral_large_conversion.errors import MistralLargeError, SettingError
+from mistral_large_conversion.errors import ConversationError, MistralLargeError, SettingError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.inference.kv_cache import Fp8Layer
+from tests.support.errors import raises_exactly
+from tests.support.warm_python import WarmPython
 
 GOLDEN = golden_conversations()
 TOOLS = '''
@@ -170,6 +173,40 @@ def test_a_conversation_is_saved_and_loaded(demo_folder: Path, tools_file: Path,
     assert again[-1] == f"12 messages in {tmp_path / 'again.json'}"
 
 
+# The reference of v7 looks at both messages of the assistant as one turn.
+OF_V7_ALONE = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "Wait."},
+    {"role": "assistant", "content": ""},
+]
+REFUSED_BY_V3 = "message 2: neither content nor tool_calls; an assistant message has one of them; leave it out"
+
+
+@pytest.mark.slow
+def test_a_conversation_is_checked_by_the_format_of_the_model(
+    demo_folder: Path, demo_folder_of_v7: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(OF_V7_ALONE))
+    for line, options in ((f"/load {saved}", ()), ("/help", ("--load", str(saved)))):
+        printed = talk(demo_folder_of_v7, line, f"/save {tmp_path / f'{len(options)}.json'}", options=options)
+        assert printed[-1] == f"3 messages in {tmp_path / f'{len(options)}.json'}"
+        with raises_exactly(ConversationError, REFUSED_BY_V3):
+            talk(demo_folder, line, options=options)
+
+
+@pytest.mark.slow
+def test_the_format_of_a_model_is_known_before_it_is_loaded(
+    demo_folder: Path, demo_folder_of_v7: Path, tmp_path: Path
+) -> None:
+    folders = [demo_folder, demo_folder_of_v7, tmp_path, Path("owner/name")]
+    assert [formats_of_folder(str(folder)) for folder in folders] == [("v3",), ("v7",), (), ()]
+    with raises_exactly(ConversationError, REFUSED_BY_V3):
+        check_messages(OF_V7_ALONE, None, "v3")
+    # Of a repository, whatever one of the formats takes may be right.
+    check_messages(OF_V7_ALONE, None)
+
+
 @pytest.mark.slow
 def test_a_seed_makes_everything_the_same(demo_folder: Path, tools_file: Path, tmp_path: Path) -> None:
     saved = [tmp_path / "one.json", tmp_path / "two.json"]
@@ -196,7 +233,7 @@ def test_a_system_prompt_is_saved_and_loaded(demo_folder: Path, tmp_path: Path) 
 def test_other_files_are_not_written_over(demo_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text("mine")
-    with pytest.raises(MistralLargeError, match="exists, and is not of this conversation; choose another name"):
+    with raises_exactly(MistralLargeError, f"{other}: exists, and is not of this conversation; choose another name"):
         talk(demo_folder, question("who_are_you"), f"/save {other}")
     assert other.read_text() == "mine"
 
@@ -221,6 +258,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 def test_text_from_a_pipe_is_text(demo_folder: Path, tmp_path: Path, heard: list[str]) -> None:
     ran, saved = tmp_path / "ran", tmp_path / "saved.json"
     evil = tmp_path / "evil.py"
@@ -325,7 +363,10 @@ def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: st
 
 @pytest.mark.slow
 def test_a_conversation_that_is_too_long(demo_folder: Path) -> None:
-    with pytest.raises(MistralLargeError, match="the model reads fewer than 131072; /reset starts anew"):
+    with raises_exactly(
+        MistralLargeError,
+        "the conversation has 131076 tokens; the model reads fewer than 131072; /reset starts anew",
+    ):
         talk(demo_folder, "1" * 131072)
 
 
@@ -388,7 +429,7 @@ def test_options_without_effect_are_refused(
 
 def test_a_device_map_under_torchrun_is_refused(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(MistralLargeError, match="--device-map: under torchrun each process has its own GPU"):
+    with raises_exactly(MistralLargeError, "--device-map: under torchrun each process has its own GPU; leave it out"):
         CliRunner().invoke(app, ["chat", str(demo_folder), "--device-map", "cpu"], input="", catch_exceptions=False)
 
 
@@ -480,7 +521,10 @@ def test_input_that_cannot_be_read_is_one_error(demo_folder: Path, monkeypatch: 
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("builtins.input", fail)
-    with pytest.raises(MistralLargeError, match="standard input: cannot be read: Input/output error"):
+    with raises_exactly(
+        MistralLargeError,
+        "standard input: cannot be read: Input/output error; messages are lines of text; name such a file",
+    ):
         talk(demo_folder, "x")
 
 
@@ -592,13 +636,15 @@ def test_ctrl_c_stops_an_answer(demo_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hf", "consolidated"])
-def test_under_torchrun(demo_folder: Path, tools_file: Path, tmp_path: Path, layout: str) -> None:
+def test_under_torchrun(
+    demo_folder: Path, tools_file: Path, tmp_path: Path, layout: str, warm_python: WarmPython
+) -> None:
     folder = demo_folder if layout == "hf" else assemble_demo_checkpoint(tmp_path / "consolidated")
     arguments = ["--nproc-per-node", "2", "-m", "mistral_large_cli", "chat", str(folder), "--temperature", "0"]
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *arguments, "--tools", str(tools_file)],
+        [warm_python.python, "-m", "torch.distributed.run", *arguments, "--tools", str(tools_file)],
         input=f"{question('weather_call')}\n{question('weather_follow_up_call')}\n",
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | warm_python.environment,
         capture_output=True,
         text=True,
         check=False,

@@ -16,6 +16,7 @@ from mistral_large_cli import app
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_conversion.errors import MistralLargeError
 from tests.repository.command_line import COMMANDS, reference
+from tests.support.errors import raises_exactly
 from tests.support.loopback_hub import REPOSITORY, LoopbackHub, serve
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +33,15 @@ AT_ONCE: dict[str, int] = {
     "inspect {none}": 2,
     "retag {none} --as mistral": 2,
     "verify {none}": 2,
+    "adopt {none} {none}-hf": 2,
     "convert {demo} {none} --dry-run": 0,
     "convert {none} {none}-hf": 2,
+    "compare {none} {demo} --text {readme}": 2,
+    "compare {demo} {none} --text {readme}": 2,
+    "compare {demo} {demo} --text {none}": 2,
+    "compare {demo} {demo} --text {readme} --all-tokens": 2,
+    "compare {demo} {demo} --text {readme} --token x": 2,
+    "compare {demo} {demo}": 2,
     "plan --gpus 8xA100-80GB": 0,
     "plan {none} --gpus 80GB": 2,
     "plan --gpus card": 2,
@@ -52,7 +60,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("places")
     (folder / "empty").mkdir()
     demo = assemble_demo_checkpoint(folder / "demo")
-    return {"demo": str(demo), "empty": str(folder / "empty"), "none": str(folder / "none")}
+    return {"demo": str(demo), "empty": str(folder / "empty"), "none": str(folder / "none"), "readme": "README.md"}
 
 
 @pytest.mark.slow
@@ -103,6 +111,7 @@ ON_THE_HUB: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", REPOSITORY),
     "convert": ("convert", REPOSITORY, "{new}", "--dry-run"),
     "verify": ("verify", "{demo}", REPOSITORY),
+    "compare": ("compare", REPOSITORY, "{demo}", "--text", "{conversation}", "--all-tokens"),
     "plan": ("plan", REPOSITORY, "--gpus", "80GB"),
     "show": ("show", "{conversation}", "--model", REPOSITORY),
     "chat": ("chat", REPOSITORY, "--temperature", "0"),
@@ -143,7 +152,10 @@ def test_revision_token_and_cache_arrive_at_the_hub(
 
 
 def test_a_revision_that_is_not_there_is_one_error(hub: LoopbackHub) -> None:
-    with pytest.raises(MistralLargeError, match=f"{REPOSITORY}: the repository has no such revision"):
+    with raises_exactly(
+        MistralLargeError,
+        f"owner/name: the repository has no such revision; {hub.url}/owner/name/commits/main lists them",
+    ):
         CliRunner().invoke(app, ["inspect", REPOSITORY, "--revision", "v9"], catch_exceptions=False)
 
 

@@ -16,6 +16,7 @@ from mistral_large_conversion import convert_checkpoint, export_checkpoint, prep
 from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.checkpoints import write_consolidated
+from tests.support.errors import raises_exactly
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ def test_options_without_effect_or_meaning_are_one_line(
 def test_values_of_options_that_mean_nothing_are_errors(
     small_source: Path, tmp_path: Path, option: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(SettingError, match=problem):
+    with raises_exactly(SettingError, problem):
         convert_checkpoint(small_source, tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
 

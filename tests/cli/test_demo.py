@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from mistral_large_cli.demo import (
 )
 from mistral_large_conversion.errors import DestinationError, TokenizerFileError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+from tests.support.errors import raises_exactly
+from tests.support.warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = golden_conversations()
@@ -189,15 +190,19 @@ def test_the_converted_demo_carries_its_own_licence(demo_folder: Path) -> None:
 
 def test_without_mistral_common_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "mistral_common", None)
-    with pytest.raises(TokenizerFileError, match=r"not installed.*pip install 'modeling-mistral-large\[demo\]'"):
+    with raises_exactly(
+        TokenizerFileError,
+        "mistral-common: is not installed; the demo takes the vendor's tokenizer file from it: pip install "
+        "'modeling-mistral-large[demo]'",
+    ):
         assemble_demo_checkpoint(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_the_tools_result_and_says_nothing_else(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "mistral_large_cli", "demo"]
+def test_the_command_ends_with_the_tools_result_and_says_nothing_else(tmp_path: Path, warm_python: WarmPython) -> None:
+    environment = {**warm_python.environment, "COLUMNS": "100"}
+    command = [warm_python.python, "-m", "mistral_large_cli", "demo"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
@@ -245,7 +250,11 @@ def test_the_converted_checkpoint_is_kept_where_asked(tmp_path: Path) -> None:
 def test_an_answer_that_is_not_the_golden_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     golden = {**GOLDEN, "weather_answer": replace(GOLDEN["weather_answer"], answer="It is 23 °C in Paris right now.")}
     monkeypatch.setattr("mistral_large_cli.demo.golden_conversations", lambda: golden)
-    with pytest.raises(SystemExit, match="the demo must answer 'It is 23"):
+    with raises_exactly(
+        SystemExit,
+        "mistral-large: the demo must answer 'It is 23 °C in Paris right now.'; something in this environment is "
+        "broken; mistral-large doctor says what",
+    ):
         demo()
 
 
@@ -288,7 +297,7 @@ def test_training_is_reproducible_and_refuses_a_bad_model(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(training, "train", train_and_remember)
     for _ in range(2):
-        with pytest.raises(SystemExit, match="nothing is written"):
-            training.main(tmp_path / "new")
+        with raises_exactly(SystemExit, "nothing is written: the lead must be at least 5.0 logits; train longer"):
+            training.main("v3", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

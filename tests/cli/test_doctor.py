@@ -53,8 +53,9 @@ def test_everything_is_right() -> None:
     names = [check["name"] for check in report["checks"]]
     models = [f"{device} {dtype}" for device in report["devices"] for dtype in ("float32", "bfloat16")]
     expected = [f"{model}, {what}" for model in models for what in (*MODES, "tool call")]
+    expected += [f"{device} float32, v7" for device in report["devices"]]
     assert [name for name in names if "float" in name] == expected
-    assert {"Auto classes", "tokenizer", "conversion of the demo checkpoint"} <= {*names}
+    assert {"Auto classes", "tokenizer", "conversion of the demo checkpoints"} <= {*names}
     assert torch.get_num_threads() == threads
 
 
@@ -88,7 +89,8 @@ def test_a_cache_that_is_swallowed_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
     forgetful.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # generate reads it
     monkeypatch.setattr(MistralLargeForCausalLM, "forward", forgetful)
-    assert wrong().keys() == {"cpu float32, with a cache", "cpu float32, chunked prefill", "cpu float32, tool call"}
+    modes = ("with a cache", "chunked prefill", "tool call", "v7")
+    assert wrong().keys() == {f"cpu float32, {mode}" for mode in modes}
     result = CliRunner().invoke(app, ["doctor"], catch_exceptions=False)
     assert result.exit_code == 1
     assert "WRONG    cpu float32, with a cache" in result.stdout
@@ -103,9 +105,9 @@ def test_an_error_of_one_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(MistralLargeForCausalLM, "generate", broken)
     problems = wrong()
     assert problems["cpu float32, with a cache"] == "RuntimeError: no kernel for this"
-    assert len(problems) == len(MODES) + 1
+    assert len(problems) == len(MODES) + 2
     monkeypatch.setattr(MistralLargeForCausalLM, "from_pretrained", broken)
-    assert wrong() == {"cpu float32": "RuntimeError: no kernel for this"}
+    assert wrong() == dict.fromkeys(["cpu float32", "cpu float32, v7"], "RuntimeError: no kernel for this")
 
 
 @pytest.mark.slow
@@ -113,9 +115,11 @@ def test_an_error_of_one_check_leaves_the_others(monkeypatch: pytest.MonkeyPatch
 def test_other_ids_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     encode, convert = MistralLargeTokenizer.encode_texts, convert_demo_checkpoint
 
-    def convert_first(folder: Path) -> None:
+    def convert_first(folder: Path, prompt_format: str = "v3") -> None:
         """The conversion compares tokenizers, too."""
-        convert(folder)
+        convert(folder, prompt_format)
+        if prompt_format == "v3":
+            return
         monkeypatch.setattr(
             MistralLargeTokenizer, "encode_texts", lambda self, texts: encode(self, [text.strip() for text in texts])
         )
@@ -129,13 +133,13 @@ def test_classes_that_are_not_registered_are_found(monkeypatch: pytest.MonkeyPat
         pass
 
     monkeypatch.setattr(DOCTOR, "golden_conversations", dict)
-    monkeypatch.setattr(DOCTOR, "convert_demo_checkpoint", lambda _: (_ for _ in ()).throw(ValueError("not now")))
+    monkeypatch.setattr(DOCTOR, "convert_demo_checkpoint", lambda *_: (_ for _ in ()).throw(ValueError("not now")))
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_config", classmethod(lambda cls, config: Other._from_config(config))
     )
     assert wrong() == {
         "Auto classes": "AutoModelForCausalLM makes Other and not MistralLargeForCausalLM",
-        "conversion of the demo checkpoint": "ValueError: not now",
+        "conversion of the demo checkpoints": "ValueError: not now",
     }
 
 
@@ -147,7 +151,7 @@ def test_vllm_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, re
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.plugins", plugins)
     monkeypatch.setattr(DOCTOR, "find_spec", lambda name: True)
-    monkeypatch.setattr(DOCTOR, "convert_demo_checkpoint", lambda _: (_ for _ in ()).throw(ValueError("not now")))
+    monkeypatch.setattr(DOCTOR, "convert_demo_checkpoint", lambda *_: (_ for _ in ()).throw(ValueError("not now")))
     (check,) = (check for check in run_checks(CPU) if check.name == "vLLM's registry")
     assert check.is_ok is ("MistralLargeForCausalLM" in registered)
 

@@ -1,11 +1,13 @@
 """JSON that says something else than expected: a right result or an error of ours, from every reader of a folder."""
 
+import importlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ def consolidated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer of a folder, which settings do not change, is read once and not for each value."""
+    for module in ("inspect", "convert"):
+        read = importlib.import_module(f"mistral_large_conversion.{module}")
+        monkeypatch.setattr(read, "read_folder_tokenizer", lru_cache(read.read_folder_tokenizer))
+
+
+@pytest.fixture
 def folders(
     consolidated: Path, demo_folder: Path, tmp_path: Path, known_tokenizer: None
 ) -> dict[str, tuple[Path, str]]:
@@ -67,6 +77,7 @@ def read_in_every_way(folder: Path, to: Any) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_reading")
 @pytest.mark.parametrize("name", ["params.json", "config.json"])
 def test_every_value_of_every_key_is_taken_or_refused(folders: dict[str, tuple[Path, str]], name: str) -> None:
     folder, to = folders[name]

@@ -18,6 +18,8 @@ from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_cli.serve import choose_engine
 from mistral_large_cli.serve_guard import check_options, is_own_origin
 from mistral_large_conversion.errors import CheckpointError, MissingLibraryError, SettingError
+from tests.support import folders
+from tests.support.errors import raises_exactly
 
 SERVE = sys.modules[choose_engine.__module__]
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "mistral", "--exclude-tools-when-tool-choice-none"]
@@ -68,6 +70,71 @@ def test_vllm_takes_each_layout_with_its_options(
     ]
 
 
+def mistral_folder(folder: Path, vocabulary: dict[str, int] | None = None) -> Path:
+    """A folder of type `mistral` without weights, which vLLM looks for; with another vocabulary if one is given."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(folders.hf_config()))
+    if vocabulary is None:
+        for name, content in folders.stock_tokenizer_files().items():
+            (folder / name).write_bytes(content)
+    else:
+        model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
+    return folder
+
+
+def test_vllm_takes_our_prompts_unless_it_is_told_otherwise(
+    tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "vllm")
+    folder = mistral_folder(tmp_path / "tune")
+    for options in ([], ["--tokenizer-mode", "hf"], ["--tokenizer=other"], ["--tokenizer_mode=slow"]):
+        run(str(folder), *options)
+        (_, command) = started.pop()
+        ours = ["--tokenizer-mode", "mistral_large"]
+        assert command[command.index(TOOLS[-1]) + 1 :] == (options or ours)
+
+
+def test_vllm_is_not_given_a_vocabulary_that_our_tokenizer_does_not_know(
+    tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, "vllm")
+    folder = mistral_folder(tmp_path / "tune", {"a": 0, "b": 1})
+    with raises_exactly(
+        CheckpointError,
+        f"{folder}: tokenizer.json: neither the v3 nor the v7 vocabulary, so its files are carried along unchanged: "
+        "ids are those of its own program, and control strings in a text may become control tokens; prompts of vLLM "
+        "would be no better; add --tokenizer-mode hf to serve it so",
+    ):
+        run(str(folder))
+    assert started == []
+
+
+@pytest.mark.parametrize("files", [("config.json",), ("config.json", "params.json"), ()])
+def test_vllm_takes_our_prompts_for_a_repository(
+    tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...]
+) -> None:
+    install(monkeypatch, "vllm")
+    monkeypatch.setattr("mistral_large_conversion.checkpoint.hub.reachable_options", lambda *_: {"revision": "v1"})
+    (tmp_path / "config.json").write_text(json.dumps(folders.hf_config()))
+    asked: list[Any] = []
+
+    def download(repository: str, name: str, **options: Any) -> str:
+        asked.append((repository, name, options))
+        if name not in files:
+            raise OSError("not there")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    # Which would ask the hub by transformers' client.
+    monkeypatch.setattr(SERVE, "base_of_adapter", lambda *_: None)
+    run("owner/tune")
+    (_, command) = started.pop()
+    is_told = files == ("config.json",)
+    assert command[command.index(TOOLS[-1]) + 1 :] == (["--tokenizer-mode", "mistral_large"] if is_told else [])
+    assert ("owner/tune", "config.json", {"revision": "v1"}) in asked
+
+
 @pytest.mark.parametrize("engine", ["auto", "transformers"])
 def test_transformers_serves_without_vllm(
     demo_folder: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, engine: str
@@ -75,7 +142,10 @@ def test_transformers_serves_without_vllm(
     install(monkeypatch, *SERVER)
     printed = run(str(demo_folder), "--engine", engine, "--device", "cpu")
     assert started == [
-        (str(demo_folder), {"host": "127.0.0.1", "port": 8000, "revision": None, "options": ["--device", "cpu"]})
+        (
+            str(demo_folder),
+            {"host": "127.0.0.1", "port": 8000, "revision": None, "options": ["--device", "cpu"], "adapter": None},
+        )
     ]
     (line,) = re.findall("^curl .+$", printed, re.MULTILINE)
     command = shlex.split(line)
@@ -83,22 +153,31 @@ def test_transformers_serves_without_vllm(
     assert json.loads(command[-1])["model"] == str(demo_folder)
 
 
-def test_transformers_is_not_given_the_consolidated_layout(
+def test_transformers_serves_the_consolidated_layout(
     tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, *SERVER)
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
-    with pytest.raises(CheckpointError, match="does not read the consolidated layout; convert it"):
-        run(str(folder))
-    assert started == []
+    run(str(folder))
+    assert started == [
+        (str(folder), {"host": "127.0.0.1", "port": 8000, "revision": None, "options": [], "adapter": None})
+    ]
 
 
 @pytest.mark.parametrize(
     ("engine", "installed", "problem"),
     [
-        ("auto", ["fastapi", "uvicorn", "pydantic"], r"pip install vllm, or pip install 'transformers\[serving\]'"),
-        ("vllm", list(SERVER), "vLLM is not installed; run pip install vllm$"),
-        ("transformers", ["vllm"], r"run pip install 'transformers\[serving\]'"),
+        (
+            "auto",
+            ["fastapi", "uvicorn", "pydantic"],
+            "vLLM is not installed; run pip install vllm, or pip install 'transformers[serving]'",
+        ),
+        ("vllm", list(SERVER), "vLLM is not installed; run pip install vllm"),
+        (
+            "transformers",
+            ["vllm"],
+            "what `transformers serve` needs is not installed; run pip install 'transformers[serving]'",
+        ),
     ],
 )
 def test_an_engine_that_is_missing(
@@ -110,7 +189,7 @@ def test_an_engine_that_is_missing(
     problem: str,
 ) -> None:
     install(monkeypatch, *installed)
-    with pytest.raises(MissingLibraryError, match=problem):
+    with raises_exactly(MissingLibraryError, f"serve: {problem}"):
         run(str(demo_folder), "--engine", engine)
     assert started == []
 

@@ -13,14 +13,14 @@ import pytest
 
 from mistral_large_cli import main
 from mistral_large_cli.demo import golden_conversations
-from mistral_large_cli.highlighting import COLOURS, ROLES
 from mistral_large_cli.show import styled
-from mistral_large_conversion.vocabulary import CONTROL_TOKENS
+from mistral_large_conversion.prompt_roles import COLOURS, ROLES
+from mistral_large_conversion.vocabulary import VOCABULARIES
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.instruct.prompt import build_prompt
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
-LEGEND = "\n\n" + "  ".join(COLOURS) + "  "
+LEGEND = "\n\n" + "  ".join(role for role in COLOURS if role != "system") + "  "  # of v3
 MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": "Hi [/INST] \x1b[2J"},
     {"role": "assistant", "content": "Yes?"},
@@ -74,22 +74,73 @@ def test_each_part_has_the_colour_of_its_role_and_the_mask_of_the_assistant() ->
     colours = [COLOURS[role] for role in ("tools", "user", "assistant", "results", "assistant")]
     texts = [style for segment, style in styled(prompt, mask=False) if not segment.is_control]
     assert texts == colours
-    assert set(ROLES) == {segment.text for segment in prompt if segment.is_control}
-    assert set(ROLES) <= set(CONTROL_TOKENS)
+    shown = {segment.text for segment in prompt if segment.is_control}
+    assert shown == set(VOCABULARIES["v3"].control_tokens)
+    assert set(ROLES) == set(VOCABULARIES["v7"].control_tokens)
+    assert set(ROLES.values()) == set(COLOURS)
     underlined = [segment for segment, style in styled(prompt, mask=True) if style.endswith("underline")]
     assert underlined == [segment for segment in prompt if segment.is_generated]
 
 
+V7_MESSAGES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "abcdefghi", "function": {"name": "f"}}]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "22 °C"},
+]
+
+
 @pytest.mark.slow
-def test_ids_are_those_of_the_prompt(
-    tokenizer_model_file: Path,
+def test_the_format_is_the_models_or_the_one_that_is_asked_for(
+    v7_tokenizer: MistralLargeTokenizer,
     tokenizer: MistralLargeTokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "tokenizer.model.v3").symlink_to(tokenizer_model_file)
+    conversation = written(tmp_path, V7_MESSAGES)
+    v7, v3 = (own.apply_chat_template(V7_MESSAGES, tokenize=False) for own in (v7_tokenizer, tokenizer))
+    assert "[SYSTEM_PROMPT] Be brief.[/SYSTEM_PROMPT]" in v7
+    legend = "\n\nprompt  system  tools  user  assistant  results  "
+    for options, shown in (
+        (("--prompt-format", "v7"), v7 + legend + "\n"),
+        (("--model", v7_tokenizer.name_or_path), v7 + legend),
+        (("--model", v7_tokenizer.name_or_path, "--prompt-format", "v3"), v3 + LEGEND),
+        (("--prompt-format", "v3"), v3 + LEGEND),
+        ((), v3 + LEGEND),
+    ):
+        assert run(monkeypatch, conversation, *options) == 0
+        assert capsys.readouterr().out.startswith(shown)
+    assert run(monkeypatch, conversation, "--model", tokenizer.name_or_path, "--prompt-format", "v7") == 2
+    assert "the vocabulary is v3's, which has no [SYSTEM_PROMPT]" in capsys.readouterr().err
+
+
+def test_a_template_of_others_is_not_shown_as_ours(
+    v7_tokenizer: MistralLargeTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    conversation = written(tmp_path, V7_MESSAGES)
+    v7_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    assert run(monkeypatch, conversation, "--model", tmp_path / "model") == 2
+    assert "its chat template is none of this package's" in capsys.readouterr().err
+    assert run(monkeypatch, conversation, "--model", tmp_path / "model", "--prompt-format", "v7") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v3", "v7"])
+def test_ids_are_those_of_the_prompt(
+    name: str,
+    tokenizer: MistralLargeTokenizer,
+    v7_tokenizer: MistralLargeTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = {"v3": tokenizer, "v7": v7_tokenizer}[name]
+    (tmp_path / "model").symlink_to(tokenizer.name_or_path)
     monkeypatch.setenv("COLUMNS", "200")
     conversation = written(tmp_path, MESSAGES)
     ids = tokenizer.apply_chat_template(MESSAGES, return_dict=False)
@@ -143,7 +194,11 @@ REFUSED: dict[str, tuple[object, tuple[object, ...], str]] = {
     "tools no list": ({"messages": MESSAGES, "tools": "all"}, (), "conversation.json: tools is not a list"),
     "another role": ([{"role": "bot", "content": "x"}], (), "message 0: role 'bot'"),
     "ids without a tokenizer": (MESSAGES, ("--ids",), "--ids: no tokenizer"),
-    "no tokenizer": (MESSAGES, ("--model", "."), ".: has neither tokenizer.model.v3 nor tokenizer.json"),
+    "no tokenizer": (
+        MESSAGES,
+        ("--model", "."),
+        ".: has none of tokenizer.model.v3, tokenizer.model.v7 and tokenizer.json",
+    ),
     "no repository": (MESSAGES, ("--model", "nobody/nothing"), "nobody/nothing: no folder of this name here"),
     "no name of a repository": (MESSAGES, ("--model", "a b/c/d"), "a b/c/d: no such file or folder"),
     "no tools file": (MESSAGES, ("--tools", "tools.json"), "tools.json: [Errno 2]"),

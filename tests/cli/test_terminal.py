@@ -19,6 +19,7 @@ from rich.text import Text
 from mistral_large_cli import main
 from mistral_large_cli.terminal import console, one_line, print_json, printable, write_picture
 from mistral_large_conversion.errors import DestinationError
+from tests.support.errors import raises_exactly
 
 # Titles, clearing of the screen, the clipboard, a line to be overwritten, 8-bit controls, letters turned around.
 ATTACK = "a\x1b]0;owned\x07\x1b[2J\x1b]52;c;ZXZpbA==\x07\r\x08\x7f\x9b2J\u202eb\u2066\x00c\udc9bd"
@@ -263,5 +264,8 @@ def test_a_picture_replaces_a_name_and_not_what_else_has_the_bytes(tmp_path: Pat
     write_picture(tmp_path / "link.svg", "<svg>2</svg>")
     assert (tmp_path / "picture.svg").read_text() == "<svg>2</svg>"
     assert (tmp_path / "link.svg").is_symlink()
-    with pytest.raises(DestinationError, match="cannot be written: Not a directory; choose another name"):
+    with raises_exactly(
+        DestinationError,
+        f"{tmp_path}/precious/picture.svg: cannot be written: Not a directory; choose another name",
+    ):
         write_picture(tmp_path / "precious" / "picture.svg", "")

@@ -14,6 +14,7 @@ from mistral_large_cli import tools_file
 from mistral_large_cli.tools_file import load_tools, tool_names
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.generation.tool_loop import run_tool_loop
+from tests.support.errors import raises_exactly
 
 DOCUMENTED = "    '''\n    Do {name}\n\n    Args:\n        x: a number\n    '''\n"
 
@@ -127,7 +128,10 @@ def test_a_file_that_fails_leaves_the_one_in_use(tmp_path: Path) -> None:
     write(tmp_path / "good", "READING = 'good'\n", name="keys.py")
     good = load_tools(write(tmp_path / "good", function("now", "import keys\n    return keys.READING")))
     write(tmp_path / "bad", "READING = 'bad'\n", name="keys.py")
-    with pytest.raises(ConversationError, match="ZeroDivisionError: division by zero; it must run by itself; fix it"):
+    with raises_exactly(
+        ConversationError,
+        f"{tmp_path}/bad/station.py: ZeroDivisionError: division by zero; it must run by itself; fix it",
+    ):
         load_tools(write(tmp_path / "bad", "import keys\n1 / 0\n"))
     assert call(good, "now") == "good"
     assert sys.modules["station"].__file__ == str(tmp_path / "good" / "station.py")
@@ -208,7 +212,11 @@ def test_what_is_imported_is_no_tool_unless_it_is_named(tmp_path: Path) -> None:
     write(tmp_path, function("near"), function("far"), "thing = near\n", name="others.py")
     imports = "from others import *\nfrom others import far as away, thing\nfrom json import dumps\n\n\n"
     assert tool_names(load_tools(write(tmp_path, imports, function("own")))) == ["own"]
-    with pytest.raises(ConversationError, match=r"no functions; tools are public functions .* names in __all__"):
+    with raises_exactly(
+        ConversationError,
+        f"{tmp_path}/station.py: no functions; tools are public functions with type hints that the file defines, or "
+        "imports and names in __all__; define one",
+    ):
         load_tools(write(tmp_path, imports))
     named = write(tmp_path, imports, function("own"), function("other"), "__all__ = ['away', 'own']\n")
     assert tool_names(load_tools(named)) == ["far", "own"]
@@ -242,7 +250,11 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: str | bytes,
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConversationError, match="a module json is loaded already"):
+    with raises_exactly(
+        ConversationError,
+        f"{tmp_path}/json.py: a module json is loaded already, and Python would take that one; rename "
+        f"{tmp_path}/json.py",
+    ):
         load_tools(write(tmp_path, function("f"), name="json.py"))
 
 
@@ -250,5 +262,8 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_python_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.py").mkdir()
     write(tmp_path, function("f"), name="tools.txt")
-    with pytest.raises(ConversationError, match="no Python file"):
+    with raises_exactly(
+        ConversationError,
+        f"{tmp_path}/{name}: no Python file; tools are functions in one; name such a file",
+    ):
         load_tools(tmp_path / name)

@@ -21,7 +21,7 @@ OF_CONSOLIDATED, OF_HF = (
     [name for name, damage in DAMAGES.items() if damage.where(layout)] for layout in (CONSOLIDATED, HF)
 )
 
-pytestmark = pytest.mark.usefixtures("remembered_tokenizer")
+pytestmark = [pytest.mark.ground_floor, pytest.mark.usefixtures("remembered_tokenizer")]
 
 
 @pytest.fixture(scope="module")

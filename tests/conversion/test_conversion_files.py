@@ -38,6 +38,7 @@ from mistral_large_conversion.transforms import Rows
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.conversion.test_conversion_tables import split_row_by_row
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
+from tests.support.errors import raises_exactly
 from tests.support.models import stock_config
 from tests.support.reference_model import reference_logits
 
@@ -147,7 +148,7 @@ def test_weights_in_memory_are_exported_like_their_folder(
 ) -> None:
     model = MistralLargeForCausalLM._from_config(tiny_config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
-    (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(b"copied as it is")
+    (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
     # A view that is not contiguous, as a merged adapter may leave it.
     state_dict = {
         name: tensor.mT.clone().mT if tensor.ndim > 1 else tensor for name, tensor in model.state_dict().items()
@@ -157,7 +158,7 @@ def test_weights_in_memory_are_exported_like_their_folder(
     export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
     of_folder, of_state_dict = contents(tmp_path / "of_folder"), contents(tmp_path / "of_state_dict")
     assert contents(tmp_path / "of_model") == of_folder
-    assert of_folder["tokenizer.model.v3"] == b"copied as it is"
+    assert of_folder["tokenizer.model.v3"] == tokenizer_model_file().read_bytes()
     assert of_folder.keys() - of_state_dict.keys() == {"tokenizer.model.v3", "LICENSE", "Notice", "README.md"}
     # The manifest has all files.
     manifests = [json.loads(files.pop("conversion.manifest.json")) for files in (of_folder, of_state_dict)]
@@ -167,7 +168,11 @@ def test_weights_in_memory_are_exported_like_their_folder(
     # Run again, it is compared with what is in memory now.
     export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
     state_dict["model.norm.weight"] = state_dict["model.norm.weight"] + 1
-    with pytest.raises(DestinationError, match=r"the source gives another tensor 'norm\.weight'"):
+    with raises_exactly(
+        DestinationError,
+        f"{tmp_path}/of_state_dict: holds another finished conversion: the source gives another tensor "
+        "'norm.weight'; choose a new or empty folder",
+    ):
         export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
 
 
@@ -177,7 +182,7 @@ def test_a_model_with_a_merged_adapter_goes_back(
     base = MistralLargeForCausalLM(tiny_config)
     lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "o_proj"], init_lora_weights=False)
     adapted = get_peft_model(base, lora)
-    with pytest.raises(CheckpointError, match=r"adapters beside its weights; export model\.merge_and_unload\(\)"):
+    with raises_exactly(CheckpointError, "the model has adapters that are not merged; export model.merge_and_unload()"):
         export_checkpoint(adapted, tmp_path / "refused")
     merged: Any = adapted.merge_and_unload()
     ids = torch.randint(0, tiny_config.vocab_size, (17,))
@@ -185,7 +190,7 @@ def test_a_model_with_a_merged_adapter_goes_back(
         logits = merged(ids[None]).logits[0]
     for name, shard_size in (("single", "5GB"), ("sharded", "100KB")):
         merged.save_pretrained(tmp_path / name, max_shard_size=shard_size)
-        (tmp_path / name / "tokenizer.model.v3").write_bytes(b"copied as it is")
+        (tmp_path / name / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
         convert_checkpoint(tmp_path / name, tmp_path / f"{name}-back", to="consolidated")
     assert contents(tmp_path / "single-back") == contents(tmp_path / "sharded-back")
     export_checkpoint(merged, tmp_path / "of_model", origin=tmp_path / "single")
@@ -195,14 +200,32 @@ def test_a_model_with_a_merged_adapter_goes_back(
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_special_ids_of_a_model_are_not_lost(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
+    model = MistralLargeForCausalLM(tiny_config)
+    model.generation_config.eos_token_id = [2, 14]
+    with raises_exactly(
+        CheckpointError,
+        "the model: eos_token_id is [2, 14], and the consolidated layout has no place for it: every reader takes 2; "
+        "set it to 2 in config.json and generation_config.json if that is right",
+    ):
+        export_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_not_in_memory_are_refused(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = MistralLargeForCausalLM(tiny_config)
-    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is on device meta, without data"):
+    problem = "is on device meta, without data; load the model without offload"
+    lines = [f"  tensor {name!r} {problem}" for name in model.state_dict()]
+    with raises_exactly(
+        CheckpointError,
+        "\n".join(["the state dict does not fit its config; nothing was done, fix or download it again:", *lines]),
+    ):
         export_checkpoint(model, tmp_path / "consolidated")
     assert not (tmp_path / "consolidated").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_for_stock_transformers_holds_the_same_weights_and_goes_back(
     small_source: Path, tmp_path: Path
 ) -> None:
@@ -214,7 +237,7 @@ def test_a_folder_for_stock_transformers_holds_the_same_weights_and_goes_back(
     for name in ("ours", "stock"):
         convert_checkpoint(tmp_path / name, tmp_path / f"{name}-back", to="consolidated")
     assert contents(tmp_path / "stock-back") == contents(tmp_path / "ours-back")
-    with pytest.raises(CheckpointError, match="model type 'mistral': the consolidated layout has none"):
+    with raises_exactly(CheckpointError, "model type 'mistral': the consolidated layout has none; leave it out"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "refused", to="consolidated", model_type="mistral")
 
 
@@ -243,14 +266,21 @@ def test_a_number_too_large_for_another_dtype_is_refused(tiny_config: MistralLar
     state_dict["model.norm.weight"][7] = float("inf")
     export_checkpoint(state_dict, tmp_path / "infinite", config=tiny_config, dtype="fp16")
     state_dict["model.norm.weight"][7] = -65520
-    with pytest.raises(CheckpointError, match=r"tensor 'model\.norm\.weight' holds -65520, too large for F16"):
+    with raises_exactly(
+        CheckpointError,
+        "tensor 'model.norm.weight' holds -65520, too large for F16; choose another dtype",
+    ):
         export_checkpoint(state_dict, tmp_path / "refused", config=tiny_config, dtype="fp16")
 
 
 def test_tensors_of_several_dtypes_need_one_to_become(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     state_dict = MistralLargeForCausalLM._from_config(tiny_config, dtype=torch.bfloat16).state_dict()
     state_dict["model.norm.weight"] = torch.rand(80)
-    with pytest.raises(CheckpointError, match="dtypes BF16, F32: a checkpoint has one; ask for a dtype"):
+    with raises_exactly(
+        CheckpointError,
+        "the state dict does not fit its config; nothing was done, fix or download it again:\n"
+        "  tensors of dtypes BF16, F32: a checkpoint has one; ask for a dtype to have them converted",
+    ):
         export_checkpoint(state_dict, tmp_path / "refused", config=tiny_config)
     export_checkpoint(state_dict, tmp_path / "consolidated", config=tiny_config, dtype="bf16")
     written = read_weights(tmp_path / "consolidated")
@@ -296,7 +326,7 @@ def test_the_manifest_has_each_tensor_as_it_is_in_its_file(small_source: Path, t
 def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> None:
     stock = MistralForCausalLM(stock_config(tiny_config))
     stock.save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(b"copied as it is")
+    (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
     convert_checkpoint(tmp_path / "hf", tmp_path / "consolidated", to="consolidated")
     ids = torch.randint(0, tiny_config.vocab_size, (17,))
     with torch.no_grad():
@@ -310,39 +340,66 @@ def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"sliding_window": 4096}, "sliding_window is 4096"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"quantization_config": {}}, "quantization_config is {}"),
-        ({"head_dim": 0}, "config.json: head_dim is 0"),
-        ({"head_dim": None}, "config.json: head_dim is missing"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"sliding_window": 4096}, "sliding_window is 4096: only None is this architecture"),
+        (
+            {"tie_word_embeddings": True},
+            "tie_word_embeddings is True: only False is this architecture; load it with transformers, give lm_head a "
+            "copy of the embeddings, set config.tie_word_embeddings to False, and save it",
+        ),
+        ({"model_type": "llama"}, "model_type is 'llama': only 'mistral' is this architecture"),
+        ({"quantization_config": {}}, "quantization_config is {}: only None is this architecture"),
+        ({"head_dim": 0}, "head_dim is 0: must be a whole number from 1 to 2147483647"),
+        ({"head_dim": None}, "head_dim is missing"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+            "rope_type is 'yarn': only 'default' is this architecture",
+        ),
         (
             {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "linear"}},
-            "rope_type is 'linear'",
+            "rope_type is 'linear': only 'default' is this architecture",
         ),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta is 0.0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
+            "rope_theta is 0.0: must be a finite number greater than 0",
+        ),
     ],
 )
 def test_a_config_that_params_cannot_say_is_refused(
     tiny_config: MistralLargeConfig, tmp_path: Path, change: dict[str, Any], problem: str
 ) -> None:
     MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(b"")
+    (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError) as error:
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/hf is not a complete hf checkpoint; nothing was done, fix or download it again:\n"
+        f"  config.json: {problem}",
+    ):
         convert_checkpoint(tmp_path / "hf", tmp_path / "consolidated", to="consolidated")
-    assert problem in str(error.value)
     assert not (tmp_path / "consolidated").exists()
 
 
-@pytest.mark.parametrize("key", ["head_dim", "rope_parameters", "num_key_value_heads", "rms_norm_eps"])
-def test_a_config_without_a_size_is_refused(tiny_config: MistralLargeConfig, tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("head_dim", "head_dim"),
+        ("rope_parameters", "rope_theta"),
+        ("num_key_value_heads", "n_kv_heads"),
+        ("rms_norm_eps", "norm_eps"),
+    ],
+)
+def test_a_config_without_a_size_is_refused(
+    tiny_config: MistralLargeConfig, tmp_path: Path, key: str, named: str
+) -> None:
     MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
-    with pytest.raises(CheckpointError, match=r"config\.json: .* is missing"):
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/hf is not a complete hf checkpoint; nothing was done, fix or download it again:\n"
+        f"  config.json: {named} is missing",
+    ):
         convert_checkpoint(tmp_path / "hf", tmp_path / "consolidated", to="consolidated")
 
 
@@ -358,7 +415,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(tiny_config: MistralLargeConf
         "tensor 'model.norm.weight' has dtype I64",
     ):
         assert problem in str(error.value)
-    with pytest.raises(TypeError, match="needs its config"):
+    with raises_exactly(TypeError, "export_checkpoint() of a state dict needs its config"):
         export_checkpoint(state_dict, tmp_path / "consolidated")
     assert not (tmp_path / "consolidated").exists()
 
@@ -468,10 +525,13 @@ def into_source(source: Path) -> Iterator[Path]:
 def test_the_source_and_folders_in_and_around_it_are_refused(small_source: Path) -> None:
     before = contents(small_source)
     for destination in into_source(small_source):
-        with pytest.raises(DestinationError, match="choose a folder elsewhere"):
+        problem = f"is, holds or is in the source {small_source}; choose a folder elsewhere"
+        with raises_exactly(DestinationError, f"{destination}: {problem}"):
             convert_checkpoint(small_source, destination)
-    with pytest.raises(DestinationError, match="choose a folder elsewhere"):
-        convert_checkpoint(small_source.parent / "link", small_source / "hf")
+    link = small_source.parent / "link"
+    problem = f"is, holds or is in the source {link}; choose a folder elsewhere"
+    with raises_exactly(DestinationError, f"{small_source / 'hf'}: {problem}"):
+        convert_checkpoint(link, small_source / "hf")
     assert contents(small_source) == before
 
 
@@ -479,7 +539,10 @@ def test_the_source_and_folders_in_and_around_it_are_refused(small_source: Path)
 def test_a_folder_with_anything_in_it_is_refused(small_source: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / name).write_text("mine")
-    with pytest.raises(DestinationError, match="choose a new or empty folder"):
+    with raises_exactly(
+        DestinationError,
+        f"{tmp_path}/hf: holds '{name}', not of an unfinished conversion; choose a new or empty folder",
+    ):
         convert_checkpoint(small_source, tmp_path / "hf")
     assert contents(tmp_path / "hf") == {name: b"mine"}
 
@@ -488,7 +551,10 @@ def test_a_link_in_place_of_the_marker_is_not_written_through(small_source: Path
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / UNFINISHED_NAME).symlink_to(tmp_path / "precious")
-    with pytest.raises(DestinationError, match="choose a new or empty folder"):
+    with raises_exactly(
+        DestinationError,
+        f"{tmp_path}/hf: holds 'conversion.unfinished', not of an unfinished conversion; choose a new or empty folder",
+    ):
         convert_checkpoint(small_source, tmp_path / "hf")
     assert (tmp_path / "precious").read_text() == "mine"
 
@@ -496,7 +562,7 @@ def test_a_link_in_place_of_the_marker_is_not_written_through(small_source: Path
 def test_an_empty_folder_is_taken_and_a_file_is_refused(small_source: Path, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     convert_checkpoint(small_source, tmp_path / "hf")
-    with pytest.raises(DestinationError, match="is a file"):
+    with raises_exactly(DestinationError, f"{tmp_path}/hf/config.json: is a file; choose a new or an empty folder"):
         convert_checkpoint(small_source, tmp_path / "hf" / "config.json")
     convert_checkpoint(small_source, tmp_path / "new" / "deep" / "hf")
 
@@ -514,7 +580,11 @@ def test_a_disk_without_room_is_refused_first(
 @pytest.mark.slow
 def test_weights_for_another_vocabulary_are_refused(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     write_consolidated(tmp_path / "source", tiny_config)
-    with pytest.raises(CheckpointError, match="has 32768 pieces, the weights have 768 rows"):
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/source/tokenizer.model.v3: has 32768 pieces, the weights have 768 rows; take both from one "
+        "checkpoint",
+    ):
         convert_checkpoint(tmp_path / "source", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -534,7 +604,11 @@ def test_a_tokenizer_that_is_not_exact_is_refused(
     monkeypatch.setattr(
         TextEncoder, "__call__", lambda self, text: exact(self, text)[: -1 if "REFERENCE_DOC" in text else None]
     )
-    with pytest.raises(CheckpointError, match=r"converted ids of .*REFERENCE_DOC_0.* are not SentencePiece's"):
+    with raises_exactly(
+        CheckpointError,
+        f"{source}/tokenizer.model.v3: converted ids of '[REFERENCE_DOC_0] user-defined pieces [R' are not "
+        "SentencePiece's",
+    ):
         convert_checkpoint(source, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -589,7 +663,11 @@ def test_the_vendors_licence_stays_the_vendors_on_every_way(small_source: Path, 
 def test_a_licence_that_is_a_link_out_is_refused(small_source: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("secret")
     (small_source / "LICENSE").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="LICENSE is a link out of the folder"):
+    with raises_exactly(
+        CheckpointError,
+        f"{small_source}: LICENSE is a link out of the folder, to '{tmp_path}/elsewhere'; the licence must go with "
+        "the weights",
+    ):
         convert_checkpoint(small_source, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

@@ -1,5 +1,6 @@
 """The plan: what is found in a folder, and every reason to refuse it, before anything is written."""
 
+import dataclasses
 import json
 import os
 import struct
@@ -14,27 +15,29 @@ from safetensors.torch import load_file, save_file
 
 from mistral_large_conversion import (
     convert_checkpoint,
-    export_checkpoint,
     inspect_checkpoint,
     plan_conversion,
     verify_checkpoint,
 )
+from mistral_large_conversion.checkpoint.geometry import PUBLISHED, Geometry
 from mistral_large_conversion.checkpoint.names import expected_tensors
 from mistral_large_conversion.checkpoint.read import FIRST_QUERY
 from mistral_large_conversion.checkpoint.safetensors_header import read_header
-from mistral_large_conversion.errors import CheckpointError
+from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
 from mistral_large_conversion.options import parse_size
-from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from tests.support.checkpoints import contents, params_of, write_consolidated
+from tests.support.errors import raises_exactly
+
+pytestmark = pytest.mark.ground_floor
 
 FIRST, SECOND = (f"consolidated-{number:05}-of-00002.safetensors" for number in (1, 2))
 INDEX = "consolidated.safetensors.index.json"
 
 
 @pytest.fixture
-def source(tiny_config: MistralLargeConfig, tmp_path: Path) -> Path:
+def source(tiny_geometry: Geometry, tmp_path: Path) -> Path:
     """A sound checkpoint in two files without an index."""
-    write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
+    write_consolidated(tmp_path / "source", tiny_geometry, torch.bfloat16)
     return tmp_path / "source"
 
 
@@ -71,10 +74,9 @@ def write_index(folder: Path) -> Path:
 
 
 def test_the_plan_of_the_123b_is_made_from_headers_alone(tmp_path: Path) -> None:
-    config = MistralLargeConfig()
-    (tmp_path / "params.json").write_text(json.dumps(params_of(config)))
+    (tmp_path / "params.json").write_text(json.dumps(params_of(PUBLISHED)))
     (tmp_path / "tokenizer.model.v3").write_bytes(b"")
-    tensors = expected_tensors(config)
+    tensors = expected_tensors(PUBLISHED)
     for number in range(3):
         start, header = 0, {}
         for tensor in tensors[number::3]:
@@ -100,8 +102,8 @@ def test_the_plan_of_the_123b_is_made_from_headers_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("files", [1, 2, 7])
-def test_any_number_of_files_with_or_without_index(tiny_config: MistralLargeConfig, tmp_path: Path, files: int) -> None:
-    write_consolidated(tmp_path / "source", tiny_config, shards=files)
+def test_any_number_of_files_with_or_without_index(tiny_geometry: Geometry, tmp_path: Path, files: int) -> None:
+    write_consolidated(tmp_path / "source", tiny_geometry, shards=files)
     without_index = plan_conversion(tmp_path / "source")
     write_index(tmp_path / "source")
     assert plan_conversion(tmp_path / "source") == without_index
@@ -363,13 +365,14 @@ def test_a_file_that_vanishes_meanwhile_is_a_problem(tmp_path: Path) -> None:
 
 def test_a_folder_without_permission_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(CheckpointError, match="source: no folder that can be read"):
+    with raises_exactly(CheckpointError, f"{source}: no folder that can be read; give the one that holds params.json"):
         plan_conversion(source)
 
 
 def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"nowhere: no folder that can be read; give the one that holds params\.json"
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/nowhere: no folder that can be read; give the one that holds params.json",
     ):
         plan_conversion(tmp_path / "nowhere")
 
@@ -419,7 +422,7 @@ def test_sizes_are_read_in_decimal_units(size: int | str, size_bytes: int) -> No
     "size", ["", "GB", "-5GB", "0", "5GiB", "nanGB", "infGB", "1e9", "5 G B", -1, 0, "0.4", "5GB;"]
 )
 def test_other_sizes_are_refused(size: int | str) -> None:
-    with pytest.raises(CheckpointError, match="must be a size such as 5GB or 750MB"):
+    with raises_exactly(CheckpointError, f"max_shard_size {size!r}: must be a size such as 5GB or 750MB"):
         parse_size(size)
 
 
@@ -469,7 +472,11 @@ def test_names_of_a_wrapped_model_are_taken_without_the_wrapper(
 def test_a_tensor_with_and_without_a_wrapper_is_there_twice(source: Path) -> None:
     put_names(source / SECOND, lambda name: "_orig_mod." + name)
     edit_tensors(source / FIRST, lambda tensors: tensors.update({"norm.weight": torch.zeros(80, dtype=torch.bfloat16)}))
-    with pytest.raises(CheckpointError, match=r"tensor 'norm\.weight' is there twice"):
+    with raises_exactly(
+        CheckpointError,
+        f"{source} is not a complete consolidated checkpoint; nothing was done, fix or download it again:\n"
+        "  tensor 'norm.weight' is there twice",
+    ):
         plan_conversion(source)
 
 
@@ -486,7 +493,14 @@ def test_frequencies_of_rope_are_no_weights(small_source: Path, tmp_path: Path) 
     assert contents(tmp_path / "back") == contents(tmp_path / "expected")
     # The vendor's layout never had any.
     edit_tensors(small_source / FIRST, lambda tensors: tensors.update(frequencies))
-    with pytest.raises(CheckpointError, match=r"rotary_emb\.inv_freq' is extra"):
+    with raises_exactly(
+        CheckpointError,
+        f"{small_source} is not a complete consolidated checkpoint; nothing was done, fix or download it again:\n"
+        "  tensor 'model.layers.0.self_attn.rotary_emb.inv_freq' is extra: this geometry has none of that name\n"
+        "  tensor 'model.layers.1.self_attn.rotary_emb.inv_freq' is extra: this geometry has none of that name\n"
+        "  tensor 'model.layers.2.self_attn.rotary_emb.inv_freq' is extra: this geometry has none of that name\n"
+        "  tensors of dtypes BF16, F32: a checkpoint has one; ask for a dtype to have them converted",
+    ):
         plan_conversion(small_source)
 
 
@@ -499,10 +513,9 @@ def of_2024(settings: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def square_source(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> Path:
+def square_source(tiny_geometry: Geometry, tmp_path: Path, known_tokenizer: None) -> Path:
     """A checkpoint whose heads are together as wide as the model."""
-    tiny_config.hidden_size = 192
-    write_consolidated(tmp_path / "square", tiny_config, torch.bfloat16)
+    write_consolidated(tmp_path / "square", dataclasses.replace(tiny_geometry, hidden_size=192), torch.bfloat16)
     return tmp_path / "square"
 
 
@@ -534,15 +547,17 @@ def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_pa
         assert problem in str(error.value)
 
 
+@pytest.mark.slow
 def test_special_ids_of_a_fine_tune_are_not_lost_on_the_way_back(small_source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     convert_checkpoint(small_source, folder)
     edit_json(folder / "generation_config.json", lambda content: content.update(eos_token_id=[2, 14], pad_token_id=2))
-    with pytest.raises(CheckpointError, match=r"hf: eos_token_id is \[2, 14\], and the consolidated layout has no"):
+    with raises_exactly(
+        CheckpointError,
+        f"{folder}: eos_token_id is [2, 14], and the consolidated layout has no place for it: every reader takes 2; "
+        "set it to 2 in config.json and generation_config.json if that is right",
+    ):
         convert_checkpoint(folder, tmp_path / "out", to="consolidated")
-    model: Any = MistralLargeForCausalLM.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"the model: eos_token_id is \[2, 14\], and the consolidated layout"):
-        export_checkpoint(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     edit_json(folder / "generation_config.json", lambda content: content.update(eos_token_id=[2]))
     convert_checkpoint(folder, tmp_path / "out", to="consolidated")
@@ -561,16 +576,17 @@ def test_tokens_that_a_fine_tune_has_added_are_the_reason(small_source: Path, tm
     edit_json(folder / "config.json", lambda config: config.update(vocab_size=32770))
     added = [{"id": 32768, "content": "<|im_start|>"}, {"id": 32769, "content": "<|im_end|>"}]
     edit_json(folder / "tokenizer.json", lambda content: content["added_tokens"].extend(added))
-    for options in ({"to": "consolidated"}, {"quantize": "fp8"}):
-        with pytest.raises(CheckpointError) as error:
-            convert_checkpoint(folder, tmp_path / "out", **options)  # type: ignore[arg-type]  # options of every kind
-        assert str(error.value) == (
-            f"{folder}: the weights have 32770 rows, tokenizer.model.v3 has 32768 pieces: 2 were added, "
-            "['<|im_start|>', '<|im_end|>'], and the vendor's tokenizer, which is written, has no place for added "
-            "tokens; use this folder as it is, or remove them and their rows first"
-        )
+    with raises_exactly(
+        CheckpointError,
+        f"{folder}: the weights have 32770 rows, tokenizer.model.v3 has 32768 pieces: 2 were added, ['<|im_start|>', "
+        "'<|im_end|>'], and the consolidated layout has no place for added tokens; use the HF layout, or remove them "
+        "and their rows first",
+    ):
+        convert_checkpoint(folder, tmp_path / "out", to="consolidated")
     (folder / "tokenizer.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="2 were added, and the vendor's tokenizer"):
+    with raises_exactly(
+        TokenizerFileError, f"{folder / 'tokenizer.json'}: must be a JSON object, not list; download it again"
+    ):
         convert_checkpoint(folder, tmp_path / "out", to="consolidated")
     assert not (tmp_path / "out").exists()
 
@@ -601,17 +617,17 @@ def test_an_adapter_next_to_a_checkpoint_is_not_left_out(source: Path, tmp_path:
     with pytest.raises(CheckpointError) as error:
         convert_checkpoint(source, tmp_path / "out")
     assert str(error.value) == (
-        f"{source}: holds an adapter next to the checkpoint, which would be left out; save what merge_and_unload() "
-        "returns and convert that, or move adapter_config.json elsewhere"
+        f"{source}: holds an adapter next to the checkpoint, which would be left out; merge it with --adapter "
+        f"{source}, or move adapter_config.json elsewhere"
     )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_config: MistralLargeConfig) -> None:
+def test_headers_are_read_in_time_with_their_length(tmp_path: Path, tiny_geometry: Geometry) -> None:
     def seconds(count: int) -> float:
         folder = tmp_path / str(count)
-        write_consolidated(folder, tiny_config, torch.bfloat16)
+        write_consolidated(folder, tiny_geometry, torch.bfloat16)
         header = {
             f"layers.{number}.x": {"dtype": "BF16", "shape": [1], "data_offsets": [2 * number, 2 * number + 2]}
             for number in range(count)

@@ -17,6 +17,7 @@ from mistral_large_conversion.checkpoint.rope import join_rope_pairs, split_rope
 from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.checkpoints import geometry_of, random_consolidated
+from tests.support.errors import raises_exactly
 from tests.support.models import stock_config
 
 PARAMS_2407 = {
@@ -86,7 +87,9 @@ def test_rope_pairs_move_as_in_a_plain_loop_and_back(heads: int, dtype: torch.dt
 
 @pytest.mark.parametrize(("rows", "head_dim"), [(48, 32), (30, 15)])
 def test_rows_that_are_not_whole_heads_of_pairs_are_refused(rows: int, head_dim: int) -> None:
-    with pytest.raises(ValueError, match=f"{rows} rows of rotary pairs"):
+    with raises_exactly(
+        ValueError, f"{rows} rows of rotary pairs: must be a multiple of head_dim {head_dim}, which must be even"
+    ):
         split_rope_pairs(torch.zeros(rows, 4), head_dim=head_dim)
 
 

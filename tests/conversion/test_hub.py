@@ -20,11 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.checkpoint.hub import ANSWER_SECONDS, CONSOLIDATED_FILES, HF_FILES, resolve_source
 from mistral_large_conversion.errors import CheckpointError, MistralLargeError
 from mistral_large_conversion.inspect import inspect_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.adapter_loading import adapter_base
+from tests.support.errors import raises_exactly
 from tests.support.loopback_hub import COMMIT, REPOSITORY, LoopbackHub, serve
 
 WANTED = {
@@ -91,7 +93,7 @@ def test_only_what_is_needed_of_a_repository_is_downloaded_and_only_once(hub: Lo
 @pytest.mark.slow
 def test_other_patterns_take_other_files(hub: LoopbackHub) -> None:
     resolve_source(REPOSITORY, patterns=HF_FILES)
-    wanted = set(UNWANTED) - {"special_tokens_map.json", "tokenizer.model", ".gitattributes"}
+    wanted = set(UNWANTED) - {".gitattributes"}
     assert hub.downloaded == wanted | {"LICENSE", "Notice", "tokenizer.model.v3"}
 
 
@@ -154,14 +156,25 @@ def test_a_hub_that_refuses_is_one_line(hub: LoopbackHub, status: HTTPStatus, pr
 
 
 def test_a_repository_or_a_revision_that_is_not_there_is_one_line(hub: LoopbackHub) -> None:
-    with pytest.raises(CheckpointError, match=r"^owner/other: no folder of this name here, and on the hub no repos.*$"):
+    with raises_exactly(
+        CheckpointError,
+        "owner/other: no folder of this name here, and on the hub no repository open to you at "
+        f"{hub.url}/owner/other; check the name, or log in with `hf auth login` or set HF_TOKEN if it is private",
+    ):
         resolve_source("owner/other")
-    with pytest.raises(CheckpointError, match=r"^owner/name: the repository has no such revision; .*$"):
+    with raises_exactly(
+        CheckpointError,
+        f"owner/name: the repository has no such revision; {hub.url}/owner/name/commits/main lists them",
+    ):
         resolve_source(REPOSITORY, revision="v9")
 
 
 def test_without_a_network_there_is_what_the_cache_has(hub: LoopbackHub) -> None:
-    with pytest.raises(CheckpointError, match="is not to be asked, and the cache has not all"):
+    with raises_exactly(
+        CheckpointError,
+        "owner/name: no folder of this name here, the hub cannot be reached or is not to be asked, and the cache "
+        f"has not all that is needed of {hub.url}/owner/name",
+    ):
         resolve_source(REPOSITORY, local_files_only=True)
     assert hub.downloads == []
 
@@ -383,7 +396,11 @@ def test_a_repository_is_inspected_without_its_weights(hub: LoopbackHub) -> None
 @pytest.mark.parametrize("status", [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN])
 def test_a_gated_repository_is_not_inspected(hub: LoopbackHub, status: HTTPStatus) -> None:
     hub.gated = status
-    with pytest.raises(CheckpointError, match=r"^owner/name: gated: accept its terms at .*$"):
+    with raises_exactly(
+        CheckpointError,
+        f"owner/name: gated: accept its terms at {hub.url}/owner/name, then log in with `hf auth login` or set "
+        "HF_TOKEN",
+    ):
         inspect_checkpoint(REPOSITORY)
 
 
@@ -440,14 +457,28 @@ def test_an_adapter_of_the_hub_is_no_checkpoint(
     base, _ = adapter
     commands = (
         *(("inspect", REPOSITORY), ("convert", REPOSITORY, "out"), ("verify", str(base), REPOSITORY)),
-        *(("plan", REPOSITORY, "--gpus", "8x80GB"), ("serve", REPOSITORY)),
+        ("plan", REPOSITORY, "--gpus", "8x80GB"),
     )
     for command in commands:
         assert run(monkeypatch, *command) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(
-            f"mistral-large: {REPOSITORY}: an adapter (PEFT) of the base {str(base)!r}, not a checkpoint; load it with "
+            f"mistral-large: {REPOSITORY}: an adapter (PEFT) of the base {str(base)!r}, not a checkpoint; merge it "
+            f"with `mistral-large convert BASE DESTINATION --adapter {REPOSITORY}`, "
         )
+    # It is served on its base, by an engine that does.
+    assert run(monkeypatch, "serve", REPOSITORY) == 2
+    assert "serve: vLLM is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_hub_is_merged(hub: LoopbackHub, adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    base, _ = adapter
+    convert_checkpoint(base, tmp_path / "found", adapter=REPOSITORY)
+    convert_checkpoint(base, tmp_path / "expected", adapter=hub.folder)
+    found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("found", "expected"))
+    assert found == expected
+    assert f"The LoRA adapter `{REPOSITORY}` (rank 4" in (tmp_path / "found" / "README.md").read_text()
 
 
 def test_a_checkpoint_of_the_hub_with_an_adapter_next_to_it_is_a_checkpoint(
@@ -464,5 +495,9 @@ def test_an_adapter_of_the_hub_whose_base_is_not_here_is_one_line(
 ) -> None:
     (hub.folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     for load in (MistralLargeForCausalLM.from_pretrained, MistralLargeTokenizer.from_pretrained):
-        with pytest.raises(CheckpointError, match=f"^{REPOSITORY}: an adapter for '{base}', which is no folder here; "):
+        with raises_exactly(
+            CheckpointError,
+            f"owner/name: an adapter for '{base}', which is no folder here; load the base model from where it is, "
+            "then peft.PeftModel.from_pretrained(model, folder)",
+        ):
             load(REPOSITORY)

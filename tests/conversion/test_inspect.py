@@ -21,6 +21,7 @@ from mistral_large_conversion.inspect import Inspection, inspect_checkpoint
 from mistral_large_conversion.retag import retag_checkpoint
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.checkpoints import params_of, tokenizer_model_file
+from tests.support.errors import raises_exactly
 
 NATIVE = "--load-format mistral --config-format mistral --tokenizer-mode mistral"
 
@@ -46,6 +47,9 @@ def test_a_consolidated_folder(source: Path) -> None:
         parameters=sum(tensor.numel() for path in source.glob("*.safetensors") for tensor in load_file(path).values()),
         file_bytes={path.name: path.stat().st_size for path in sorted(source.glob("*.safetensors"))},
         tokenizer=("tokenizer.model.v3",),
+        vocabulary="v3",
+        prompts="v3; no chat template; the vocabulary is v3's",
+        notes=(),
         licence="its own: LICENSE",
         loads_with=(
             "import modeling_mistral_large; "
@@ -71,7 +75,12 @@ def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> Non
     inspection = inspect_checkpoint(folder)
     assert inspection.kind == "HF layout, model type mistral"
     assert inspection.problems == ()
-    assert inspection.loads_with == (f"import transformers; {pipeline}", f"vllm serve {folder}")
+    assert inspection.loads_with == (
+        f'import modeling_mistral_large; modeling_mistral_large.load("{folder}")',
+        f"import transformers; {pipeline}  # stock classes, prompts of the folder's own template",
+        f"vllm serve {folder}  # the same",
+    )
+    exec(compile(inspection.loads_with[0], "printed", "exec"), {})
 
 
 def test_the_123b_is_inspected_from_its_headers(tmp_path: Path) -> None:
@@ -188,6 +197,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_wrong_is_a_problem_and_not_an_error(folder: Path, case: str) -> None:
     act, kind, problem = CASES[case]
@@ -217,10 +227,16 @@ def test_a_quantized_checkpoint_is_counted(folder: Path) -> None:
 
 
 def test_what_cannot_be_opened_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/nowhere: no such folder; give a folder, or a repository on the hub as owner/name",
+    ):
         inspect_checkpoint(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="file: is a file"):
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/file: is a file; give a folder, or a repository on the hub as owner/name",
+    ):
         inspect_checkpoint(tmp_path / "file")
 
     def fail(self: Path) -> object:
@@ -228,10 +244,11 @@ def test_what_cannot_be_opened_at_all_is_an_error(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "iterdir", fail)
     monkeypatch.setattr(Path, "glob", lambda *_: fail(tmp_path))
-    with pytest.raises(CheckpointError, match=r"cannot be read: .*Permission denied"):
+    with raises_exactly(CheckpointError, f"{tmp_path}: cannot be read: [Errno 13] Permission denied"):
         inspect_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_prints_lines_that_can_be_copied_and_json(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,3 +269,17 @@ def test_the_command_prints_lines_that_can_be_copied_and_json(
     with pytest.raises(SystemExit):
         main()
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(inspection)))
+
+
+def test_an_adapter_next_to_a_checkpoint_is_said(source: Path, folder: Path) -> None:
+    for each in (source, folder):
+        (each / "lora.safetensors").write_bytes(b"")
+        assert (
+            "holds lora.safetensors next to the checkpoint, which would be left out; move it with the params.json of "
+            "its training into a folder of its own, and give that as the adapter" in inspect_checkpoint(each).problems
+        )
+        (each / "lora.safetensors").rename(each / "adapter_config.json")
+        assert inspect_checkpoint(each).notes == (
+            "an adapter (PEFT) next to the checkpoint: transformers and this package load it as well; `mistral-large "
+            "convert` and vLLM need --adapter for it",
+        )

@@ -42,6 +42,7 @@ from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import MANIFEST_NAME
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from tests.support.checkpoints import contents, write_consolidated
+from tests.support.errors import raises_exactly
 
 QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
 GROUPS = 32
@@ -152,24 +153,27 @@ def change(source: Path, name: str, act: Callable[[Tensor], object]) -> None:
 @pytest.mark.parametrize("wrong", ["nan", "inf", "-inf"])
 def test_numbers_that_are_none_are_refused(source: Path, quantization: Scheme, wrong: str) -> None:
     change(source, "layers.2.attention.wo.weight", lambda weight: weight[7, 3].fill_(float(wrong)))
-    with pytest.raises(CheckpointError, match=rf"'layers\.2\.attention\.wo\.weight' holds {wrong}: only finite"):
+    with raises_exactly(
+        CheckpointError,
+        f"tensor 'layers.2.attention.wo.weight' holds {wrong}: only finite weights can be quantized; download it again",
+    ):
         converted(source, "quantized", quantize=quantization)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"to": "consolidated"}, "only the HF layout has a place"),
-        ({"dtype": "bf16"}, "what is not quantized is bf16, with dtype bf16 too; leave"),
-        ({"dtype": "fp16"}, "what is not quantized is bf16, with dtype fp16 too; leave"),
-        ({"dtype": "fp32"}, "what is not quantized is bf16, with dtype fp32 too; leave"),
+        ({"to": "consolidated"}, "only the HF layout has a place for it; leave `to` out"),
+        ({"dtype": "bf16"}, "what is not quantized is bf16, with dtype bf16 too; leave `dtype` out"),
+        ({"dtype": "fp16"}, "what is not quantized is bf16, with dtype fp16 too; leave `dtype` out"),
+        ({"dtype": "fp32"}, "what is not quantized is bf16, with dtype fp32 too; leave `dtype` out"),
     ],
 )
 @every_quantization
 def test_options_that_do_not_fit_are_refused(
     source: Path, quantization: Scheme, options: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=f"quantizing to {quantization}: {reason}"):
+    with raises_exactly(CheckpointError, f"quantizing to {quantization}: {reason}"):
         prepare_conversion(source, source.with_name("quantized"), quantize=quantization, **options)
 
 
@@ -177,11 +181,18 @@ def test_the_groups_fit_the_geometry_or_it_is_refused() -> None:
     assert choose_group_size([(12288, 28672), (28672, 12288)], "int4") == 128
     assert choose_group_size([(192, 256), (256, 192)], "int4") == 64
     assert choose_group_size([(256, 96)], "int4") == 32
-    with pytest.raises(CheckpointError, match="rows of 80 cannot be quantized to int4"):
+    with raises_exactly(
+        CheckpointError,
+        "weights with rows of 80 cannot be quantized to int4: groups have 128, 64, 32 weights; take fp8 or leave "
+        "--quantize out",
+    ):
         choose_group_size([(128, 128), (128, 80)], "int4")
     assert choose_group_size([(80, 112)], "fp8")
     for shape in ((80, 24), (24, 80)):
-        with pytest.raises(CheckpointError, match="a side of 24 has no FP8 kernel"):
+        with raises_exactly(
+            CheckpointError,
+            "a weight with a side of 24 has no FP8 kernel: it must be a multiple of 16; leave --quantize out",
+        ):
             choose_group_size([shape], "fp8")
 
 
@@ -283,6 +294,7 @@ def test_a_folder_of_ours_in_the_hf_layout_gives_the_same_weights(source: Path, 
     assert contents(by_detour) == direct
 
 
+@pytest.mark.slow
 @every_quantization
 def test_settings_of_a_fine_tune_in_the_hf_layout_stay(source: Path, quantization: Quantization) -> None:
     hf = converted(source, "hf")
@@ -298,7 +310,7 @@ def test_settings_of_a_fine_tune_in_the_hf_layout_stay(source: Path, quantizatio
     assert (folder / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
     assert json.loads((folder / "tokenizer_config.json").read_text())["prompt_format"] is None
     set_json(hf / "config.json", eos_token_id="</s>")
-    with pytest.raises(CheckpointError, match=r"config\.json: eos_token_id is '</s>': must be an id or a list of ids"):
+    with raises_exactly(CheckpointError, f"{hf}/config.json: eos_token_id is '</s>': must be an id or a list of ids"):
         converted(hf, "wrong", quantize=quantization)
 
 
@@ -386,12 +398,18 @@ def test_the_demo_passes_all_checks_and_retag_changes_its_model_type_alone(
 def test_there_is_no_way_back(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     model = MistralLargeForCausalLM.from_pretrained(folder)
-    for act in (
-        lambda: convert_checkpoint(folder, source.with_name("back"), to="consolidated"),
-        lambda: convert_checkpoint(folder, source.with_name("back"), quantize="fp8"),
-        lambda: export_checkpoint(model, source.with_name("back")),
-    ):
-        with pytest.raises(CheckpointError, match="quantized, and nothing brings back what rounding took away"):
+    back = source.with_name("back")
+    acts: list[tuple[Callable[[], object], object]] = [
+        (lambda: convert_checkpoint(folder, back, to="consolidated"), folder),
+        (lambda: convert_checkpoint(folder, back, quantize="fp8"), folder),
+        (lambda: export_checkpoint(model, back), "the model"),
+    ]
+    for act, named in acts:
+        with raises_exactly(
+            CheckpointError,
+            f"{named}: its weights are quantized, and nothing brings back what rounding took away; take the checkpoint "
+            "it was made of",
+        ):
             act()
     assert not source.with_name("back").exists()
 

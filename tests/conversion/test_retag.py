@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import mistral_large_conversion.retag as retag_module
 from mistral_large_cli import main
-from mistral_large_conversion.chat_templates import PLAIN_CHAT_TEMPLATE
+from mistral_large_conversion.chat_templates import PLAIN_CHAT_TEMPLATES
 from mistral_large_conversion.checkpoint.atomic_write import atomic_write
 from mistral_large_conversion.checkpoint.read import load_headers
 from mistral_large_conversion.errors import CheckpointError, DestinationError
@@ -28,7 +28,9 @@ from mistral_large_conversion.model_card import ModelType, licence_files
 from mistral_large_conversion.retag import retag_checkpoint
 from mistral_large_conversion.verify import verify_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+from tests.support.errors import raises_exactly
 from tests.support.texts import SNIPPETS, every_code_point, mixed_texts
+from tests.support.warm_python import WarmPython
 
 WEIGHTS = "model.safetensors"
 MANIFEST, MODULE = "conversion.manifest.json", "modeling_mistral_large_remote.py"
@@ -77,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_stock_transformers_reads_a_retagged_folder_without_us(
-    folder: Path, tmp_path: Path, sentencepiece_processor: Any
+    folder: Path, tmp_path: Path, sentencepiece_processor: Any, warm_python: WarmPython
 ) -> None:
     retag_checkpoint(folder, "mistral")
     # Stock tokenizers take control strings in texts for control tokens; that is what our class is for.
@@ -91,7 +93,8 @@ def test_stock_transformers_reads_a_retagged_folder_without_us(
     ]
     (tmp_path / "cases.json").write_text(json.dumps({"texts": texts, "ids": ids, "messages": messages}))
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(folder), str(tmp_path / "cases.json"), str(tmp_path / "logits.pt")],
+        [warm_python.python, "-c", STOCK, str(folder), str(tmp_path / "cases.json"), str(tmp_path / "logits.pt")],
+        env=warm_python.environment,
         capture_output=True,
         text=True,
         check=False,
@@ -189,7 +192,10 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
             return original(path)
 
         monkeypatch.setattr(retag_module, "atomic_write", stopping)
-        with pytest.raises(DestinationError, match="No space left on device; when that is fixed, run it again"):
+        with raises_exactly(
+            DestinationError,
+            f"{folder}: not retagged: [Errno 28] No space left on device; when that is fixed, run it again",
+        ):
             retag_checkpoint(folder, model_type)
         assert AutoConfig.from_pretrained(folder).hidden_size == 64
         assert AutoTokenizer.from_pretrained(folder).encode("a  b   c") == expected_ids
@@ -263,7 +269,7 @@ def test_a_template_of_ours_is_known_whatever_an_editor_did_to_it(folder: Path) 
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "prompt_format": None}))
     path.write_bytes(b"\xef\xbb\xbf{# mine -#}\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert retag_checkpoint(folder, "mistral") == CHANGED_TO["mistral"]
-    assert path.read_text() == PLAIN_CHAT_TEMPLATE
+    assert path.read_text() == PLAIN_CHAT_TEMPLATES["v3"]
     assert json.loads(settings.read_text())["prompt_format"] == "v3"
 
 
@@ -340,4 +346,4 @@ def test_the_command_says_what_it_changed(
             main()
         assert not exit_.value.code
         assert capsys.readouterr().out == f"{folder}: model type mistral; {expected}\n"
-    assert (folder / "chat_template.jinja").read_text() == PLAIN_CHAT_TEMPLATE
+    assert (folder / "chat_template.jinja").read_text() == PLAIN_CHAT_TEMPLATES["v3"]

@@ -21,6 +21,9 @@ from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.verify import Check, verify_checkpoint
+from tests.support.errors import raises_exactly
+
+pytestmark = pytest.mark.ground_floor
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +330,7 @@ def test_a_file_that_cannot_be_read_is_an_error(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(FileTensor, "open", fail)
-    with pytest.raises(CheckpointError, match=r"cannot be compared: .*Input/output error"):
+    with raises_exactly(CheckpointError, f"{demo_folder}: cannot be compared: [Errno 5] Input/output error"):
         verify_checkpoint(demo_folder, demo_source)
 
 
@@ -342,7 +345,10 @@ def test_a_file_that_becomes_shorter_meanwhile_is_an_error(
         return BytesIO(data[:-1] if self.name == "model.norm.weight" else data)
 
     monkeypatch.setattr(FileTensor, "open", shorter)
-    with pytest.raises(CheckpointError, match=r"tensor 'model\.norm\.weight' ends early: its file has changed"):
+    with raises_exactly(
+        CheckpointError,
+        "tensor 'model.norm.weight' ends early: its file has changed since it was checked",
+    ):
         verify_checkpoint(demo_folder, demo_source)
 
 
@@ -379,7 +385,15 @@ def test_what_is_no_checkpoint_is_an_error(
 ) -> None:
     (tmp_path / "empty").mkdir()
     folders = {"folder": demo_folder, "source": demo_folder, missing: tmp_path / "empty"}
-    with pytest.raises(CheckpointError, match="empty"):
+    problem = {
+        "folder": ": no checkpoint; give a folder with params.json or config.json",
+        "source": (
+            " is not a complete consolidated checkpoint; nothing was done, fix or download it again:\n"
+            "  params.json is missing\n"
+            "  no consolidated.safetensors and no consolidated-00001-of-….safetensors"
+        ),
+    }[missing]
+    with raises_exactly(CheckpointError, f"{tmp_path}/empty{problem}"):
         verify_checkpoint(folders["folder"], folders["source"])
 
 

@@ -160,6 +160,7 @@ def test_no_changed_value_of_any_setting_is_called_proven(converted: Path) -> No
     assert is_all_proven(converted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -16,6 +16,7 @@ from mistral_large_cli.demo import GoldenConversation, get_current_weather, gold
 from .servers import Server
 
 GOLDEN = golden_conversations()
+GOLDEN_OF_V7 = golden_conversations("v7")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
 MODEL = "demo"
 REQUEST_SECONDS = 300
@@ -59,8 +60,8 @@ def request_of(golden: GoldenConversation, model: str = MODEL) -> dict[str, Any]
 
 def expected_answer(golden: GoldenConversation, *, before_content: str = "") -> tuple[str, list[dict[str, Any]]]:
     """Content and calls of the golden answer."""
-    mark, _, calls = golden.answer.rpartition("[TOOL_CALLS] ")
-    return ("", json.loads(calls)) if mark or golden.answer.startswith("[TOOL_CALLS]") else (before_content + calls, [])
+    content, mark, calls = golden.answer.partition("[TOOL_CALLS] ")
+    return (before_content + content if content else "", json.loads(calls) if mark else [])
 
 
 def ask(client: OpenAI, request: dict[str, Any]) -> Answer:

@@ -33,10 +33,26 @@ def demo_tokenizer(demo_folder: Path) -> MistralLargeTokenizer:
 @pytest.fixture(scope="session")
 def generated_ids(demo_folder: Path, demo_tokenizer: MistralLargeTokenizer) -> Callable[..., list[int]]:
     """The oracle: what `generate` continues messages and tools with, greedily and in fp32."""
-    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="float32")
+    return _continuations(demo_folder, demo_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of_v7(demo_folder_of_v7: Path) -> MistralLargeTokenizer:
+    tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder_of_v7)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def generated_ids_of_v7(demo_folder_of_v7: Path, tokenizer_of_v7: MistralLargeTokenizer) -> Callable[..., list[int]]:
+    """The oracle for the demo model of v7."""
+    return _continuations(demo_folder_of_v7, tokenizer_of_v7)
+
+
+def _continuations(folder: Path, tokenizer: MistralLargeTokenizer) -> Callable[..., list[int]]:
+    model: Any = MistralLargeForCausalLM.from_pretrained(folder, dtype="float32")
 
     def continuation(messages: list[Any], tools: list[Any] | None = None) -> list[int]:
-        inputs = demo_tokenizer.apply_chat_template(messages, tools, return_tensors="pt")
+        inputs = tokenizer.apply_chat_template(messages, tools, return_tensors="pt")
         output = model.generate(**inputs, do_sample=False, max_new_tokens=100)
         ids: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
         return ids

@@ -58,7 +58,7 @@ def ids_of(llama: Llama, text: str) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("kind", ["plain", "nasty"])
+@pytest.mark.parametrize("kind", ["plain", "unusual"])
 def test_rendered_prompts_have_the_same_ids(model: Llama, demo_tokenizer: MistralLargeTokenizer, kind: Any) -> None:
     for conversation in conversations(kind, seed=31, count=200):
         text = demo_tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)

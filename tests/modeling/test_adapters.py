@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
+import modeling_mistral_large
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from mistral_large_conversion import convert_checkpoint, verify_checkpoint
+from mistral_large_conversion import convert_adapter, convert_checkpoint, verify_checkpoint
 from mistral_large_conversion.checkpoint.hub import resolve_source
 from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from mistral_large_conversion.retag import retag_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.adapter_loading import adapter_base
+from modeling_mistral_large.adapter_loading import adapter_base, load_on_base
+from tests.support.adapters import write_vendors_adapter
+from tests.support.errors import raises_exactly
 from tests.support.models import stock_and_ours
+from tests.support.warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(1027, 1036)[None]
@@ -55,6 +58,8 @@ def test_peft_trains_what_it_trains_of_mistral(method: str, tiny_config: Mistral
     "table", [name for name in dir(peft.utils.constants) if name.startswith("TRANSFORMERS_MODELS_TO")]
 )
 def test_each_table_of_peft_has_for_us_what_it_has_for_mistral(table: str) -> None:
+    # What PEFT does before it looks them up; it may have been imported after us.
+    MistralLargeConfig().to_dict()
     defaults = getattr(peft.utils.constants, table)
     assert defaults.get("mistral_large") == defaults.get("mistral")
 
@@ -67,7 +72,7 @@ def test_each_table_of_peft_has_for_us_what_it_has_for_mistral(table: str) -> No
         "import modeling_mistral_large as m; model = make(m); import peft",
     ],
 )
-def test_peft_may_be_imported_before_or_after(imports: str) -> None:
+def test_peft_may_be_imported_before_or_after(imports: str, warm_python: WarmPython) -> None:
     code = f"""
 sizes = dict(vocab_size=400, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, head_dim=4)
@@ -75,7 +80,8 @@ make = lambda package: package.MistralLargeForCausalLM(package.MistralLargeConfi
 {imports}
 print(sum(value.requires_grad for value in peft.get_peft_model(model, peft.LoraConfig()).parameters()))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [warm_python.python, "-c", code]
+    done = subprocess.run(command, env=warm_python.environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
@@ -167,8 +173,9 @@ def test_what_needs_a_checkpoint_says_that_it_is_an_adapter(
     with pytest.raises(CheckpointError) as error:
         take(folder)
     assert str(error.value) == (
-        f"{folder}: an adapter (PEFT) of the base {str(base)!r}, not a checkpoint; load it with "
-        "peft.AutoPeftModelForCausalLM, save what merge_and_unload() returns, and give that folder"
+        f"{folder}: an adapter (PEFT) of the base {str(base)!r}, not a checkpoint; merge it with "
+        f"`mistral-large convert BASE DESTINATION --adapter {folder}`, and give that destination; chat and serve take "
+        "BASE with --adapter"
     )
 
 
@@ -184,8 +191,10 @@ def test_an_adapter_without_a_base_is_one_line(content: str, tmp_path: Path) -> 
 
 def test_a_base_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/no/such/base"}')
-    with pytest.raises(
-        CheckpointError, match=r"an adapter for '/no/such/base', which is no folder here; load the base"
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}: an adapter for '/no/such/base', which is no folder here; load the base model from where it "
+        "is, then peft.PeftModel.from_pretrained(model, folder)",
     ):
         MistralLargeForCausalLM.from_pretrained(tmp_path)
 
@@ -193,14 +202,105 @@ def test_a_base_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def test_an_adapter_needs_peft(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(bases["hf"], tmp_path)
     monkeypatch.setattr("modeling_mistral_large.adapter_loading.find_spec", lambda _: None)
-    with pytest.raises(MissingLibraryError, match="has an adapter, which needs PEFT; pip install peft"):
+    with raises_exactly(MissingLibraryError, f"{tmp_path}: has an adapter, which needs PEFT; pip install peft"):
         MistralLargeForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.slow
-def test_the_chat_says_that_it_uses_an_adapter(base: Path, tmp_path: Path) -> None:
+def test_the_chat_says_that_it_uses_an_adapter(base: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     train(base, tmp_path / "adapter")
-    command = [sys.executable, "-m", "mistral_large_cli", "chat", str(tmp_path / "adapter"), "--max-new-tokens", "2"]
-    done = subprocess.run(command, input="Hello\n", capture_output=True, text=True, check=False, cwd=ROOT)
+    command = [
+        warm_python.python,
+        "-m",
+        "mistral_large_cli",
+        "chat",
+        str(tmp_path / "adapter"),
+        "--max-new-tokens",
+        "2",
+    ]
+    environment = warm_python.environment
+    done = subprocess.run(command, input="Hello\n", env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'adapter'}: an adapter, loaded on {base}\n" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_adapter_of_either_format_is_loaded_on_a_base_of_either_layout(base: Path, tmp_path: Path) -> None:
+    expected = train(base, tmp_path / "peft")
+    convert_adapter(tmp_path / "peft", tmp_path / "vendors", to="consolidated")
+    for name in ("peft", "vendors"):
+        model = load_on_base(MistralLargeForCausalLM, base, tmp_path / name, dtype=torch.float32)
+        assert torch.equal(model.eval()(IDS).logits, expected)
+    model, info = load_on_base(
+        MistralLargeForCausalLM, base, tmp_path / "vendors", adapter_name="mine", output_loading_info=True
+    )
+    assert list(model.peft_config) == ["mine"]
+    assert not info["missing_keys"]
+    # The folder itself is the way to say that the adapter next to a checkpoint is meant.
+    both = shutil.copytree(base, tmp_path / "both")
+    for path in (tmp_path / "peft").iterdir():
+        shutil.copy(path, both / path.name)
+    model = load_on_base(MistralLargeForCausalLM, both, both, dtype=torch.float32)
+    assert torch.equal(model.eval()(IDS).logits, expected)
+
+
+@pytest.mark.slow
+def test_two_adapters_are_refused_before_anything_is_loaded(bases: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        train(bases["hf"], tmp_path / name)
+    with pytest.raises(CheckpointError) as error:
+        load_on_base(MistralLargeForCausalLM, tmp_path / "first", tmp_path / "second")
+    assert str(error.value) == (
+        f"{tmp_path / 'first'}: has an adapter of its own, and {tmp_path / 'second'} is another: one is loaded; give "
+        "the base alone, or leave the other adapter out"
+    )
+
+
+@pytest.mark.slow
+def test_an_adapter_that_does_not_fit_the_base_is_refused(
+    bases: dict[str, Path], tiny_config: MistralLargeConfig, tmp_path: Path
+) -> None:
+    write_vendors_adapter(tmp_path / "vendors", tiny_config)
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/vendors is not an adapter that can be read; nothing was done, fix or download it again:\n"
+        "  params.json: vocab_size is 768, the base has 32768\n"
+        "  params.json: hidden_size is 80, the base has 64\n"
+        "  params.json: intermediate_size is 112, the base has 256",
+    ):
+        load_on_base(MistralLargeForCausalLM, bases["hf"], tmp_path / "vendors")
+    convert_adapter(tmp_path / "vendors", tmp_path / "peft", to="hf")
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight' has shape \[4, 80\], the weight of the base \["):
+        load_on_base(MistralLargeForCausalLM, bases["hf"], tmp_path / "peft")
+    with raises_exactly(
+        CheckpointError,
+        f"{bases['consolidated']}: no adapter; give a folder with adapter_config.json and adapter_model.safetensors "
+        "(PEFT), or with lora.safetensors and params.json (the vendor's)",
+    ):
+        load_on_base(MistralLargeForCausalLM, bases["hf"], bases["consolidated"])
+
+
+@pytest.mark.slow
+def test_the_vendors_file_next_to_a_checkpoint_is_not_passed_over(
+    bases: dict[str, Path], tiny_config: MistralLargeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_vendors_adapter(tmp_path / "vendors", tiny_config)
+    # Nothing is read for it.
+    monkeypatch.setattr("safetensors.safe_open", None)
+    for layout, base in bases.items():
+        folder = shutil.copytree(base, tmp_path / layout)
+        shutil.copy(tmp_path / "vendors" / "lora.safetensors", folder)
+        for load_it in (MistralLargeForCausalLM.from_pretrained, modeling_mistral_large.load):
+            with raises_exactly(
+                CheckpointError,
+                f"{folder}: holds lora.safetensors next to the checkpoint, which would be left out; move it with the "
+                "params.json of its training into a folder of its own, and give that as the adapter",
+            ):
+                load_it(folder)
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}/vendors: an adapter (lora.safetensors) of a base that it does not name, not a checkpoint; "
+        f"merge it with `mistral-large convert BASE DESTINATION --adapter {tmp_path}/vendors`, and give that "
+        "destination; chat and serve take BASE with --adapter",
+    ):
+        MistralLargeForCausalLM.from_pretrained(tmp_path / "vendors")

@@ -19,6 +19,7 @@ from modeling_mistral_large import (
     MistralLargeForSequenceClassification,
 )
 from modeling_mistral_large.errors import ConfigurationError
+from tests.support.errors import raises_exactly
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 # Each is wrong whatever the other fields are, with what the error says of it.
@@ -92,7 +93,10 @@ def test_the_theta_of_older_files_is_kept(keys: dict[str, Any], theta: float) ->
 
 
 def test_two_thetas_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"rope_theta: is 500000\.0 and 1000000\.0; say it once"):
+    with raises_exactly(
+        ConfigurationError,
+        "MistralLargeConfig rope_theta: is 500000.0 and 1000000.0; say it once, in rope_parameters",
+    ):
         MistralLargeConfig(rope_theta=5e5, rope_parameters={"rope_theta": 1e6})  # type: ignore[call-arg]  # an old key
 
 
@@ -100,7 +104,11 @@ def test_two_thetas_are_refused() -> None:
 def test_a_folder_without_a_geometry_has_not_the_default_one(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"neither params\.json nor config\.json has a geometry"):
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}: neither params.json nor config.json has a geometry; pass the folder of a checkpoint, or make a "
+        "MistralLargeConfig()",
+    ):
         MistralLargeConfig.from_pretrained(tmp_path)
 
 
@@ -229,7 +237,11 @@ def test_nothing_is_made_or_saved_of_a_config_that_was_spoiled(
 
 def test_a_config_of_another_class_makes_no_model() -> None:
     config: Any = MistralConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
-    with pytest.raises(ConfigurationError, match=r"^MistralConfig: a Mistral Large model is made of a Mistral"):
+    with raises_exactly(
+        ConfigurationError,
+        "MistralConfig: a Mistral Large model is made of a MistralLargeConfig, because another one may ask for what "
+        "it does not have; pass a MistralLargeConfig",
+    ):
         MistralLargeForCausalLM(config)
 
 

@@ -1,10 +1,8 @@
 """Consolidated checkpoints loaded as they are, against load after conversion and against stock transformers."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ from tests.support.loopback_hub import REPOSITORY, LoopbackHub
 from tests.support.models import ATTENTION, GREEDY, random_ids, stock_config
 from tests.support.reference_model import reference_logits
 from tests.support.tensor_parallel import PROMPT
+from tests.support.warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 CONFIG = MistralLargeConfig(
@@ -450,7 +449,7 @@ def test_key_heads_are_not_cut(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
-def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path) -> None:
+def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path, warm_python: WarmPython) -> None:
     folder = assemble_demo_checkpoint(tmp_path / "demo")
     model = load(demo_folder, dtype=torch.float32)
     prompt = torch.tensor(PROMPT)
@@ -462,11 +461,11 @@ def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path) -> Non
     torch.set_num_threads(threads)
     tokens = model.generate(prompt, **GREEDY)
     for source in (folder, demo_folder):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launch = [warm_python.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         result = subprocess.run(
             [*launch, "-m", "tests.support.tensor_parallel", source, tmp_path / "result"],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**warm_python.environment, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,

@@ -1,9 +1,7 @@
 """Folders of ours and programs that do not import the package: refused, or our classes by trust_remote_code."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.checkpoint.remote_code import IN_CONFIG, MODEL_CLASSES, REMOTE_CODE, REMOTE_CODE_NAME
 from modeling_mistral_large import MODELS, MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.support.models import GREEDY
+from tests.support.warm_python import WarmPython
 
 # Another interpreter, which imports transformers and nothing of ours.
 LOAD = """
@@ -47,14 +46,16 @@ for name in names:
 AUTO_CLASSES = ["AutoTokenizer", "AutoConfig", *MODEL_CLASSES, "pipeline"]
 
 
-def load_elsewhere(folder: Path, tmp_path: Path, names: list[str], **options: Any) -> list[list[Any]]:
+def load_elsewhere(
+    python: WarmPython, folder: Path, tmp_path: Path, names: list[str], **options: Any
+) -> list[list[Any]]:
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "saved"), json.dumps(names), json.dumps(options)],
+        [python.python, "-c", LOAD, str(folder), str(tmp_path / "saved"), json.dumps(names), json.dumps(options)],
         capture_output=True,
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        env=python.environment,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
@@ -77,9 +78,9 @@ def folder(request: pytest.FixtureRequest, demo_folder: Path, saved_folder: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": False}], ids=str)
 def test_without_the_package_no_auto_class_loads_a_folder_of_ours(
-    folder: Path, tmp_path: Path, options: dict[str, Any]
+    folder: Path, tmp_path: Path, options: dict[str, Any], warm_python: WarmPython
 ) -> None:
-    found = load_elsewhere(folder, tmp_path, AUTO_CLASSES, **options)
+    found = load_elsewhere(warm_python, folder, tmp_path, AUTO_CLASSES, **options)
     assert [name for name, *_ in found] == AUTO_CLASSES
     for name, kind, message in found:
         assert kind == "ValueError", (name, kind, message)
@@ -87,20 +88,23 @@ def test_without_the_package_no_auto_class_loads_a_folder_of_ours(
 
 
 @pytest.mark.slow
-def test_a_tokenizer_that_is_saved_alone_is_refused_too(demo_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_saved_alone_is_refused_too(
+    demo_folder: Path, tmp_path: Path, warm_python: WarmPython
+) -> None:
     MistralLargeTokenizer.from_pretrained(demo_folder).save_pretrained(tmp_path / "tokenizer")
-    ((_, kind, message),) = load_elsewhere(tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"])
+    where = (warm_python, tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"])
+    ((_, kind, message),) = load_elsewhere(*where)
     assert kind == "ValueError"
     assert "custom code which must be executed" in message
-    ((_, kind, _),) = load_elsewhere(tmp_path / "tokenizer", tmp_path, ["AutoTokenizer"], trust_remote_code=True)
+    ((_, kind, _),) = load_elsewhere(*where, trust_remote_code=True)
     assert kind == "modeling_mistral_large.tokenization_mistral_large.MistralLargeTokenizer"
 
 
 @pytest.mark.slow
 def test_trust_remote_code_gives_our_classes_and_the_exact_tokenizer(
-    folder: Path, tmp_path: Path, reference_tokenizer: Any
+    folder: Path, tmp_path: Path, reference_tokenizer: Any, warm_python: WarmPython
 ) -> None:
-    found = load_elsewhere(folder, tmp_path, AUTO_CLASSES, trust_remote_code=True)
+    found = load_elsewhere(warm_python, folder, tmp_path, AUTO_CLASSES, trust_remote_code=True)
     module = "modeling_mistral_large.modeling_mistral_large"
     expected = [
         "modeling_mistral_large.tokenization_mistral_large.MistralLargeTokenizer",
@@ -118,12 +122,14 @@ def test_trust_remote_code_gives_our_classes_and_the_exact_tokenizer(
 
 
 @pytest.mark.slow
-def test_without_an_installation_the_error_says_what_to_install(demo_folder: Path, tmp_path: Path) -> None:
+def test_without_an_installation_the_error_says_what_to_install(
+    demo_folder: Path, tmp_path: Path, warm_python: WarmPython
+) -> None:
     hide = "import sys; sys.modules['modeling_mistral_large'] = None\n"
     code = hide + LOAD.replace('assert "modeling_mistral_large" not in sys.modules', "")
     done = subprocess.run(
         [
-            sys.executable,
+            warm_python.python,
             "-c",
             code,
             str(demo_folder),
@@ -134,7 +140,7 @@ def test_without_an_installation_the_error_says_what_to_install(demo_folder: Pat
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        env=warm_python.environment,
     )
     _, kind, message = json.loads(done.stdout.splitlines()[-1])
     assert kind in ("ImportError", "ModuleNotFoundError")

@@ -27,13 +27,14 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, BatchEncoding, DataCollatorForLanguageModeling
 
 from mistral_large_conversion import sentencepiece_bpe
-from mistral_large_conversion.chat_templates import CHAT_TEMPLATE, RESPONSE_TEMPLATE
+from mistral_large_conversion.chat_templates import CHAT_TEMPLATES, RESPONSE_TEMPLATES
 from mistral_large_conversion.errors import TokenizerFileError
 from mistral_large_conversion.sentencepiece_bpe import TextEncoder, small_words
-from mistral_large_conversion.vocabulary import PAD, find_vocabulary, known_vocabulary
+from mistral_large_conversion.vocabulary import PAD, V3, find_vocabulary, known_vocabulary
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
 from modeling_mistral_large.errors import ConversationError, KeywordError
 from modeling_mistral_large.generation.streaming import MistralLargeTextIteratorStreamer, MistralLargeTextStreamer
+from tests.support import checkpoints
 from tests.support.texts import all_texts, mixed_texts
 
 MIXED_TEXTS = 20_000
@@ -106,7 +107,7 @@ def test_no_piece_spans_the_end_of_a_word(pieces: list[str]) -> None:
 
 def test_no_piece_is_more_than_one_small_word(pieces: list[str]) -> None:
     # What the words that are remembered rest on: every cut inside a piece would show here.
-    assert [piece for piece in pieces[751:771] + pieces[1027:] if small_words(piece) != [piece]] == []
+    assert [piece for piece in pieces[751:771] + pieces[1027:] if small_words(V3, piece) != [piece]] == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_no_piece_is_more_than_one_small_word(pieces: list[str]) -> None:
     ],
 )
 def test_small_words(marked_text: str, words: list[str]) -> None:
-    assert small_words(marked_text) == words
+    assert small_words(V3, marked_text) == words
 
 
 @pytest.mark.slow
@@ -440,10 +441,10 @@ def test_save_writes_both_files_and_each_loads_alone(
         "modeling_mistral_large_remote.py",
     }
     assert (saved_folder / "tokenizer.model.v3").read_bytes() == tokenizer_model_file.read_bytes()
-    assert (saved_folder / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+    assert (saved_folder / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATES["v3"]
     config = json.loads((saved_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["tokenizer_class"] == "MistralLargeTokenizer"
-    assert config["response_template"] == RESPONSE_TEMPLATE
+    assert config["response_template"] == RESPONSE_TEMPLATES["v3"]
     assert str(tokenizer.vocab_file) not in json.dumps(config)
     assert "vocab" not in config
     ids = tokenizer.encode_texts(some_texts)
@@ -600,10 +601,10 @@ def edit_json(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 # Each makes a folder with the real file wrong, and is reported for its reason. The bytes are protobuf fields.
 WRONG_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty folder": (lambda folder: (folder / "tokenizer.model.v3").unlink(), "neither tokenizer.model.v3 nor"),
+    "empty folder": (lambda folder: (folder / "tokenizer.model.v3").unlink(), "none of tokenizer.model.v3"),
     "no model": (lambda folder: (folder / "tokenizer.model.v3").write_text("Not found"), "not a SentencePiece model"),
     "empty file": (lambda folder: (folder / "tokenizer.model.v3").write_bytes(b""), "not a SentencePiece model"),
-    "other vocabulary": (train_unigram, "24 pieces, v3 has 32768"),
+    "other vocabulary": (train_unigram, "24 pieces, v3 and v7 have 32768"),
     "renamed token": (
         lambda folder: patch_model(folder, b"[TOOL_CALLS]", b"[TOOL_CALLZ]"),
         r"piece 5 is '\[TOOL_CALLZ",
@@ -641,7 +642,6 @@ ALTERED_MODELS: dict[str, tuple[bytes, bytes]] = {
 VENDOR_FILES = {
     "tokenizer.model.v1": "32000 pieces",
     "mistral_instruct_tokenizer_240216.model.v2": "piece 10 is|piece 751 is",
-    "mistral_instruct_tokenizer_241114.model.v7": "piece 14 is '\\[IMG_BREAK\\]'",
     "tekken_240911.json": "not a SentencePiece model",
 }
 
@@ -773,8 +773,18 @@ def test_other_tokenizer_jsons_are_refused(saved_folder: Path, case: str) -> Non
     edit, reason = WRONG_JSON[case]
     edit_json(saved_folder, edit)
     with pytest.raises(TokenizerFileError, match=reason) as error:
-        MistralLargeTokenizer.from_pretrained(saved_folder)
+        MistralLargeTokenizer(tokenizer_file=str(saved_folder / "tokenizer.json"))
     assert str(saved_folder) in str(error.value)
+    if reason != "another program converted it":
+        with pytest.raises(TokenizerFileError, match=reason) as error:
+            MistralLargeTokenizer.from_pretrained(saved_folder)
+        assert str(saved_folder) in str(error.value)
+        return
+    # Of a folder, the exact tokenizer is made of the pieces, and that is said.
+    with pytest.warns(UserWarning, match="tokenizer.json is another program's conversion of the v3 vocabulary"):
+        made = MistralLargeTokenizer.from_pretrained(saved_folder)
+    exact = MistralLargeTokenizer(vocab_file=str(checkpoints.tokenizer_model_file()))
+    assert made.backend_tokenizer.to_str() == exact.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model.v3"])
@@ -1024,7 +1034,7 @@ def test_prompts_are_the_references(tokenizer: MistralLargeTokenizer, reference_
     for options in (
         {"add_generation_prompt": True},
         {"sanitize_control_tokens": True},
-        {"chat_template": CHAT_TEMPLATE},
+        {"chat_template": CHAT_TEMPLATES["v3"]},
     ):
         assert tokenizer.apply_chat_template(CONVERSATION, return_dict=False, **options) == expected
     assert tokenizer.apply_chat_template(tuple(CONVERSATION))["input_ids"] == expected
@@ -1197,7 +1207,7 @@ def test_other_chat_templates_are_left_to_transformers(tokenizer: MistralLargeTo
     assert output["input_ids"] == [3, *text, 4, tokenizer.convert_tokens_to_ids("!")]
     assert output["assistant_masks"] == [1] * (1 + len(text)) + [0, 0]
     own = copy.deepcopy(tokenizer)
-    own.chat_template = {"default": CHAT_TEMPLATE, "other": template}
+    own.chat_template = {"default": CHAT_TEMPLATES["v3"], "other": template}
     assert own.apply_chat_template(conversation, chat_template="other", tokenize=False) == "[INST] a </s> b[/INST]"
     assert own.apply_chat_template(CONVERSATION) == tokenizer.apply_chat_template(CONVERSATION)
 
@@ -1216,7 +1226,7 @@ def test_answers_become_messages(tokenizer: MistralLargeTokenizer) -> None:
     prompt = tokenizer.apply_chat_template(CONVERSATION)["input_ids"]
     for prefix in (None, "", [], prompt, [prompt, prompt], tokenizer.decode(prompt), torch.tensor([prompt])):
         assert tokenizer.parse_response(answers, prefix=prefix) == messages
-    assert [tokenizer.parse_response(torch.tensor(ids), RESPONSE_TEMPLATE) for ids in answers] == messages
+    assert [tokenizer.parse_response(torch.tensor(ids), RESPONSE_TEMPLATES["v3"]) for ids in answers] == messages
     assert tokenizer.parse_response(np.array(answers[0]), tools=[]) == messages[0]
     text = tokenizer.decode(answers[0])
     assert tokenizer.parse_response(text, prefix=tokenizer.decode(prompt)) == messages[0]

@@ -26,6 +26,7 @@ from modeling_mistral_large import (
 )
 from modeling_mistral_large.errors import KeywordError
 from modeling_mistral_large.transformers_api import CACHE_NAME, CACHE_NAMES, cache_argument, cache_in
+from tests.support.errors import raises_exactly
 from tests.support.models import GREEDY, ours_only, random_ids, stock_and_ours
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,10 @@ def test_misspelt_labels_are_named(tiny_config: MistralLargeConfig, model_class:
 
 
 def test_the_decoder_takes_no_labels(tiny_config: MistralLargeConfig) -> None:
-    with pytest.raises(TypeError, match=r"MistralLargeModel.* unexpected keyword argument 'labels'"):
+    with raises_exactly(
+        TypeError,
+        "MistralLargeModel.forward() got an unexpected keyword argument 'labels'; did you mean 'shift_labels'?",
+    ):
         build(MistralLargeModel, tiny_config)(random_ids(tiny_config, 1, 3), labels=torch.ones(1, 3))
 
 
@@ -210,9 +214,17 @@ def test_a_registered_attention_may_have_options(tiny_config: MistralLargeConfig
     steps: list[float] = []
     model(ids, steps=steps)
     assert steps == [tiny_config.head_dim**-0.5] * tiny_config.num_hidden_layers
-    with pytest.raises(TypeError, match="'stepps'"):
+    with raises_exactly(
+        TypeError,
+        "MistralLargeForCausalLM.forward() got an unexpected keyword argument 'stepps'; it would have no effect; "
+        "leave it out",
+    ):
         model(ids, stepps=steps)
-    with pytest.raises(TypeError, match="'steps'"):
+    with raises_exactly(
+        TypeError,
+        "MistralLargeForCausalLM.forward() got an unexpected keyword argument 'steps'; it would have no effect; "
+        "leave it out",
+    ):
         build(MistralLargeForCausalLM, tiny_config, attn_implementation="sdpa")(ids, steps=steps)
 
 

@@ -81,6 +81,8 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 def default(option: Parameter) -> str:
     """Return the default of an option; nothing where it has none, or is a flag."""
+    if option.default is Parameter.empty:
+        return "required"
     if isinstance(shown := declared(option).show_default, str):
         return f"`{shown}`"
     return "" if option.default is None or option.default is False else f"`{option.default}`"

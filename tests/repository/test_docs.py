@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from tests.campaign.reliability import SECTIONS, table
+from tests.support.markdown import blocks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -97,8 +98,9 @@ def imports(code: str) -> Iterator[tuple[str, str]]:
 
 def shown_code() -> Iterator[tuple[Path, str]]:
     for path in (ROOT / "README.md", *DOCS.rglob("*.md")):
-        for block in re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-            yield path, block
+        for block in blocks(ROOT, path.relative_to(ROOT).as_posix()):
+            if block.language == "python":
+                yield path, block.code
     for path in (ROOT / "examples").rglob("*.py"):
         yield path, path.read_text(encoding="utf-8")
 

@@ -1,16 +1,17 @@
 """Every example runs as it is, on the demo checkpoint and on the folder it is given, and prints what it promises."""
 
 import json
-import os
 import re
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+from tests.support.warm_python import WarmPython
 
+Run = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 GOLDEN = {name: conversation.answer for name, conversation in golden_conversations().items()}
@@ -27,29 +28,33 @@ LINES = {
 TRAINING = "train_demo_checkpoint.py"
 
 
-def run(name: str, *arguments: Path | str) -> list[str]:
-    """The lines an example prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr
-    return result.stdout.splitlines()
+@pytest.fixture(scope="module")
+def run(warm_python: WarmPython) -> Run:
+    """What returns the lines an example prints."""
+
+    def run_example(name: str, *arguments: Path | str) -> list[str]:
+        command = [warm_python.python, str(EXAMPLES / name), *map(str, arguments)]
+        result = subprocess.run(command, env=warm_python.environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "Warning" not in result.stderr
+        return result.stdout.splitlines()
+
+    return run_example
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
-def test_an_example_prints_the_golden_answers(name: str) -> None:
+def test_an_example_prints_the_golden_answers(name: str, run: Run) -> None:
     assert run(name) == LINES[name]
 
 
 @pytest.mark.slow
-def test_an_example_runs_on_the_model_it_is_given(demo_folder: Path, tmp_path: Path) -> None:
+def test_an_example_runs_on_the_model_it_is_given(demo_folder: Path, tmp_path: Path, run: Run) -> None:
     assert run("pipeline_system_prompt.py", demo_folder) == LINES["pipeline_system_prompt.py"]
 
 
 @pytest.mark.slow
-def test_function_calling_prints_the_raw_and_the_parsed_call() -> None:
+def test_function_calling_prints_the_raw_and_the_parsed_call(run: Run) -> None:
     raw, parsed = run("function_calling.py")
     assert raw == f"{GOLDEN['weather_call']}</s>"
     (function,) = json.loads(GOLDEN["weather_call"].removeprefix("[TOOL_CALLS] "))
@@ -58,7 +63,7 @@ def test_function_calling_prints_the_raw_and_the_parsed_call() -> None:
 
 
 @pytest.mark.slow
-def test_the_tool_cycle_returns_every_result_under_the_id_of_its_call() -> None:
+def test_the_tool_cycle_returns_every_result_under_the_id_of_its_call(run: Run) -> None:
     messages = [json.loads(line) for line in run("tool_cycle.py")]
     roles = ["user", "assistant", "tool", "tool", "assistant", "user", "assistant", "tool", "assistant"]
     assert [message["role"] for message in messages] == roles
@@ -69,7 +74,7 @@ def test_the_tool_cycle_returns_every_result_under_the_id_of_its_call() -> None:
 
 
 @pytest.mark.slow
-def test_several_gpus_runs_with_any_number_of_them() -> None:
+def test_several_gpus_runs_with_any_number_of_them(run: Run) -> None:
     *devices, answer = run("several_gpus.py")
     sizes = [float(line.split()[1]) for line in devices]
     assert sum(sizes) == pytest.approx(0.009, abs=1e-3)
@@ -77,7 +82,7 @@ def test_several_gpus_runs_with_any_number_of_them() -> None:
 
 
 @pytest.mark.slow
-def test_converting_writes_into_the_folder_it_is_given(tmp_path: Path) -> None:
+def test_converting_writes_into_the_folder_it_is_given(tmp_path: Path, run: Run) -> None:
     source, destination = assemble_demo_checkpoint(tmp_path / "source"), tmp_path / "hf"
     lines = run("convert_checkpoint.py", source, destination)
     assert lines[0] == "30 tensors of BF16, 8,881,024 bytes"

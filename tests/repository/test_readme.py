@@ -4,44 +4,33 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.checkpoint.quantization import Scheme
+from tests.support import folders
+from tests.support.adapters import save_peft_adapter
+from tests.support.markdown import Block, blocks
+from tests.support.warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
 # Blocks under this comment are run by .ci/run, each in a fresh virtual environment, or need what is not at hand.
-NOT_HERE = re.compile(r"<!-- (command: \w+|needs .+) -->$")
+NOT_HERE = ("command: ", "needs ")
 LANGUAGES_WITHOUT_CODE = {"", "text"}
 
-
-@dataclass(frozen=True)
-class Block:
-    document: str
-    line: int
-    language: str
-    code: str
-
-    def __str__(self) -> str:
-        return f"{self.document}:{self.line}"
-
-
-def blocks(document: str) -> list[Block]:
-    """The code blocks of one document that are to run here."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    found = []
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        before = text[: match.start()]
-        if match[1] not in LANGUAGES_WITHOUT_CODE and not NOT_HERE.search(before.rstrip()):
-            found.append(Block(document, before.count("\n") + 1, match[1], match[2]))
-    return found
-
-
-BLOCKS = [block for document in DOCUMENTS if document != "CONTRIBUTING.md" for block in blocks(document)]
+BLOCKS = [
+    block
+    for document in DOCUMENTS
+    if document != "CONTRIBUTING.md"
+    for block in blocks(ROOT, document)
+    if block.language not in LANGUAGES_WITHOUT_CODE and not block.mark.startswith(NOT_HERE)
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +41,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Pa
         assemble_demo_checkpoint(folder / name)
     for name in ("converted", "toy-hf"):
         (folder / name).symlink_to(demo_folder)
+    folders.fine_tune(folder / "my-tune")
+    save_peft_adapter(demo_folder, folder / "tuned" / "adapter")
     return folder
 
 
@@ -61,21 +52,25 @@ def test_the_readme_has_code() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_of_the_documents_runs(block: Block, workplace: Path) -> None:
+def test_a_block_of_the_documents_runs(block: Block, workplace: Path, warm_python: WarmPython) -> None:
     # In whatever order blocks run, what another one of them converts is there.
     makes_it = re.search(r"Mistral-Large-Instruct-2407\W+Mistral-Large-2407-hf", block.code)
     if not makes_it and not (workplace / "Mistral-Large-2407-hf").exists():
         (workplace / "Mistral-Large-2407-hf").symlink_to(workplace / "converted")
-    command = {"python": [sys.executable, "-c"], "bash": ["bash", "-euo", "pipefail", "-c"]}[block.language]
+    for scheme in get_args(Scheme):
+        folder = workplace / f"Mistral-Large-2407-{scheme}"
+        if folder.name in block.code and f"{folder.name} --quantize" not in block.code and not folder.exists():
+            convert_checkpoint(workplace / "Mistral-Large-Instruct-2407", folder, quantize=scheme)
+    assert block.language in ("bash", "python")
     scripts = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(map(str, (warm_python.folder, scripts, os.environ["PATH"])))
+    environment = {**warm_python.environment, "PATH": path}
     result = subprocess.run(
-        [*command, block.code], cwd=workplace, env=environment, capture_output=True, text=True, check=False
+        block.command(warm_python.python), cwd=workplace, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
     # A block ends with a comment that says what it prints, where that is fixed.
-    for line in re.findall(r"^# prints: (.+)$", block.code, re.MULTILINE):
-        assert line in result.stdout, f"{block}\n{result.stdout}"
+    assert not block.unprinted(result.stdout), f"{block}\n{result.stdout}"
 
 
 def test_the_documents_speak_of_files_that_exist() -> None:
@@ -86,6 +81,8 @@ def test_the_documents_speak_of_files_that_exist() -> None:
 
 
 def test_both_command_lines_of_the_readme_are_found_by_ci() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in ("demo", "test"):
-        assert len(re.findall(rf"<!-- command: {name} -->\n```bash\n[^\n]+\n```", text)) == 1
+        (command,) = (block for block in blocks(ROOT, "README.md") if block.mark == f"command: {name}")
+        assert (command.language, command.code.count("\n")) == ("bash", 1)
+        arguments = [sys.executable, "-m", "tests.support.markdown", "README.md", name]
+        assert subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout == command.code

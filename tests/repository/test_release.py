@@ -83,7 +83,7 @@ def test_the_figures_of_the_prompts_are_those_of_the_results() -> None:
 
 def test_the_figures_of_exactness_are_those_of_the_results() -> None:
     prompts = results("exactness")["prompts"]
-    labels = {"same prompt ids": "plain", "… with unusual": "nasty", "… with control": "hostile"}
+    labels = {"same prompt ids": "plain", "… with unusual": "unusual", "… with control": "adversarial"}
     for label, kind in labels.items():
         same, count = prompts[kind]["vendor's template"]
         assert f"| {100 * prompts[kind]['ours'][0] / prompts[kind]['ours'][1]:.0f} % |" in row(label)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "SECURITY.md", "RELEASING.md", "CONTRIBUTING.md", "examples/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-COMMANDS = ["", "chat", "convert", "demo", "doctor", "inspect", "plan", "retag", "serve", "show", "verify"]
+COMMANDS = ["", "adopt", "chat", "convert", "demo", "doctor", "inspect", "plan", "retag", "serve", "show", "verify"]
 # The word that is not used, as a regular expression, and the one that is.
 WORDS = {
     r"in parts\b|parts of (a|the|each|long) prompt": "chunks, chunked prefill",

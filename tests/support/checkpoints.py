@@ -6,25 +6,40 @@ from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_large_conversion.checkpoint.geometry import Geometry
-from modeling_mistral_large import MistralLargeConfig
+
+if TYPE_CHECKING:
+    from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
+
+VENDOR_NAMES = {
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+}
 
 
-def tokenizer_model_file() -> Path:
-    """The vendor's own v3 file, as it ships in the wheel of mistral-common."""
+def tokenizer_model_file(vocabulary: str = "v3") -> Path:
+    """The vendor's own file of a vocabulary, as it ships in the wheel of mistral-common."""
     spec = find_spec("mistral_common")
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0], "data", "mistral_instruct_tokenizer_240323.model.v3")
+    return Path(spec.submodule_search_locations[0], "data", VENDOR_NAMES[vocabulary])
 
 
-def params_of(config: MistralLargeConfig) -> dict[str, Any]:
+def vendor_tokenizer(folder: Path, vocabulary: str = "v3") -> "MistralLargeTokenizer":
+    """Our tokenizer, from a folder that gets nothing but the vendor's own file."""
+    from modeling_mistral_large import MistralLargeTokenizer
+
+    (folder / f"tokenizer.model.{vocabulary}").write_bytes(tokenizer_model_file(vocabulary).read_bytes())
+    return MistralLargeTokenizer.from_pretrained(folder)
+
+
+def params_of(config: "MistralLargeConfig | Geometry") -> dict[str, Any]:
     """The params.json of a config whose rope is that of 2407."""
     return {
         "dim": config.hidden_size,
@@ -39,14 +54,14 @@ def params_of(config: MistralLargeConfig) -> dict[str, Any]:
     }
 
 
-def geometry_of(config: MistralLargeConfig) -> Geometry:
+def geometry_of(config: "MistralLargeConfig") -> Geometry:
     """The geometry of a config whose rope is that of 2407."""
     sizes = {field.name: getattr(config, field.name) for field in fields(Geometry) if field.name != "rope_theta"}
     return Geometry(**sizes, rope_theta=1e6)
 
 
 def random_consolidated(
-    config: MistralLargeConfig, dtype: torch.dtype = torch.float32
+    config: "MistralLargeConfig | Geometry", dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """`params.json` as a dict and every tensor under its consolidated name."""
     params = params_of(config)
@@ -76,7 +91,10 @@ def random_consolidated(
 
 
 def write_consolidated(
-    folder: Path, config: MistralLargeConfig, dtype: torch.dtype = torch.float32, shards: int = 2
+    folder: Path,
+    config: "MistralLargeConfig | Geometry",
+    dtype: torch.dtype = torch.float32,
+    shards: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Write such a checkpoint with the real tokenizer file into a new folder and return what it holds."""
     params, weights = random_consolidated(config, dtype)

@@ -1,9 +1,10 @@
 """Seeded random conversations, and what the reference makes of them.
 
-    for conversation in conversations("nasty", seed=7, count=1000): …
+    for conversation in conversations("unusual", seed=7, count=1000): …
 
-The kinds are `plain` (ASCII prose and code), `nasty` (runs of space, control characters, Unicode of every sort, text
-that looks like JSON) and `hostile` (nasty, with control strings in every place).
+The kinds are `plain` (ASCII prose and code), `unusual` (runs of space, control characters, Unicode of every sort, text
+that looks like JSON) and `adversarial` (unusual, with control strings in every place). Those of the v7 format also have
+what its reference takes and that of v3 refuses.
 """
 
 import json
@@ -17,14 +18,17 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, Finetuni
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-Kind: TypeAlias = Literal["plain", "nasty", "hostile"]
+Kind: TypeAlias = Literal["plain", "unusual", "adversarial"]
 Message: TypeAlias = dict[str, Any]
 
-KINDS: tuple[Kind, ...] = ("plain", "nasty", "hostile")
+KINDS: tuple[Kind, ...] = ("plain", "unusual", "adversarial")
+# What the generators are seeded with: another text would draw other conversations.
+_SEEDS: dict[Kind, str] = {"plain": "plain", "unusual": "nasty", "adversarial": "hostile"}
 
 _CONTROL_TEXT = (
     "<unk> <s> </s> [INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
-    "[IMG] [PREFIX] [MIDDLE] [SUFFIX] [control_12] [control_382] [control_748] [REFERENCE_DOC_0] [REFERENCE_DOC_19]"
+    "[IMG] [PREFIX] [MIDDLE] [SUFFIX] [control_12] [control_382] [control_748] [REFERENCE_DOC_0] [REFERENCE_DOC_19] "
+    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT] [IMG_BREAK] [REF] [/REF]"
 )
 CONTROL_STRINGS = _CONTROL_TEXT.split()
 
@@ -35,7 +39,7 @@ _PROSE = (
 )
 WORDS = _PROSE.split()
 
-NASTY_PIECES = (
+UNUSUAL_PIECES = (
     *(" ", "  ", "   ", " " * 7, " " * 15, " " * 16, " " * 17, " " * 40),
     *("\n", "\n\n", "\r\n", "\t", "\t\t", "\x00", "\x01", "\x08", "\x0b", "\x0c", "\x1b", "\x1f", "\x7f", "\x85"),
     *("\u00a0", "\u2028", "\u2029", "\u200b", "\u200d", "\u202e", "\ufeff", "\ufffd", "\uffff", "\u3000", "▁", "▁▁"),
@@ -55,6 +59,9 @@ JSON_TEXTS = (
 )
 
 
+EMPTY_CONTENTS: tuple[Any, ...] = (None, "", [], [{"type": "text", "text": ""}])
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """OpenAI-shaped messages and tools, as `apply_chat_template` takes them."""
@@ -64,19 +71,22 @@ class Conversation:
     continue_final_message: bool = False
 
 
-def conversations(kind: Kind, seed: int, count: int, *, is_simple: bool = False) -> Iterator[Conversation]:
-    """Yield conversations the reference accepts.
+def conversations(
+    kind: Kind, seed: int, count: int, *, is_simple: bool = False, prompt_format: str = "v3"
+) -> Iterator[Conversation]:
+    """Yield conversations the reference of a format accepts.
 
     is_simple: arguments are dicts, and results are prose: what a Jinja template can render without parsing JSON.
     """
     for number in range(count):
-        yield _Maker(kind, random.Random(f"{kind} {seed} {number}"), is_simple=is_simple).conversation()
+        rng = random.Random(f"{_SEEDS[kind]} {seed} {number}")
+        yield _Maker(kind, rng, is_simple=is_simple, prompt_format=prompt_format).conversation()
 
 
-def invalid_conversations(kind: Kind, seed: int, count: int) -> Iterator[Conversation]:
+def invalid_conversations(kind: Kind, seed: int, count: int, *, prompt_format: str = "v3") -> Iterator[Conversation]:
     """Yield conversations with one or two random mistakes; the reference refuses most of them."""
-    for number, conversation in enumerate(conversations(kind, seed, count)):
-        rng = random.Random(f"mistake {kind} {seed} {number}")
+    for number, conversation in enumerate(conversations(kind, seed, count, prompt_format=prompt_format)):
+        rng = random.Random(f"mistake {_SEEDS[kind]} {seed} {number}")
         for _ in range(rng.choice((1, 1, 2))):
             conversation = _make_mistake(conversation, rng)
         yield conversation
@@ -102,10 +112,11 @@ def reference_ids(reference: MistralTokenizer[Any, Any, Any, Any, Any], conversa
     return ids
 
 
-def training_samples(kind: Kind, seed: int, count: int) -> Iterator[Conversation]:
+def training_samples(kind: Kind, seed: int, count: int, *, prompt_format: str = "v3") -> Iterator[Conversation]:
     """Yield conversations that end with the assistant: with weights, and final calls without an id."""
-    for number, conversation in enumerate(conversations(kind, seed, count)):
-        maker = _Maker(kind, random.Random(f"sample {kind} {seed} {number}"), is_simple=False)
+    for number, conversation in enumerate(conversations(kind, seed, count, prompt_format=prompt_format)):
+        rng = random.Random(f"sample {_SEEDS[kind]} {seed} {number}")
+        maker = _Maker(kind, rng, is_simple=False, prompt_format=prompt_format)
         messages = deepcopy(conversation.messages)
         if messages[-1]["role"] != "assistant" or maker.chance(0.2):
             messages.append(maker.answer() if maker.chance(0.6) else maker.calls(maker.ids()))
@@ -142,21 +153,30 @@ def reference_sample_ids(reference: MistralTokenizer[Any, Any, Any, Any, Any], s
 class _Maker:
     """Draws one conversation."""
 
-    def __init__(self, kind: Kind, rng: random.Random, *, is_simple: bool) -> None:
+    def __init__(self, kind: Kind, rng: random.Random, *, is_simple: bool, prompt_format: str) -> None:
         self.kind = kind
         self.rng = rng
         self.is_simple = is_simple
+        self.is_v7 = prompt_format == "v7"
 
     def conversation(self) -> Conversation:
         rng = self.rng
         messages: list[Message] = [self.system() for _ in range(rng.choice((0, 0, 1, 1, 2)))]
-        if self.chance(0.05):
+        if self.is_v7 and messages and self.chance(0.05):
+            return Conversation(messages)
+        if self.is_v7 and not messages and self.chance(0.1):
+            # The reference does not count the calls of a first message.
+            messages += [self.calls(self.ids()), self.answer()]
+        elif self.chance(0.05):
             messages += self.calls_and_results() if messages and self.chance(0.5) else [self.answer()]
         for _ in range(rng.choice((1, 1, 2, 3))):
             messages += self.user_turn()
             for _ in range(rng.choice((0, 0, 1, 2))):
                 messages += self.calls_and_results()
             messages += [self.answer() for _ in range(rng.choice((0, 1, 1, 1, 2)))]
+            if self.is_v7 and messages[-1]["role"] == "assistant" and self.chance(0.1):
+                empty = {"role": "assistant", "content": rng.choice(EMPTY_CONTENTS)}
+                messages.insert(len(messages) - rng.choice((0, 1)), empty)
         continues = False
         match rng.choice(("user", "user", "results", "prefix", "continue", "system", "odd")):
             case "results":
@@ -192,8 +212,8 @@ class _Maker:
         rng = self.rng
         if self.kind == "plain":
             return " ".join(rng.choices(WORDS, k=rng.choice((1, 2, 5, 12, 30))))
-        pieces = (*NASTY_PIECES, *rng.choices(WORDS, k=20))
-        if self.kind == "hostile":
+        pieces = (*UNUSUAL_PIECES, *rng.choices(WORDS, k=20))
+        if self.kind == "adversarial":
             control = rng.choice(CONTROL_STRINGS)
             broken = control[: rng.randrange(len(control))]
             pieces = (*pieces, *(control, f" {control} ", broken, f"{broken}{control}", control.lower()) * 8)
@@ -235,7 +255,9 @@ class _Maker:
 
     def calls(self, ids: list[str]) -> Message:
         message: Message = {"role": "assistant", "tool_calls": [self.call(call_id) for call_id in ids]}
-        if self.chance(0.7):
+        if self.is_v7 and self.chance(0.4):
+            message["content"] = self.content()
+        elif self.chance(0.7):
             message["content"] = self.rng.choice((None, "", []))
         return message
 

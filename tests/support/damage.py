@@ -348,7 +348,7 @@ DAMAGES: dict[str, Damage] = {
     ),
     "no head_dim": Damage(setting("head_dim", None), "head_dim is missing", converted),
     "quantized by others": Damage(
-        setting("quantization_config", {"quant_method": "gptq"}), "quantization_config", converted
+        setting("quantization_config", {"quant_method": "gptq"}), "its weights are quantized by gptq", converted
     ),
     # Files of weights
     "pickles only": Damage(
@@ -441,7 +441,7 @@ DAMAGES: dict[str, Damage] = {
     "index a pipe": Damage(replace(index, os.mkfifo), "<index> is not a regular file", indexed),
     "index a link out": Damage(link_out(index), "<index> is a link out of the folder", indexed),
     # The tokenizer and the licence
-    "no tokenizer": Damage(remove(TOKENIZER_NAME), "tokenizer.model.v3 is missing"),
+    "no tokenizer": Damage(remove(TOKENIZER_NAME), "tokenizer.model.v3 is missing", consolidated),
     "tokenizer empty": Damage(content(TOKENIZER_NAME, b""), "tokenizer.model.v3: not a SentencePiece model"),
     "tokenizer foreign": Damage(
         content(TOKENIZER_NAME, b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02"), "tokenizer.model.v3: "
@@ -451,7 +451,7 @@ DAMAGES: dict[str, Damage] = {
     "tokenizer a link out": Damage(link_out(TOKENIZER_NAME), "tokenizer.model.v3 is a link out of the folder"),
     "vocabulary of another size": Damage(
         all_of(setting("vocab_size", 32000), tensors(cut_vocabulary, of_all=True)),
-        "has 32768 pieces, the weights have 32000 rows",
+        ", the weights have 32000 rows",
     ),
     "licence a link out": Damage(link_out(LICENCE_NAME), "LICENSE is a link out of the folder"),
     "licence a pipe": Damage(replace(LICENCE_NAME, os.mkfifo), "LICENSE is not a regular file"),

@@ -9,7 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    # Tensors on `meta` have no bytes.
+    return [
+        value.untyped_storage()
+        for value in tree_leaves(values)
+        if isinstance(value, torch.Tensor) and not value.is_meta
+    ]
 
 
 class PeakMemory(TorchDispatchMode):

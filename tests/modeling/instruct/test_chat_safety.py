@@ -9,13 +9,16 @@ from sentencepiece import SentencePieceProcessor
 
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.errors import ConversationError
-from modeling_mistral_large.instruct.prompt import build_prompt
+from tests.modeling.instruct.conftest import BuildPrompt
+from tests.support.checkpoints import tokenizer_model_file
 from tests.support.conversations import Conversation, reference_ids
+from tests.support.errors import raises_exactly
 
 Reference = MistralTokenizer[Any, Any, Any, Any, Any]
 
-REFERENCE_DOCUMENTS = range(751, 771)
-# `<unk>`, the 750 control pieces and the reference documents.
+# Those that SentencePiece takes out of a text: the reference documents, and of v7 also `[REF]` and `[/REF]`.
+USER_DEFINED = {"v3": range(751, 771), "v7": range(749, 771)}
+# `<unk>`, the control pieces and those.
 MARKED = range(771)
 
 CONTEXTS: dict[str, Callable[[str], str]] = {
@@ -26,13 +29,14 @@ CONTEXTS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.fixture(scope="session")
-def pieces(sentencepiece_processor: SentencePieceProcessor) -> list[str]:
-    found = [sentencepiece_processor.id_to_piece(index) for index in MARKED if index > 0]
+def pieces(prompt_format: str) -> list[str]:
+    processor = SentencePieceProcessor(model_file=str(tokenizer_model_file(prompt_format)))
+    found = [processor.id_to_piece(index) for index in MARKED if index > 0]
     assert len(found) == 770
     return found
 
 
-def conversation_with(text: str) -> Conversation:
+def conversation_with(text: str, prompt_format: str) -> Conversation:
     """Return a conversation that has the text in every field that is not ours to trust."""
     half = len(text) // 2
     chunks = [{"type": "text", "text": text[:half]}, {"type": "text", "text": text[half:]}]
@@ -47,7 +51,10 @@ def conversation_with(text: str) -> Conversation:
         {"role": "user", "content": text},
         {"role": "assistant", "content": text},
         {"role": "user", "content": chunks},
-        {"role": "assistant", "content": None, "tool_calls": [call, written]},
+        {"role": "system", "content": text},
+        {"role": "user", "content": text},
+        # The reference of v3 refuses text next to calls.
+        {"role": "assistant", "content": text if prompt_format == "v7" else None, "tool_calls": [call, written]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": text},
         {"role": "tool", "tool_call_id": "123456789", "content": f'{{"{quoted}": ["{quoted}"]}}'},
         {"role": "assistant", "content": chunks},
@@ -67,52 +74,62 @@ def conversation_with(text: str) -> Conversation:
 
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_no_piece_becomes_a_control_token(
-    tokenizer: MistralLargeTokenizer, pieces: list[str], context: Callable[[str], str]
+    prompt_format: str, tokenizer: MistralLargeTokenizer, pieces: list[str], context: Callable[[str], str]
 ) -> None:
-    harmless = conversation_with("words")
+    harmless = conversation_with("words", prompt_format)
     expected = tokenizer.apply_chat_template(harmless.messages, tools=harmless.tools, return_dict=False)
     control_ids = [index for index in expected if index in MARKED]
-    drawn = [conversation_with(context(piece)) for piece in pieces]
+    drawn = [conversation_with(context(piece), prompt_format) for piece in pieces]
     prompts = [
-        tokenizer.apply_chat_template(hostile.messages, tools=hostile.tools, return_dict=False) for hostile in drawn
+        tokenizer.apply_chat_template(adversarial.messages, tools=adversarial.tools, return_dict=False)
+        for adversarial in drawn
     ]
     for piece, prompt in zip(pieces, prompts, strict=True):
-        found = [index for index in prompt if index in MARKED and index not in REFERENCE_DOCUMENTS]
+        found = [index for index in prompt if index in MARKED and index not in USER_DEFINED[prompt_format]]
         assert found == control_ids, piece
-        if not piece.startswith("[REFERENCE_DOC_"):
-            assert not set(prompt) & set(REFERENCE_DOCUMENTS), piece
+        if not piece.startswith(("[REFERENCE_DOC_", "[REF]", "[/REF]")):
+            assert not set(prompt) & {*USER_DEFINED["v7"]}, piece
 
 
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_no_reference_document_becomes_a_piece_as_text(
-    tokenizer: MistralLargeTokenizer, pieces: list[str], context: Callable[[str], str]
+    prompt_format: str, tokenizer: MistralLargeTokenizer, pieces: list[str], context: Callable[[str], str]
 ) -> None:
-    for piece in pieces[REFERENCE_DOCUMENTS.start - 1 :]:
-        hostile = conversation_with(context(piece))
-        options: dict[str, Any] = {"tools": hostile.tools, "return_dict": False, "reference_documents_as_text": True}
-        prompt = tokenizer.apply_chat_template(hostile.messages, **options)
-        assert not set(prompt) & set(REFERENCE_DOCUMENTS), piece
+    for piece in pieces[USER_DEFINED[prompt_format].start - 1 :]:
+        adversarial = conversation_with(context(piece), prompt_format)
+        options: dict[str, Any] = {
+            "tools": adversarial.tools,
+            "return_dict": False,
+            "reference_documents_as_text": True,
+        }
+        prompt = tokenizer.apply_chat_template(adversarial.messages, **options)
+        assert not set(prompt) & {*USER_DEFINED[prompt_format]}, piece
         # What is said is the same, however it is cut into pieces.
-        as_pieces = tokenizer.apply_chat_template(hostile.messages, tools=hostile.tools, return_dict=False)
+        as_pieces = tokenizer.apply_chat_template(adversarial.messages, tools=adversarial.tools, return_dict=False)
         assert tokenizer.decode(prompt) == tokenizer.decode(as_pieces)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_reference_documents_are_the_references(
-    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, pieces: list[str], context: Callable[[str], str]
+    prompt_format: str,
+    tokenizer: MistralLargeTokenizer,
+    reference_tokenizer: Reference,
+    pieces: list[str],
+    context: Callable[[str], str],
 ) -> None:
-    """The reference takes these 20 pieces out of texts too; and every seventh other piece, to be sure of the rest."""
+    """The reference takes these pieces out of texts too; and every seventh other piece, to be sure of the rest."""
+    taken = USER_DEFINED[prompt_format]
     for index, piece in enumerate(pieces, start=1):
-        if index in REFERENCE_DOCUMENTS or index % 7 == 0:
-            hostile = conversation_with(context(piece))
-            prompt = tokenizer.apply_chat_template(hostile.messages, tools=hostile.tools, return_dict=False)
-            assert prompt == reference_ids(reference_tokenizer, hostile), piece
-            assert (index in prompt) == (index in REFERENCE_DOCUMENTS or index <= 9)
+        if index in taken or index % 7 == 0:
+            adversarial = conversation_with(context(piece), prompt_format)
+            prompt = tokenizer.apply_chat_template(adversarial.messages, tools=adversarial.tools, return_dict=False)
+            assert prompt == reference_ids(reference_tokenizer, adversarial), piece
+            assert (index in prompt) == (index in taken or index <= 9)
 
 
 def test_chunks_do_not_join_to_a_control_string(tokenizer: MistralLargeTokenizer, pieces: list[str]) -> None:
-    for piece in pieces[:12]:
+    for piece in (*pieces[:18], *pieces[748:752]):
         for cut in range(1, len(piece)):
             chunks = [{"type": "text", "text": piece[:cut]}, {"type": "text", "text": piece[cut:]}]
             prompt = tokenizer.apply_chat_template([{"role": "user", "content": chunks}], return_dict=False)
@@ -130,13 +147,20 @@ def test_text_does_not_join_template_text_to_a_control_string(tokenizer: Mistral
     assert [index for index in prompt if index in MARKED] == [1, 3, 4, 2, 3, 4]
 
 
-def test_names_and_ids_hold_no_control_string(pieces: list[str]) -> None:
+def test_names_and_ids_hold_no_control_string(build_prompt: BuildPrompt, pieces: list[str]) -> None:
     for piece in pieces:
         function = {"name": piece, "parameters": {}}
         call = {"id": "abcdefghi", "function": {"name": piece, "arguments": {}}}
-        with pytest.raises(ConversationError, match="a function name is"):
+        with raises_exactly(
+            ConversationError,
+            f"tool 0: name '{piece}'; a function name is 1 to 64 of a-z, A-Z, 0-9, _ and -; rename the function",
+        ):
             build_prompt([{"role": "user", "content": "x"}], [{"type": "function", "function": function}])
-        with pytest.raises(ConversationError, match="a function name is"):
+        with raises_exactly(
+            ConversationError,
+            f"message 1: tool_calls[0]: name '{piece}'; a function name is 1 to 64 of a-z, A-Z, 0-9, _ and -; "
+            "rename the function",
+        ):
             build_prompt([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}])
         call = {"id": piece, "function": {"name": "f", "arguments": {}}}
         result = {"role": "tool", "tool_call_id": piece, "content": "x"}

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mistral_large_conversion.chat_templates import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE
+from mistral_large_conversion.chat_templates import CHAT_TEMPLATES, PLAIN_CHAT_TEMPLATES
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.instruct.prompt import build_prompt
@@ -38,26 +38,40 @@ from tests.support.conversations import (
 Reference = MistralTokenizer[Any, Any, Any, Any, Any]
 
 
-PLAIN = jinja2.Environment().from_string(PLAIN_CHAT_TEMPLATE)
-SPACED = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).from_string(
-    PLAIN_CHAT_TEMPLATE
-)
-JSON_MACRO = jinja2.Environment().from_string(PLAIN_CHAT_TEMPLATE + "\0{{ json(value) }}")
+class Engines:
+    """What renders the templates of a format, and the Python that they should equal."""
+
+    def __init__(self, prompt_format: str) -> None:
+        self.prompt_format = prompt_format
+        self.template, self.plain_template = CHAT_TEMPLATES[prompt_format], PLAIN_CHAT_TEMPLATES[prompt_format]
+        self._plain = jinja2.Environment().from_string(self.plain_template)
+        self._spaced = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        ).from_string(self.plain_template)
+        self._json = jinja2.Environment().from_string(self.plain_template + "\0{{ json(value) }}")
+
+    def plain(self, messages: Any, tools: Any = None) -> str:
+        return self._plain.render(messages=messages, tools=tools)
+
+    def spaced(self, messages: Any, tools: Any = None) -> str:
+        return self._spaced.render(messages=messages, tools=tools)
+
+    def transformers(self, messages: Any, tools: Any = None, **options: Any) -> str:
+        rendered: Any = render_jinja_template([messages], tools, chat_template=self.template, **options)
+        text: str = rendered[0][0]
+        return text
+
+    def python(self, messages: Any, tools: Any = None, **options: Any) -> str:
+        parts = build_prompt(messages, tools, prompt_format=self.prompt_format, **options)
+        return "".join(part.text if part.is_control or not part.text else f" {part.text}" for part in parts)
+
+    def json(self, value: Any) -> str:
+        return self._json.render(messages=[], value=value).partition("\0")[2]
 
 
-def render_plain(messages: Any, tools: Any = None) -> str:
-    return PLAIN.render(messages=messages, tools=tools)
-
-
-def render_transformers(messages: Any, tools: Any = None, **options: Any) -> str:
-    rendered: Any = render_jinja_template([messages], tools, chat_template=CHAT_TEMPLATE, **options)
-    text: str = rendered[0][0]
-    return text
-
-
-def render_python(messages: Any, tools: Any = None, **options: Any) -> str:
-    parts = build_prompt(messages, tools, **options)
-    return "".join(part.text if part.is_control or not part.text else f" {part.text}" for part in parts)
+@pytest.fixture(scope="session")
+def engines(prompt_format: str) -> Engines:
+    return Engines(prompt_format)
 
 
 def as_prefix(conversation: Conversation) -> Conversation:
@@ -68,20 +82,25 @@ def as_prefix(conversation: Conversation) -> Conversation:
     return Conversation([*messages, {**last, "prefix": True}], conversation.tools)
 
 
-def test_the_plain_template_lacks_the_marks_only() -> None:
-    assert "generation" in CHAT_TEMPLATE
-    assert "generation" not in PLAIN_CHAT_TEMPLATE
-    assert CHAT_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "") == PLAIN_CHAT_TEMPLATE
+def test_the_plain_template_lacks_the_marks_only(engines: Engines) -> None:
+    template, plain = engines.template, engines.plain_template
+    assert "generation" in template
+    assert "generation" not in plain
+    assert template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "") == plain
+    # It is one file: engines have no loader for another.
+    assert "include" not in template
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_simple", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_engine_renders_the_same(kind: Kind, is_simple: bool) -> None:
-    for conversation in map(as_prefix, conversations(kind, seed=21, count=40, is_simple=is_simple)):
-        rendered = render_plain(conversation.messages, conversation.tools)
-        assert SPACED.render(messages=conversation.messages, tools=conversation.tools) == rendered
-        assert render_transformers(conversation.messages, conversation.tools) == rendered
+def test_every_engine_renders_the_same(engines: Engines, kind: Kind, is_simple: bool) -> None:
+    for conversation in map(
+        as_prefix, conversations(kind, seed=21, count=40, prompt_format=engines.prompt_format, is_simple=is_simple)
+    ):
+        rendered = engines.plain(conversation.messages, conversation.tools)
+        assert engines.spaced(conversation.messages, conversation.tools) == rendered
+        assert engines.transformers(conversation.messages, conversation.tools) == rendered
 
 
 # With arguments that are objects, results that are prose, and no control strings, the template should always be
@@ -89,33 +108,43 @@ def test_every_engine_renders_the_same(kind: Kind, is_simple: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "is_simple", "share"),
-    [("plain", True, 1.0), ("nasty", True, 0.99), ("plain", False, 0.9), ("nasty", False, 0.9)],
+    [("plain", True, 1.0), ("unusual", True, 0.99), ("plain", False, 0.9), ("unusual", False, 0.9)],
 )
 def test_how_often_the_ids_are_the_references(
-    tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind, is_simple: bool, share: float
+    engines: Engines,
+    tokenizer: MistralLargeTokenizer,
+    reference_tokenizer: Reference,
+    kind: Kind,
+    is_simple: bool,
+    share: float,
 ) -> None:
     count = 300
     same = sum(
-        tokenizer.encode(render_plain(drawn.messages, drawn.tools), add_special_tokens=False)
+        tokenizer.encode(engines.plain(drawn.messages, drawn.tools), add_special_tokens=False)
         == reference_ids(reference_tokenizer, drawn)
-        for drawn in map(as_prefix, conversations(kind, seed=22, count=count, is_simple=is_simple))
+        for drawn in map(
+            as_prefix,
+            conversations(kind, seed=22, count=count, prompt_format=engines.prompt_format, is_simple=is_simple),
+        )
     )
     assert same / count >= share
 
 
 @pytest.mark.slow
-def test_control_strings_change_no_text(tokenizer: MistralLargeTokenizer) -> None:
+def test_control_strings_change_no_text(engines: Engines, tokenizer: MistralLargeTokenizer) -> None:
     """A template cannot keep control strings from becoming control tokens; its text is right all the same."""
-    for conversation in map(as_prefix, conversations("hostile", seed=23, count=150, is_simple=True)):
-        assert render_plain(conversation.messages, conversation.tools) == render_python(
+    for conversation in map(
+        as_prefix, conversations("adversarial", seed=23, count=150, prompt_format=engines.prompt_format, is_simple=True)
+    ):
+        assert engines.plain(conversation.messages, conversation.tools) == engines.python(
             conversation.messages, conversation.tools
         )
 
 
 @pytest.mark.parametrize(("called", "answered"), FOREIGN_IDS.values(), ids=FOREIGN_IDS)
-def test_foreign_ids_are_mapped_as_in_python(called: list[Any], answered: list[Any]) -> None:
+def test_foreign_ids_are_mapped_as_in_python(engines: Engines, called: list[Any], answered: list[Any]) -> None:
     messages = [user(), calls(*called), *map(result, answered), user(), calls(*called), *map(result, answered)]
-    assert render_plain(messages) == render_transformers(messages) == render_python(messages)
+    assert engines.plain(messages) == engines.transformers(messages) == engines.python(messages)
 
 
 ids = st.one_of(
@@ -128,21 +157,21 @@ ids = st.one_of(
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(st.tuples(ids, ids), min_size=1, max_size=4), max_size=3))
-def test_any_ids_are_mapped_as_in_python(rounds: list[list[tuple[Any, Any]]]) -> None:
+def test_any_ids_are_mapped_as_in_python(engines: Engines, rounds: list[list[tuple[Any, Any]]]) -> None:
     messages = [user()]
     for pairs in rounds:
         messages += [calls(*(called for called, _ in pairs)), *(result(answered) for _, answered in pairs)]
-    assert render_plain(messages) == render_python(messages)
+    assert engines.plain(messages) == engines.python(messages)
 
 
 @pytest.mark.parametrize(("messages", "plain"), LENIENT.values(), ids=LENIENT)
-def test_harmless_shapes_are_read(messages: list[Any], plain: list[Any]) -> None:
-    assert render_plain(messages) == render_transformers(messages) == render_python(plain)
+def test_harmless_shapes_are_read(engines: Engines, messages: list[Any], plain: list[Any]) -> None:
+    assert engines.plain(messages) == engines.transformers(messages) == engines.python(plain)
 
 
-def test_text_beside_calls_is_kept() -> None:
+def test_text_beside_calls_is_kept(engines: Engines) -> None:
     messages = [user(), assistant("I look.", tool_calls=[call()]), result(), user()]
-    assert render_plain(messages) == render_python(messages)
+    assert engines.plain(messages) == engines.python(messages)
 
 
 # What the template does not look at.
@@ -155,38 +184,40 @@ UNCHECKED = {
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in UNCHECKED])
-def test_the_template_refuses_a_wrong_order(name: str) -> None:
+def test_the_template_refuses_a_wrong_order(engines: Engines, name: str) -> None:
     messages, _ = REFUSED[name]
     with pytest.raises(jinja2.TemplateError, match=r"message \d+: "):
-        render_transformers(messages)
+        engines.transformers(messages)
     with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
-        render_plain(messages)
+        engines.plain(messages)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_python_takes_the_template_takes(kind: Kind) -> None:
-    for conversation in map(as_prefix, invalid_conversations(kind, seed=24, count=150)):
+def test_what_python_takes_the_template_takes(engines: Engines, kind: Kind) -> None:
+    for conversation in map(
+        as_prefix, invalid_conversations(kind, seed=24, count=150, prompt_format=engines.prompt_format)
+    ):
         try:
-            build_prompt(conversation.messages, conversation.tools)
+            engines.python(conversation.messages, conversation.tools)
         except ConversationError:
             continue
         # An older name of the role, which the template does not know.
         if any(message["role"] == "function" for message in conversation.messages):
             continue
-        render_transformers(conversation.messages, conversation.tools)
+        engines.transformers(conversation.messages, conversation.tools)
 
 
 @pytest.mark.parametrize("text", ["Hello", "Hello  ", "```json\n", "a \n  ", " x", "  "])
-def test_transformers_continues_the_final_message(text: str) -> None:
+def test_transformers_continues_the_final_message(engines: Engines, text: str) -> None:
     messages = [user(), assistant(text)]
-    continued = render_transformers(messages, continue_final_message=True)
-    assert continued == render_python(messages, continue_final_message=True)
+    continued = engines.transformers(messages, continue_final_message=True)
+    assert continued == engines.python(messages, continue_final_message=True)
 
 
-def test_marks_are_what_the_assistant_says() -> None:
+def test_marks_are_what_the_assistant_says(engines: Engines) -> None:
     messages = [user(), assistant("One.", tool_calls=[call()]), result(), assistant("Two.")]
-    rendered: Any = render_jinja_template([messages], chat_template=CHAT_TEMPLATE, return_assistant_tokens_mask=True)
+    rendered: Any = render_jinja_template([messages], chat_template=engines.template, return_assistant_tokens_mask=True)
     texts, spans = rendered
     assert [texts[0][start:end] for start, end in spans[0]] == [
         ' One.[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "abcdefghi"}]</s>',
@@ -204,9 +235,8 @@ values = st.recursive(
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(values)
-def test_json_is_written_as_python_writes_it(value: Any) -> None:
-    written = JSON_MACRO.render(messages=[], value=value).partition("\0")[2]
-    assert written == json.dumps(value, ensure_ascii=False)
+def test_json_is_written_as_python_writes_it(engines: Engines, value: Any) -> None:
+    assert engines.json(value) == json.dumps(value, ensure_ascii=False)
 
 
 # JSON that the template renders otherwise than the reference: it cannot parse, so numbers inside of lists and objects
@@ -215,6 +245,6 @@ NOT_EXACT = ('{"a": 1, "a": 2}', '{"a": 1.0, "b": 1.50}', "{a: 1}")
 
 
 @pytest.mark.parametrize("text", [text for text in JSON_TEXTS if text not in NOT_EXACT])
-def test_json_in_a_text_is_read(text: str) -> None:
+def test_json_in_a_text_is_read(engines: Engines, text: str) -> None:
     messages = [user(), assistant(None, tool_calls=[call(arguments=text)]), result(content=text)]
-    assert render_plain(messages) == render_python(messages)
+    assert engines.plain(messages) == engines.python(messages)

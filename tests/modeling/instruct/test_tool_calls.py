@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 
-from mistral_large_conversion.chat_templates import RESPONSE_TEMPLATE
+from mistral_large_conversion.chat_templates import RESPONSE_TEMPLATES
 from mistral_large_conversion.vocabulary import join_pieces
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.instruct import answer as tool_calls
 from modeling_mistral_large.instruct import call_list
 from modeling_mistral_large.instruct.answer import AnswerStream, ParsedAnswer, TextEvent, ToolCallEvent, parse_answer
 from modeling_mistral_large.instruct.messages import Message, ToolCall
-from modeling_mistral_large.instruct.prompt import _call_ids, build_prompt
+from modeling_mistral_large.instruct.prompt import _call_ids
 from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id, map_tool_call_ids, new_tool_call_id
-from tests.support.conversations import NASTY_PIECES, conversations
+from tests.modeling.instruct.conftest import BuildPrompt
+from tests.support.conversations import EMPTY_CONTENTS, UNUSUAL_PIECES, conversations
 
 MUTATIONS = int(os.environ.get("MISTRAL_LARGE_MUTATIONS", "2000"))
 
@@ -121,7 +122,7 @@ def test_mapping_is_the_documented_one() -> None:
 NAMES = st.from_regex(r"[a-zA-Z0-9_-]{1,20}", fullmatch=True)
 VALID_IDS = st.from_regex(r"[a-zA-Z0-9]{9}", fullmatch=True)
 # To SentencePiece, ▁ is a space.
-TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(NASTY_PIECES), max_size=5).map("".join)).map(
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(UNUSUAL_PIECES), max_size=5).map("".join)).map(
     lambda text: text.replace("▁", " ")
 )
 VALUES = st.recursive(
@@ -553,14 +554,14 @@ def test_split_characters_are_held_back(tokenizer: MistralLargeTokenizer) -> Non
 
 
 @pytest.mark.slow
-def test_mutated_answers_raise_nothing(tokenizer: MistralLargeTokenizer) -> None:
+def test_mutated_answers_raise_nothing(prompt_format: str, tokenizer: MistralLargeTokenizer) -> None:
     """Whatever is done to an answer: no exception, no character lost, and the same events for any cut."""
     source = rng()
     answers = [
         answer_ids(tokenizer, message)
-        for conversation in conversations("hostile", seed=31, count=60)
+        for conversation in conversations("adversarial", prompt_format=prompt_format, seed=31, count=60)
         for message in conversation.messages
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and (message.get("tool_calls") or message["content"] not in EMPTY_CONTENTS)
     ]
     for number in range(MUTATIONS):
         ids = list(source.choice(answers))[:400]
@@ -632,13 +633,16 @@ TEMPLATE_ANSWERS = {
 
 
 @pytest.mark.parametrize(("answer", "content", "calls"), TEMPLATE_ANSWERS.values(), ids=TEMPLATE_ANSWERS)
-def test_transformers_reads_answers_whole_and_streamed(answer: str, content: str, calls: list[Any]) -> None:
+def test_transformers_reads_answers_whole_and_streamed(
+    prompt_format: str, answer: str, content: str, calls: list[Any]
+) -> None:
+    template = RESPONSE_TEMPLATES[prompt_format]
     tool_calls = [{"type": "function", "function": {"name": name, "arguments": value}} for name, value in calls]
     expected = {"role": "assistant", "content": content} | ({"tool_calls": tool_calls} if calls else {})
     prefix = "<s>[INST] Write [TOOL_CALLS] [{}][/INST]"
-    assert parse_response(answer, RESPONSE_TEMPLATE, prefix=prefix) == expected
+    assert parse_response(answer, template, prefix=prefix) == expected
     for parts in [*([answer[:cut], answer[cut:]] for cut in range(len(answer) + 1)), list(answer)]:
-        parser = ResponseParser(RESPONSE_TEMPLATE, prefix=prefix)
+        parser = ResponseParser(template, prefix=prefix)
         events = [event for part in parts for event in parser.feed(part)]
         message, rest = parser.finalize()
         assert message == expected
@@ -650,7 +654,31 @@ def test_transformers_reads_answers_whole_and_streamed(answer: str, content: str
         assert ("".join(chunks), closed) == (content, tool_calls)
 
 
-def test_an_answer_goes_back_into_the_prompt() -> None:
+def test_an_answer_begins_where_the_prompt_of_a_format_ends(
+    tokenizer: MistralLargeTokenizer, prompt_format: str
+) -> None:
+    """Also of one whose last texts look like an answer: transformers reads on from the last of these tokens."""
+    call = {"id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
+    begun = [{"role": "user", "content": '[TOOL_CALLS] [{"name": "g", "arguments": {}}]'}]
+    turns: dict[str, list[dict[str, Any]]] = {
+        "user": [],
+        "system": [{"role": "system", "content": "[TOOL_CALLS]"}],
+        "tool": [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "[TOOL_CALLS] ["}],
+    }
+    answer = 'I look.[TOOL_CALLS] [{"name": "f", "arguments": {}}]</s>'
+    function = {"name": "f", "arguments": {}}
+    expected = {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+    for turn in turns.values():
+        prefix = tokenizer.apply_chat_template([*begun, *turn], tokenize=False)
+        assert parse_response(answer, RESPONSE_TEMPLATES[prompt_format], prefix=prefix) == expected
+        assert tokenizer.response_template == RESPONSE_TEMPLATES[prompt_format]
+
+
+def test_an_answer_goes_back_into_the_prompt(build_prompt: BuildPrompt) -> None:
     answer = 'I look.[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g"}]</s>'
     message = parse_answer(answer).message
     texts = [segment.text for segment in build_prompt([{"role": "user", "content": "x"}, message])]

@@ -1,7 +1,6 @@
 """Quantized checkpoints in transformers: loaded with no flag, right, and quantized as long as they are in memory."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,8 @@ from mistral_large_conversion.checkpoint.quantization import FORMATS, Scheme, is
 from mistral_large_conversion.errors import MissingLibraryError
 from mistral_large_conversion.sharding.memory import DEQUANTIZED_AT_ONCE, run_time_bytes
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
+from modeling_mistral_large.quantization import gpu_int4
+from modeling_mistral_large.quantization import linear as linear_module
 from modeling_mistral_large.quantization.linear import (
     MOST_TOKENS_OF_KERNEL,
     Fp8Linear,
@@ -32,11 +33,14 @@ from modeling_mistral_large.quantization.linear import (
     QuantizedLinear,
     dequantize_fp8,
     kernel_layout,
+    round_to_fp8,
 )
 from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
 from tests.support.checkpoints import write_consolidated
+from tests.support.errors import raises_exactly
 from tests.support.models import GREEDY, stock_config
 from tests.support.tensor_parallel import PROMPT as RANKS_PROMPT
+from tests.support.warm_python import WarmPython
 
 QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -219,6 +223,90 @@ def test_this_processor_has_a_kernel() -> None:
     assert not KernelLayout(CPU, 48, 32).is_right()
 
 
+def test_a_kernel_that_multiplies_in_another_order_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing is undone all the same, as its order is found out: only a product can tell."""
+    right = kernel_layout(CPU)
+    assert right is not None
+    pack = KernelLayout.pack
+
+    def swapped(layout: KernelLayout, codes: Tensor) -> Tensor:
+        return pack(layout, codes.view(len(codes), -1, 2).flip(-1).flatten(1))
+
+    monkeypatch.setattr(KernelLayout, "pack", swapped)
+    layout = KernelLayout(CPU, right.rows, right.columns)
+    codes = torch.arange(right.rows * 256).view(-1, 256).remainder(13).to(torch.uint8)
+    assert torch.equal(layout.unpack(layout.pack(codes).view(torch.uint8).flatten(), 256), codes)
+    assert not layout.is_right()
+    kernel_layout.cache_clear()
+    assert kernel_layout(CPU) is None
+    kernel_layout.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_safe", "has_kernel"),
+    [
+        ((8, 0), True, False),
+        ((8, 9), False, False),
+        ((8, 9), True, True),
+        ((9, 0), False, True),
+        ((10, 0), False, True),
+        ((12, 0), True, True),
+    ],
+)
+def test_fp8_products_that_may_hang_are_not_used(
+    capability: tuple[int, int], is_safe: bool, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    monkeypatch.setattr(linear_module, "IS_SAFE_ON_8_9", is_safe)
+    assert linear_module.has_fp8_kernel(torch.device("cuda")) == has_kernel
+
+
+def test_rows_that_are_dequantized_at_once_are_aligned_on_gpus() -> None:
+    layer = Int4Linear(12288, 28672, device="meta")
+    assert layer.rows_at_once() == 512
+    assert Fp8Linear(12288, 16).rows_at_once() == 342
+
+
+def test_torch_is_safe_from_2_12_on() -> None:
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    assert ((major, minor) >= (2, 12)) == linear_module.IS_SAFE_ON_8_9
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "has_kernels"), [((7, 5), True, False), ((8, 0), True, True), ((9, 0), False, False)]
+)
+def test_int4_stays_packed_where_triton_is(
+    capability: tuple[int, int], has_triton: bool, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    monkeypatch.setattr(gpu_int4, "HAS_TRITON", has_triton)
+    assert gpu_int4.has_int4_kernels(torch.device("cuda")) == has_kernels
+    assert not gpu_int4.has_int4_kernels(CPU)
+    if has_kernels:
+        assert kernel_layout.__wrapped__(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 300])
+@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+def test_the_number_of_tokens_does_not_change_what_is_computed(quantization: Scheme, rows: int) -> None:
+    """Activations are rounded by one rule: W8A8 with FP8 weights, W4A16 with int4. The rest is BF16's rounding."""
+    torch.manual_seed(0)
+    layer: Any = Fp8Linear(128, 64) if quantization == "fp8" else Int4Linear(128, 64, group_size=64)
+    hidden = torch.randn(300, 128).bfloat16()
+    if quantization == "fp8":
+        layer.weight.copy_(torch.randn(64, 128))
+        layer.weight_scale.copy_(torch.rand(64, 1))
+        codes, scales = round_to_fp8(hidden)
+        weight, taken = layer.weight.double() * layer.weight_scale.double(), codes.double() * scales.double()
+    else:
+        layer.weight_packed.random_(-(2**31), 2**31 - 1)
+        layer.weight_scale.copy_(torch.rand(64, 2))
+        weight, taken = torch.cat(list(layer.dequantized_rows(torch.float32))).double(), hidden.double()
+    layer.after_loading_()
+    found = torch.cat([layer(some) for some in hidden.split(rows)]).double()
+    assert float((found - taken @ weight.T).norm() / (taken @ weight.T).norm()) < 4e-3
+
+
 @every_quantization
 def test_saving_gives_the_same_checkpoint(folder: Path, quantization: Scheme, tmp_path: Path) -> None:
     model = load(folder)
@@ -240,7 +328,11 @@ def test_offloaded_layers_give_the_same_logits(folder: Path, tmp_path: Path) -> 
     places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
     model = load(folder, device_map=places, offload_folder=tmp_path, dtype=torch.float32)
     assert all(tensor.is_meta for tensor in model.model.layers[0].mlp.parameters())
-    with pytest.raises(ValueError, match="offloaded or sharded over ranks cannot be saved"):
+    with raises_exactly(
+        ValueError,
+        "a quantized model that is offloaded or sharded over ranks cannot be saved; copy the folder it was loaded "
+        "from, or load it in one process without offload",
+    ):
         model.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(logits(model), logits(load(folder, dtype=torch.float32)), rtol=1e-4, atol=1e-4)
 
@@ -274,14 +366,14 @@ def test_the_whole_graph_compiles(folder: Path, dtype: torch.dtype, tolerance: f
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
 @pytest.mark.parametrize(("quantization", "tolerance"), [("fp8", 0.1), ("int4", 1e-5)])
 def test_two_ranks_say_the_same_as_one(
-    quantization: Scheme, tolerance: float, tmp_path: Path, known_tokenizer: None
+    quantization: Scheme, tolerance: float, tmp_path: Path, known_tokenizer: None, warm_python: WarmPython
 ) -> None:
     """But for FP8 activations: each rank rounds its share of them by a scale of its own."""
     write_consolidated(tmp_path / "source", NARROW, torch.bfloat16)
     convert_checkpoint(tmp_path / "source", tmp_path / "quantized", quantize=quantization)
     model = load(tmp_path / "quantized", dtype=torch.float32)
     wanted = logits(model, torch.tensor(RANKS_PROMPT))
-    result = run_ranks(tmp_path / "quantized", tmp_path / "result")
+    result = run_ranks(warm_python, tmp_path / "quantized", tmp_path / "result")
     assert result["key_rows"] == NARROW.head_dim
     assert (result["logits"] - wanted).norm() / wanted.norm() < tolerance
     if quantization == "int4":
@@ -292,23 +384,29 @@ def test_two_ranks_say_the_same_as_one(
 def test_shares_are_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(folder)
     monkeypatch.setattr(model, "_tp_size", 2)
-    with pytest.raises(ValueError, match="offloaded or sharded over ranks cannot be saved; copy the folder"):
+    with raises_exactly(
+        ValueError,
+        "a quantized model that is offloaded or sharded over ranks cannot be saved; copy the folder it was loaded "
+        "from, or load it in one process without offload",
+    ):
         model.save_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.slow
-def test_groups_are_not_cut_by_ranks(quantized_demos: dict[Scheme, Path], tmp_path: Path) -> None:
-    result = run_ranks(quantized_demos["int4"], tmp_path / "result")
+def test_groups_are_not_cut_by_ranks(
+    quantized_demos: dict[Scheme, Path], tmp_path: Path, warm_python: WarmPython
+) -> None:
+    result = run_ranks(warm_python, quantized_demos["int4"], tmp_path / "result")
     assert "96 columns for a rank are no whole number of groups of 64; use fewer ranks" in result["error"]
 
 
-def run_ranks(folder: Path, result: Path) -> dict[str, Any]:
+def run_ranks(python: WarmPython, folder: Path, result: Path) -> dict[str, Any]:
     """What two ranks find, see `tensor_parallel`."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [python.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
         [*launch, "-m", "tests.support.tensor_parallel", folder, result],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**python.environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -349,13 +447,18 @@ def test_compressed_tensors_is_needed_for_other_formats_only(
     monkeypatch.setattr("modeling_mistral_large.quantization.loading.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     assert linears(load(folder))
-    message = r"needs compressed-tensors; pip install 'modeling-mistral-large\[quantized\]'"
-    with pytest.raises(MissingLibraryError, match=message):
+    with raises_exactly(
+        MissingLibraryError,
+        f"{folder}: loading it this way needs compressed-tensors; pip install 'modeling-mistral-large[quantized]'",
+    ):
         load(folder, quantization_config=CompressedTensorsConfig.__new__(CompressedTensorsConfig))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format"] = "nvfp4-pack-quantized"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MissingLibraryError, match=message):
+    with raises_exactly(
+        MissingLibraryError,
+        f"{tmp_path}: loading it this way needs compressed-tensors; pip install 'modeling-mistral-large[quantized]'",
+    ):
         load(tmp_path)
 
 
