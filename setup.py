@@ -87,9 +87,10 @@ setup(
     packages=find_packages(include=["modeling_mistral_large*", "mistral_large_conversion*", "mistral_large_cli*"]),
     package_data={
         "modeling_mistral_large": ["py.typed"],
+        "modeling_mistral_large.calibration": ["default.jsonl"],
         "mistral_large_conversion": ["py.typed", "licence/*"],
         "mistral_large_conversion.chat_templates": ["*.jinja", "*.json"],
-        "mistral_large_cli": ["py.typed", "demo_checkpoint/*"],
+        "mistral_large_cli": ["py.typed", "demo_checkpoint/*", "demo_checkpoint_v7/*"],
     },
     install_requires=[
         "accelerate>=1.1",

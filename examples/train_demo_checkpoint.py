@@ -1,10 +1,12 @@
-"""Train the checkpoint of `mistral-large demo`, which the tests take for their golden model, too.
+"""Train a checkpoint of `mistral-large demo`, which the tests take for their golden model, too.
 
-    python examples/train_demo_checkpoint.py new/folder && cp new/folder/* mistral_large_cli/demo_checkpoint/
+    python examples/train_demo_checkpoint.py v3 new/folder && cp new/folder/* mistral_large_cli/demo_checkpoint/
+    python examples/train_demo_checkpoint.py v7 new/other && cp new/other/* mistral_large_cli/demo_checkpoint_v7/
 
-It learns the conversations of golden.json, with temperatures and tool call ids that are new each time, so that the
-number in an answer is read from the tool's result. It takes about seven minutes of one core, and writes the same bytes
-each time on one machine. A model that does not give every golden answer with a clear lead is not written.
+It learns the conversations of golden.json in that prompt format, with temperatures and tool call ids that are new each
+time, so that the number in an answer is read from the tool's result. It takes about seven minutes of one core, and
+writes the same bytes each time on one machine. A model that does not give every golden answer with a clear lead is not
+written.
 """
 
 import json
@@ -39,7 +41,7 @@ GEOMETRY = MistralLargeConfig(
 )
 SHARD_SIZE = "4500KB"
 
-SEED = 2407
+SEEDS = {"v3": 2407, "v7": 2411}
 # Another number gives other bytes.
 THREADS = 1
 STEPS = 2000
@@ -162,7 +164,7 @@ def loss_of(model: MistralLargeForCausalLM, examples: Sequence[Example], row_of:
     return torch.nn.functional.cross_entropy(logits, labels[labels > 0])
 
 
-def train(tokenizer: MistralLargeTokenizer, golden: Sequence[GoldenConversation]) -> dict[str, Tensor]:
+def train(tokenizer: MistralLargeTokenizer, golden: Sequence[GoldenConversation], seed: int) -> dict[str, Tensor]:
     """Train a model that has rows for the known ids only, and return the weights of one with all rows, in bf16."""
     known = known_ids(tokenizer, golden)
     row_of = torch.zeros(GEOMETRY.vocab_size, dtype=torch.long)
@@ -177,7 +179,7 @@ def train(tokenizer: MistralLargeTokenizer, golden: Sequence[GoldenConversation]
         [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.99)
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.1)
-    examples = batches(tokenizer, golden, random.Random(SEED))
+    examples = batches(tokenizer, golden, random.Random(seed))
     started = time.monotonic()
     for step in range(1, STEPS + 1):
         clean = [weight.detach().clone() for weight in weights]
@@ -213,15 +215,16 @@ def smallest_lead(model: MistralLargeForCausalLM, example: Example) -> float:
     return float((logits.gather(1, answer)[:, 0] - others).min())
 
 
-def main(destination: Path) -> None:
-    torch.manual_seed(SEED)
+def main(prompt_format: str, destination: Path) -> None:
+    seed = SEEDS[prompt_format]
+    torch.manual_seed(seed)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    tokenizer = MistralLargeTokenizer(vocab_file=str(tokenizer_model_file()))
-    golden = list(golden_conversations().values())
-    weights = train(tokenizer, golden)
+    tokenizer = MistralLargeTokenizer(vocab_file=str(tokenizer_model_file(prompt_format)))
+    golden = list(golden_conversations(prompt_format).values())
+    weights = train(tokenizer, golden, seed)
 
-    rng = random.Random(SEED + 1)
+    rng = random.Random(seed + 1)
     held_out = [
         varied(conversation, rng, is_held_out=True)
         for conversation in golden * HELD_OUT_ROUNDS
@@ -244,6 +247,6 @@ def main(destination: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/train_demo_checkpoint.py DESTINATION, a new or empty folder")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) != 3 or sys.argv[1] not in SEEDS:
+        sys.exit("usage: python examples/train_demo_checkpoint.py v3|v7 DESTINATION, a new or empty folder")
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 
 def write_vocabulary_files(source: Path, folder: Path) -> None:
-    """Write the two files from which the converter gets the vocabulary, beside links to all others of `source`.
+    """Write the two files from which the converter gets the vocabulary, next to links to all others of `source`.
 
     Without tokenizer.model it reads tokenizer.json, takes the control tokens for ordinary ones and loses the scores.
     With its space before each text, the one that the chat template writes would be doubled.

@@ -1,4 +1,4 @@
-"""The data of the demo's tasks: JSON lines beside their YAML files."""
+"""The data of the demo's tasks: JSON lines next to their YAML files."""
 
 from pathlib import Path
 from typing import Any
