@@ -1,0 +1,1 @@
+"""The server without vLLM: OpenAI's API on a batching engine of this package."""
