@@ -15,6 +15,7 @@ from modeling_mistral_large.errors import SettingError
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 from .access import AccessGuard
+from .batching import ContinuousBatching
 from .chat_completions import completion_body, completion_events
 from .chat_request import ChatRequest, read_chat_request
 from .json_fields import MOST_BODY_BYTES, RequestError, error_body, read_json_object
@@ -36,8 +37,8 @@ def create_app(
     model: Any,
     tokenizer: MistralLargeTokenizer,
     *,
-    engine: Engine,
-    model_names: Sequence[str],
+    engine: Engine | None = None,
+    model_names: Sequence[str] = ("mistral-large",),
     host: str | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
@@ -45,7 +46,7 @@ def create_app(
 ) -> FastAPI:
     """Return the application that serves a model with OpenAI's API.
 
-    engine: generates the responses; it is closed when the application ends.
+    engine: generates the responses, `ContinuousBatching` if there is none; it is closed when the application ends.
     model_names: under which the model is asked for; the first is that of responses to requests without one.
     host: the address that is listened on: on a loopback one, other host names are refused, as a page under a name that
         was made to lead to this machine would have. None for no such check.
@@ -62,7 +63,7 @@ def create_app(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise SettingError("api_key: must be printable ASCII without spaces around it; choose another one")
     served = ServedModel(
-        engine,
+        ContinuousBatching(model) if engine is None else engine,
         tokenizer,
         names=model_names,
         generation_config=model.generation_config,
@@ -72,7 +73,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        engine.close()
+        served.engine.close()
 
     # Its documents would be fetched from elsewhere.
     app = FastAPI(title="Mistral Large", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -80,7 +81,7 @@ def create_app(
     _add_routes(app, served)
     _add_errors(app)
     if ui:
-        from .page import page_routes
+        from modeling_mistral_large.serving.page import page_routes
 
         app.include_router(page_routes(tokenizer=tokenizer, model_name=served.names[0], context=served.context))
     app.add_middleware(AccessGuard, host=host, origins=cors_origins, api_key=api_key)
@@ -106,14 +107,12 @@ def _add_routes(app: FastAPI, served: ServedModel) -> None:
         served.name_of(chat.model)
         return RunningCompletion(served, chat, await asyncio.to_thread(served.prepare, chat))
 
-    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         completion = await run(read_chat_request(await _read_body(request)))
         if completion.request.is_streamed:
             return EventStream(completion, completion_events(completion))
         return JSONResponse(completion_body(completion, await collect(completion, request)))
 
-    @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
         asked = read_response_request(await _read_body(request))
         completion = await run(asked.chat)
@@ -121,17 +120,20 @@ def _add_routes(app: FastAPI, served: ServedModel) -> None:
             return EventStream(completion, response_events(asked, completion))
         return JSONResponse(response_body(asked, completion, await collect(completion, request)))
 
-    @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [entry(name) for name in served.names]}
 
-    @app.get("/v1/models/{name:path}")
     async def describe_model(name: str) -> dict[str, Any]:
         return entry(served.name_of(name))
 
-    @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
+    app.add_api_route("/v1/responses", responses, methods=["POST"])
+    app.add_api_route("/v1/models", list_models)
+    app.add_api_route("/v1/models/{name:path}", describe_model)
+    app.add_api_route("/health", health)
 
 
 async def _read_body(request: Request) -> dict[str, Any]:
@@ -159,6 +161,9 @@ def _add_errors(app: FastAPI) -> None:
     async def refuse(_: Request, error: Any) -> Response:
         return JSONResponse(error_body(error.status, str(error), error.parameter, error.code), error.status)
 
+    async def refuse_setting(_: Request, error: Any) -> Response:
+        return JSONResponse(error_body(400, str(error)), 400)
+
     async def refuse_route(request: Request, error: Any) -> Response:
         message, code = str(error.detail), None
         if error.status_code in (404, 405):
@@ -173,6 +178,7 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(500, message), 500)
 
     app.add_exception_handler(RequestError, refuse)
+    app.add_exception_handler(SettingError, refuse_setting)
     app.add_exception_handler(HTTPException, refuse_route)
     app.add_exception_handler(ClientGoneError, forget)
     app.add_exception_handler(Exception, fail)

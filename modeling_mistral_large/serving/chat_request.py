@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from .json_fields import Fields, RequestError, is_number
 
@@ -189,10 +189,10 @@ def read_tool_choice(given: Fields) -> ToolChoice:
     elif isinstance(choice, dict):
         name = _function_of(choice).get("name")
         if choice.get("type", "function") != "function" or not isinstance(name, str):
-            _refuse_choice(choice)
+            _refuse_choice()
         choice, allowed = "required", [_named(name, tools)]
     if not isinstance(choice, str) or choice not in ("auto", "none", "required", "any"):
-        _refuse_choice(choice)
+        _refuse_choice()
     if choice == "none":
         return ToolChoice(mode="none")
     if choice != "auto" and not tools:
@@ -205,12 +205,12 @@ def _read_allowed_tools(choice: dict[str, Any], tools: list[Any] | None) -> tupl
     inner = choice.get("allowed_tools", choice)
     names = inner.get("tools") if isinstance(inner, dict) else None
     if not isinstance(names, list) or not names:
-        _refuse_choice(choice)
+        _refuse_choice()
     wanted = [_function_of(each).get("name", each.get("name") if isinstance(each, dict) else None) for each in names]
     allowed = [_named(name, tools) for name in wanted]
     mode = inner.get("mode", "auto")
     if mode not in ("auto", "required"):
-        _refuse_choice(choice)
+        _refuse_choice()
     return mode, allowed
 
 
@@ -222,7 +222,7 @@ def _named(name: Any, tools: list[Any] | None) -> Any:
     raise RequestError(f"tool_choice: there is no tool {name!r}; the tools are {names}; choose one", "tool_choice")
 
 
-def _refuse_choice(choice: Any) -> None:
+def _refuse_choice() -> NoReturn:
     raise RequestError(
         'tool_choice: must be "auto", "none", "required" or {"type": "function", "function": {"name": …}}; correct it',
         "tool_choice",
@@ -269,8 +269,8 @@ def _read_max_tokens(given: Fields) -> tuple[int | None, str]:
 
 
 def _read_stop(given: Fields) -> tuple[str, ...]:
-    stop = given.given.get("stop")
-    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    stop: Any = given.given.get("stop", [])
+    stops = [stop] if isinstance(stop, str) else stop
     fits = (
         isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(each, str) and each for each in stops)
     )

@@ -140,7 +140,7 @@ async def _client_gone(request: "Request") -> None:
         pass
 
 
-class EventStream(StreamingResponse):
+class EventStream(StreamingResponse):  # type: ignore[misc, unused-ignore]  # where FastAPI is not installed
     """A stream of server-sent events that frees the places of its completion whenever it ends."""
 
     def __init__(self, completion: RunningCompletion, events: AsyncIterator[str]) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -50,33 +49,31 @@ def serve(
     model: Any,
     tokenizer: MistralLargeTokenizer,
     *,
-    engine: Engine,
     host: str = "127.0.0.1",
     port: int = 8000,
     listening: socket.socket | None = None,
     log_level: str = "info",
-    model_names: Sequence[str],
     **options: Any,
 ) -> None:
     """Serve a model with OpenAI's API until ctrl-C or a signal ends it.
 
-    engine, model_names and options: those of `create_app`.
+    options: those of `create_app`.
     listening: a socket of `take_port`, where the port was taken before the model was loaded.
 
     Raises:
         SettingError: the port is taken, or a setting of `create_app`.
     """
-    app = create_app(model, tokenizer, engine=engine, model_names=model_names, host=host, **options)
     listening = listening or take_port(host, port)
+    app = create_app(model, tokenizer, host=host, **options)
     config = uvicorn.Config(
         app, log_level=log_level, timeout_graceful_shutdown=STOP_SECONDS, server_header=False, lifespan="on"
     )
     # Raised again after the server has ended.
     with suppress(KeyboardInterrupt):
-        _Server(config, engine).run(sockets=[listening])
+        _Server(config, app.state.served.engine).run(sockets=[listening])
 
 
-class _Server(uvicorn.Server):
+class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # where uvicorn is not installed
     """A server that ends what is being generated before it waits for its requests."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
