@@ -72,9 +72,8 @@ class ServerSettings:
 
         for origin in self.cors_origins:
             parts = urlsplit(origin)
-            if origin != "*" and (
-                parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"
-            ):
+            is_site = parts.scheme in ("http", "https") and parts.netloc != ""
+            if origin != "*" and not (is_site and origin == f"{parts.scheme}://{parts.netloc}"):
                 raise SettingError(f"--cors-origin {origin}: must be * or a site as https://chat.example; correct it")
         if drafting is None:
             return
