@@ -88,6 +88,7 @@ setup(
     package_data={
         "modeling_mistral_large": ["py.typed"],
         "modeling_mistral_large.calibration": ["default.jsonl"],
+        "modeling_mistral_large.serving.page": ["static/*"],
         "mistral_large_conversion": ["py.typed", "licence/*"],
         "mistral_large_conversion.chat_templates": ["*.jinja", "*.json"],
         "mistral_large_cli": ["py.typed", "demo_checkpoint/*", "demo_checkpoint_v7/*"],
