@@ -11,8 +11,8 @@ import typer
 
 from .model_argument import check_adapter, check_model
 from .options import (
-    TORCH_DTYPES,
     DTYPES,
+    TORCH_DTYPES,
     Adapter,
     CacheDir,
     Dtype,
@@ -57,12 +57,19 @@ def serve(
         list[str] | None, typer.Option(help="Name of the model in requests instead of MODEL; several may be given.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights instead of the checkpoint's.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Our server: where the weights go, as accelerate names it.")] = None,
-    kv: Annotated[Literal["auto", "fp8"] | None, typer.Option(help="Our server: KV-cache dtype, the model's or FP8.")] = None,
-    prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Our server: most tokens of a prompt read between two steps of the others.")
+    device_map: Annotated[
+        str | None, typer.Option(help="Our server: where the weights go, as accelerate names it.")
     ] = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Our server: most responses at once; others wait.")] = None,
+    kv: Annotated[
+        Literal["auto", "fp8"] | None, typer.Option(help="Our server: KV-cache dtype, the model's or FP8.")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Our server: most tokens of a prompt read between two steps of the others."),
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Our server: most responses at once; others wait.")
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Our server: site whose pages may ask, * for all; several may be given.")
     ] = None,
@@ -151,7 +158,7 @@ def announce(engine: str, host: str, port: int, name: str, *, has_key: bool, ui:
         )
     asked = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     request = json.dumps({"model": name, "messages": [{"role": "user", "content": "Who are you?"}]})
-    key = f" -H \"Authorization: Bearer ${API_KEY_VARIABLE}\"" if has_key else ""
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if has_key else ""
     typer.echo(f"{engine} on {host}:{port}. When it is up:\n")
     if ui:
         typer.echo(f"http://{asked}:{port}/ is a chat page\n")

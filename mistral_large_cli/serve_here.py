@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .speculation import Drafting
 
@@ -72,7 +72,8 @@ class ServerSettings:
 
         for origin in self.cors_origins:
             parts = urlsplit(origin)
-            if origin != "*" and (parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}"):
+            is_site = parts.scheme in ("http", "https") and parts.netloc != ""
+            if origin != "*" and not (is_site and origin == f"{parts.scheme}://{parts.netloc}"):
                 raise SettingError(f"--cors-origin {origin}: must be * or a site as https://chat.example; correct it")
         if drafting is None:
             return
@@ -161,7 +162,8 @@ def make_engine(
         from modeling_mistral_large.serving.batching import ContinuousBatching
 
         max_batch = settings.max_batch or DEFAULT_MAX_BATCH
-        return ContinuousBatching(model, max_batch=max_batch, prefill_chunk=chunk, kv=settings.kv or "auto")
+        kv: Literal["auto", "fp8"] = "fp8" if settings.kv == "fp8" else "auto"
+        return ContinuousBatching(model, max_batch=max_batch, prefill_chunk=chunk, kv=kv)
     from modeling_mistral_large.serving.one_by_one import OneByOne
 
     options = drafting.generate_options(model, tokenizer, load_model, **place)

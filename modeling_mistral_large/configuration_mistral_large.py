@@ -323,17 +323,6 @@ def read_for_auto_classes(found: dict[str, Any], source: Any, options: dict[str,
     return read_consolidated(source, options) if Path(source).is_dir() and not is_another_model(found) else None
 
 
-def read_any_of_ours(found: dict[str, Any], source: Any, options: dict[str, Any]) -> dict[str, Any] | None:
-    """What `read_for_auto_classes` returns, and of any config.json of type `mistral` that fits, whatever the name.
-
-    Raises:
-        CheckpointError: a params.json that is not a Mistral Large geometry.
-    """
-    if found.get("model_type") == STOCK_TYPE and is_mistral_large(found):
-        return read_consolidated(source, options) or own_fields(found, source)
-    return read_for_auto_classes(found, source, options)
-
-
 def check_config(config: Any) -> None:
     """Check the config that a model is made of or saved with.
 

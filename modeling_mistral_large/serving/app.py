@@ -11,14 +11,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from modeling_mistral_large.errors import SettingError
+from modeling_mistral_large.errors import MistralLargeError, SettingError
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 from .access import AccessGuard
 from .batching import ContinuousBatching
 from .chat_completions import completion_body, completion_events
 from .chat_request import ChatRequest, read_chat_request
-from .json_fields import MOST_BODY_BYTES, RequestError, error_body, read_json_object
+from .json_fields import MOST_BODY_BYTES, RequestError, error_body, failure_body, read_json_object
 from .requests import Engine
 from .responses_api import response_body, response_events
 from .responses_request import read_response_request
@@ -158,11 +158,9 @@ async def _read_body(request: Request) -> dict[str, Any]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    async def refuse(_: Request, error: Any) -> Response:
-        return JSONResponse(error_body(error.status, str(error), error.parameter, error.code), error.status)
-
-    async def refuse_setting(_: Request, error: Any) -> Response:
-        return JSONResponse(error_body(400, str(error)), 400)
+    async def refuse(_: Request, error: Exception) -> Response:
+        status, body = failure_body(error)
+        return JSONResponse(body, status)
 
     async def refuse_route(request: Request, error: Any) -> Response:
         message, code = str(error.detail), None
@@ -173,12 +171,7 @@ def _add_errors(app: FastAPI) -> None:
     async def forget(*_: Any) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    async def fail(_: Request, error: Exception) -> Response:
-        message = f"{type(error).__name__}: the response could not be generated; the server's log has more"
-        return JSONResponse(error_body(500, message), 500)
-
-    app.add_exception_handler(RequestError, refuse)
-    app.add_exception_handler(SettingError, refuse_setting)
+    app.add_exception_handler(MistralLargeError, refuse)
     app.add_exception_handler(HTTPException, refuse_route)
     app.add_exception_handler(ClientGoneError, forget)
-    app.add_exception_handler(Exception, fail)
+    app.add_exception_handler(Exception, refuse)

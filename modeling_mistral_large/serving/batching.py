@@ -7,8 +7,6 @@ all rows at once; attention runs row by row over the row's own cache, so nothing
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,10 +15,10 @@ from torch import Tensor
 
 from modeling_mistral_large.errors import GenerationError, SettingError
 from modeling_mistral_large.inference.growing_cache import RaggedCache
-from modeling_mistral_large.serving.requests import GeneratedToken, GenerationRequest
-from modeling_mistral_large.serving.slots import Job, Slot, SlotPool
-from modeling_mistral_large.serving.token_choice import TokenChooser, choose_tokens
-from modeling_mistral_large.serving.token_stream import Outbox, TokenStream, check_request
+from modeling_mistral_large.serving.engine_thread import EngineThread, Job
+from modeling_mistral_large.serving.requests import GeneratedToken
+from modeling_mistral_large.serving.slots import Slot, SlotPool
+from modeling_mistral_large.serving.token_choice import choose_tokens
 from modeling_mistral_large.transformers_api import attention_implementation, cache_argument
 
 # A forward of few tokens takes as long as one of so many more: the time goes into reading the weights.
@@ -28,7 +26,7 @@ LEAST_COST = 16
 ATTENTION = ("sdpa", "eager")
 
 
-class ContinuousBatching:
+class ContinuousBatching(EngineThread):
     """An `Engine` that generates many responses at once with a model in this process.
 
     max_batch: the most responses at once; more wait.
@@ -57,87 +55,44 @@ class ContinuousBatching:
                 f"attention {attention!r}: rows of a batch have caches of their own lengths here, which sdpa and eager "
                 "take; load the model with attn_implementation='sdpa'"
             )
-        self._model, self._prefill_chunk = model, prefill_chunk
+        self._prefill_chunk = prefill_chunk
         self._pool = SlotPool(model.config, max_batch, fp8=kv == "fp8", max_cached_tokens=max_cached_tokens)
         self._end_ids = end_ids(model)
-        self._outbox = Outbox()
-        self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()
-        self._is_closed = False
         self._steps = 0
-        self._thread = threading.Thread(target=self._run, name="continuous batching", daemon=True)
-        self._thread.start()
+        super().__init__(model)
 
-    def submit(self, request: GenerationRequest) -> TokenStream:
-        """Queue a request; called in the thread of a running event loop.
-
-        Raises SettingError for one that cannot be served, and ValueError for settings that no token can be chosen by.
-        """
-        check_request(self._model, request)
-        job = Job(request, TokenStream(self._wake), TokenChooser(request, self._model.device))
+    def check(self, job: Job) -> None:
+        """Raise SettingError for a request that the caches never have room for."""
         limit = self._pool.max_cached_tokens
         if limit is not None and job.reserved_tokens > limit:
             raise SettingError(
-                f"a request of {len(request.prompt)} tokens and {request.max_new_tokens} new ones: the caches hold "
-                f"{limit}; ask for fewer tokens"
+                f"a request of {len(job.request.prompt)} tokens and {job.request.max_new_tokens} new ones: the caches "
+                f"hold {limit}; shorten the prompt, ask for fewer tokens, or give the caches more"
             )
-        with self._changed:
-            if self._is_closed:
-                raise GenerationError("the engine is closed; it takes no requests any more")
-            self._waiting.append(job)
-            self._changed.notify()
-        return job.stream
 
-    def close(self) -> None:
-        """End all responses and the thread, after the forward pass that runs now."""
-        self._is_closed = True
-        self._wake()
-        self._thread.join()
+    def jobs(self) -> list[Job]:
+        """The jobs in the batch."""
+        return [slot.job for slot in self._pool if slot.job is not None]
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify()
+    def fail_all(self, error: Exception) -> None:
+        """End all jobs in the batch by an error."""
+        for slot in self._pool.busy:
+            self._fail(slot, error)
 
-    def _run(self) -> None:
-        with torch.no_grad():
-            while self._wait():
-                try:
-                    self._step()
-                # Nothing that one step meets may leave the others without a thread.
-                except Exception as error:
-                    for slot in self._pool.busy:
-                        self._fail(slot, error)
-                    self._outbox.send()
-        for job in [*self._waiting, *(slot.job for slot in self._pool.busy if slot.job is not None)]:
-            self._outbox.put(job.stream, None)
-        self._outbox.send()
-
-    def _wait(self) -> bool:
-        """Wait until there is something to do; return whether the engine goes on."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._waiting or self._pool.busy)
-            return not self._is_closed
-
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Let go of cancelled jobs, place new ones, read at most a chunk of prompts, and then a token of each job."""
         self._steps += 1
-        self._drop_cancelled()
-        self._place_waiting()
-        self._read_prompts()
-        self._decode()
-        self._outbox.send()
-
-    def _drop_cancelled(self) -> None:
         for slot in self._pool.busy:
             if slot.job is not None and slot.job.stream.is_cancelled:
                 self._pool.release(slot)
-        with self._changed:
-            gone = [job for job in self._waiting if job.stream.is_cancelled]
-            for job in gone:
-                self._waiting.remove(job)
+        self.drop_cancelled()
+        self._place_waiting()
+        self._read_prompts()
+        self._decode()
 
     def _place_waiting(self) -> None:
-        while self._waiting:
-            job = self._waiting.popleft()
+        while self.waiting:
+            job = self.waiting.popleft()
             job.begun = self._steps
             try:
                 slot = self._pool.place(job)
@@ -145,7 +100,7 @@ class ContinuousBatching:
                 slot = next(slot for slot in self._pool.busy if slot.job is job)
                 self._fail(slot, error)
             if slot is None:
-                self._waiting.appendleft(job)
+                self.waiting.appendleft(job)
                 return
 
     def _read_prompts(self) -> None:
@@ -191,7 +146,7 @@ class ContinuousBatching:
         if len(slots) == 1:
             logits = self._logits(tokens, slots[0].cache)
         else:
-            positions = torch.tensor([[len(slot.ids)] for slot in slots], device=self._model.device)
+            positions = torch.tensor([[len(slot.ids)] for slot in slots], device=self.model.device)
             logits = self._logits(tokens, RaggedCache([slot.cache for slot in slots]), position_ids=positions)
         for slot, (token,) in zip(slots, tokens, strict=True):
             slot.ids.append(token)
@@ -199,8 +154,8 @@ class ContinuousBatching:
 
     def _logits(self, tokens: list[list[int]], cache: Any, **options: Any) -> Tensor:
         """Read tokens [rows, tokens] and return the logits [rows, vocabulary] after the last one of each row."""
-        input_ids = torch.tensor(tokens, device=self._model.device)
-        outputs = self._model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options, **cache_argument(cache))
+        input_ids = torch.tensor(tokens, device=self.model.device)
+        outputs = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **options, **cache_argument(cache))
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
@@ -240,11 +195,11 @@ class ContinuousBatching:
     def _take(self, slot: Slot, job: Job, token: GeneratedToken) -> None:
         job.tokens.append(token.id)
         if token.id in self._end_ids:
-            self._outbox.put(job.stream, token, "stop")
+            self.outbox.put(job.stream, token, "stop")
         elif len(job.tokens) == job.reserved_tokens:
-            self._outbox.put(job.stream, token, "length")
+            self.outbox.put(job.stream, token, "length")
         else:
-            self._outbox.put(job.stream, token)
+            self.outbox.put(job.stream, token)
             return
         self._pool.release(slot)
 
@@ -252,7 +207,7 @@ class ContinuousBatching:
         """End a job by an error, and free its memory."""
         assert slot.job is not None
         # A traceback holds the tensors of the forward.
-        self._outbox.put(slot.job.stream, error.with_traceback(None))
+        self.outbox.put(slot.job.stream, error.with_traceback(None))
         slot.crop(0)
         self._pool.release(slot)
 

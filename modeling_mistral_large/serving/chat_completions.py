@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from .completion_text import Delta
-from .json_fields import RequestError, error_body
-from .running import RunningCompletion, logger
+from .running import RunningCompletion, failure_of_stream
 
 
 def completion_body(completion: RunningCompletion, choices: list[Delta]) -> dict[str, Any]:
@@ -49,12 +48,8 @@ async def completion_events(completion: RunningCompletion) -> AsyncIterator[str]
                 calls[index] += 1
             if finish_reason is not None:
                 yield chunk(index, {}, finish_reason=finish_reason)
-    except RequestError as error:
-        yield event(error_body(error.status, str(error), error.parameter, error.code))
-        return
     except Exception as error:
-        logger.exception("a response could not be generated")
-        yield event(error_body(500, f"{type(error).__name__}: the response could not be generated"))
+        yield event(failure_of_stream(error))
         return
     if completion.request.includes_usage:
         yield event({**head, "choices": [], "usage": completion.usage()})

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from modeling_mistral_large.errors import MistralLargeError
+from modeling_mistral_large.errors import MistralLargeError, SettingError
 
 # A prompt of 131,072 tokens has less than a megabyte of text.
 MOST_BODY_BYTES = 32 * 2**20
@@ -30,6 +30,18 @@ def error_body(status: int, message: str, parameter: str | None = None, code: st
     """Return an error in the shape of OpenAI's API."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
+
+
+def failure_body(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Return the HTTP status and the body of the response to a request that has met an error."""
+    if isinstance(error, RequestError):
+        return error.status, error_body(error.status, str(error), error.parameter, error.code)
+    if isinstance(error, SettingError):
+        return 400, error_body(400, str(error))
+    if isinstance(error, MistralLargeError):
+        return 500, error_body(500, str(error))
+    message = f"{type(error).__name__}: the response could not be generated; the server's log has more"
+    return 500, error_body(500, message)
 
 
 def read_json_object(body: bytes) -> dict[str, Any]:

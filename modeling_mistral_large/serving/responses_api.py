@@ -7,9 +7,8 @@ from typing import Any
 
 from .chat_completions import call_function
 from .completion_text import Delta
-from .json_fields import RequestError
 from .responses_request import ResponseRequest
-from .running import RunningCompletion, logger
+from .running import RunningCompletion, failure_of_stream
 
 
 def response_body(asked: ResponseRequest, completion: RunningCompletion, choices: list[Delta]) -> dict[str, Any]:
@@ -168,13 +167,10 @@ async def response_events(asked: ResponseRequest, completion: RunningCompletion)
                 events += stream.call(call)
             for each in events:
                 yield each
-    except RequestError as error:
-        yield stream.event("error", code=error.code, message=str(error), param=error.parameter)
-        return
     except Exception as error:
-        logger.exception("a response could not be generated")
-        message = f"{type(error).__name__}: the response could not be generated"
-        yield stream.event("error", code="server_error", message=message, param=None)
+        problem = failure_of_stream(error)["error"]
+        code = problem["code"] or problem["type"]
+        yield stream.event("error", code=code, message=problem["message"], param=problem["param"])
         return
     for each in stream.end_message(is_needed=True):
         yield each

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import StreamingResponse
 
+from modeling_mistral_large.errors import MistralLargeError
+
 from .chat_request import ChatRequest
 from .completion_text import CompletionReader, Delta
-from .json_fields import RequestError
+from .json_fields import RequestError, failure_body
 from .served_model import Prepared, ServedModel
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from .requests import Generation
 
-logger = logging.getLogger("uvicorn.error")
+_logger = logging.getLogger("uvicorn.error")
 
 
 class ClientGoneError(Exception):
@@ -104,6 +106,14 @@ class RunningCompletion:
             generation.cancel()
         for task in self._tasks:
             task.cancel()
+
+
+def failure_of_stream(error: Exception) -> dict[str, Any]:
+    """Return the body of an error that ends a stream, whose status has been sent; one of ours is logged."""
+    status, body = failure_body(error)
+    if status >= 500 and not isinstance(error, MistralLargeError):
+        _logger.error("a response could not be generated", exc_info=error)
+    return body
 
 
 async def collect(completion: RunningCompletion, request: "Request") -> list[Delta]:

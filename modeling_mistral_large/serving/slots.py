@@ -6,27 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from modeling_mistral_large.inference.growing_cache import GrowingCache
-from modeling_mistral_large.serving.requests import GenerationRequest
-from modeling_mistral_large.serving.token_choice import TokenChooser
-from modeling_mistral_large.serving.token_stream import TokenStream
-
-
-class Job:
-    """A request in the engine, and its response so far.
-
-    tokens: of prompt and response.
-    """
-
-    def __init__(self, request: GenerationRequest, stream: TokenStream, chooser: TokenChooser) -> None:
-        self.request, self.stream, self.chooser = request, stream, chooser
-        self.tokens = list(request.prompt)
-        # The engine's step in which it came into the batch.
-        self.begun = 0
-
-    @property
-    def reserved_tokens(self) -> int:
-        """The most tokens it can have in the cache."""
-        return len(self.request.prompt) + self.request.max_new_tokens
+from modeling_mistral_large.serving.engine_thread import Job
 
 
 class Slot:

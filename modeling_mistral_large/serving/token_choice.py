@@ -140,7 +140,7 @@ def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser]) -> list[Gene
         else:
             tokens, marks = _drawn(scores, [choosers[row] for row in rows])
         for row, token, is_number in zip(rows, tokens, marks.isfinite().tolist(), strict=True):
-            results[row] = _token(token, logits[row], choosers[row]) if is_number else _no_choice()
+            results[row] = described(token, logits[row], choosers[row]) if is_number else no_choice()
     for chooser, result in zip(choosers, results, strict=True):
         if isinstance(result, GeneratedToken):
             chooser.append(result.id)
@@ -174,7 +174,7 @@ def _drawn(scores: Tensor, choosers: Sequence[TokenChooser]) -> tuple[list[int],
     return torch.cat(drawn).tolist(), marks
 
 
-def _token(token: int, logits: Tensor, chooser: TokenChooser) -> GeneratedToken:
+def described(token: int, logits: Tensor, chooser: TokenChooser) -> GeneratedToken:
     """A chosen token, with what the model itself thinks of it where that was asked for; logits are [vocabulary]."""
     if chooser.top_logprobs is None:
         return GeneratedToken(token)
@@ -184,7 +184,7 @@ def _token(token: int, logits: Tensor, chooser: TokenChooser) -> GeneratedToken:
     return GeneratedToken(token, float(logprobs[token]), top)
 
 
-def _no_choice() -> GenerationError:
+def no_choice() -> GenerationError:
     return GenerationError(
         "the response: no token can be chosen, as all scores are -inf, or some are NaN or infinite; check the weights, "
         "and loosen logit_bias and constraints"

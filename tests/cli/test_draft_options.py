@@ -176,7 +176,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What would have been started: processes and servers do not come back."""
     calls: list[Any] = []
     monkeypatch.setattr("os.execv", lambda _, command: calls.append(command))
-    monkeypatch.setattr(SERVE, "serve_with_transformers", lambda model, **rest: calls.append(rest))
+    monkeypatch.setattr(SERVE, "serve_here", lambda model, **rest: calls.append(rest))
     monkeypatch.setattr(SERVE, "choose_engine", lambda engine: engine)
     return calls
 
@@ -217,7 +217,7 @@ def test_vllm_reads_a_draft_in_the_layout_of_the_model_only(demo_folder: Path, t
         Drafting(str(folder)).vllm_options(str(demo_folder))
 
 
-def test_the_server_of_transformers_gets_the_draft(demo_folder: Path, started: list[Any]) -> None:
+def test_our_server_gets_the_draft(demo_folder: Path, started: list[Any]) -> None:
     serve(str(demo_folder), "--engine", "transformers", "--draft", str(demo_folder), "--draft-tokens", "6")
     serve(str(demo_folder), "--engine", "transformers", "--lookup")
     assert [call["drafting"] for call in started] == [Drafting(str(demo_folder), 6), Drafting(None)]

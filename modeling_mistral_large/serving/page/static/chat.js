@@ -1,9 +1,10 @@
 // The page: what is typed and pressed, and what is shown.
 
 import { apiKey, getSettings, postJson, setApiKey, streamChat } from './api.js';
-import { Conversation, Response, format, isJson } from './conversation.js';
+import { Conversation, Response } from './conversation.js';
+import { RunningView, editView, isSending, messageView, resultsForm, setNote, welcome } from './messages.js';
 import { readPrompt, showPrompt } from './prompt.js';
-import { MarkdownView, button, callView, copy, editForm, element } from './view.js';
+import { element } from './view.js';
 
 const SAMPLING = ['temperature', 'top_p', 'top_k', 'min_p', 'max_tokens', 'seed'];
 const NARROW = matchMedia('(max-width: 899px)');
@@ -11,13 +12,10 @@ const HINT = 'Enter sends, Shift+Enter begins a new line, Escape stops';
 const get = (id) => document.getElementById(id);
 
 const conversation = new Conversation();
-// Of messages: the elements of their texts, and what is said below them.
-const views = new WeakMap();
-const notes = new WeakMap();
 let server = { model: '', context: 0 };
 let running = null; // The response that comes, and what stops it.
 let editing = null; // The message that is being edited.
-let typed = new Map(); // Results that are being typed in, by the index of the call.
+let typed = new Map(); // Results that are being typed in, by the index of their call.
 let toolsError = '';
 let isSaved = true;
 
@@ -25,134 +23,35 @@ let isSaved = true;
 
 function show() {
   const log = get('messages');
-  const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  const wasAtEnd = isAtEnd();
   const { messages } = conversation;
-  const shown = messages.map((message, index) => messageView(message, index));
-  if (running) shown.push(runningView());
-  else if (!messages.length) shown.push(welcome());
-  else if (!editing) shown.push(...pendingView());
+  const pending = running ? [] : conversation.pendingCalls();
+  const shown = messages.map((message, index) => (message === editing
+    ? editView(message, (changed) => keepEdit(index, changed), cancelEdit)
+    : messageView(message, running ? null : {
+      edit: () => { editing = message; show(); log.querySelector('.edit textarea').focus(); },
+      regenerate: () => { truncate(index); respond(); },
+      proceed: index === messages.length - 1 ? () => respond(message) : null,
+    })));
+  if (running) shown.push(running.view.root);
+  else if (!messages.length) shown.push(welcome(server.model));
+  else if (pending.length && !editing) shown.push(resultsForm(pending, typed, sendResults));
   log.replaceChildren(...shown);
   log.setAttribute('aria-busy', String(Boolean(running)));
-  if (isAtEnd) log.scrollTop = log.scrollHeight;
-  const isPending = !running && conversation.pendingCalls().length > 0;
+  if (wasAtEnd) toEnd();
   get('send').hidden = Boolean(running);
   get('stop').hidden = !running;
-  get('input').disabled = isPending;
-  get('input').placeholder = isPending ? 'The calls above wait for their results' : 'Message';
+  get('input').disabled = get('send').disabled = pending.length > 0;
+  get('input').placeholder = pending.length ? 'The calls above wait for their results' : 'Message';
   for (const id of ['new', 'open', 'save', 'show-prompt']) get(id).disabled = Boolean(running);
 }
 
-function messageView(message, index) {
-  if (message === editing) return editView(message, index);
-  const { role, content } = message;
-  const root = element('article', { className: `message ${role}`, 'aria-label': role });
-  if (role === 'assistant') {
-    if (content) root.append(markdownView(message));
-    root.append(...(message.tool_calls ?? []).map(callView));
-  } else {
-    if (role !== 'user') root.append(element('div', { className: 'tag' }, role === 'tool' ? 'result' : role));
-    root.append(element('div', { className: 'text plain', dir: 'auto' }, content));
-  }
-  const actions = element('div', { className: 'actions' });
-  if (notes.get(message)) actions.append(element('span', { className: 'stats' }, notes.get(message)));
-  const copying = button('Copy', () => copy(content, copying));
-  actions.append(copying);
-  if (!running) {
-    actions.append(button('Edit', () => { editing = message; show(); root.isConnected || focusEdit(); }));
-    if (role === 'assistant') actions.append(button('Regenerate', () => { truncate(index); respond(); }));
-    if (role === 'assistant' && index === conversation.messages.length - 1 && !message.tool_calls) {
-      actions.append(button('Continue', () => respond(message), { title: 'Have the model go on after this text' }));
-    }
-  }
-  root.append(actions);
-  return root;
-}
+const isAtEnd = () => {
+  const log = get('messages');
+  return log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+};
 
-function markdownView(message) {
-  const view = views.get(message) ?? new MarkdownView();
-  views.set(message, view);
-  view.set(message.content);
-  return view.root;
-}
-
-function editView(message, index) {
-  const calls = message.tool_calls ?? [];
-  const fields = [{ name: `Text of the ${message.role} message`, text: message.content }];
-  fields.push(...calls.map((call) => ({
-    name: `Arguments of ${call.function.name}`, text: call.function.arguments, isShown: true,
-  })));
-  const isAnswered = message.role !== 'assistant';
-  const onDone = ([content, ...given]) => {
-    const wrong = given.find((text) => !isJson(text));
-    if (wrong !== undefined) {
-      showError(`Arguments must be JSON: ${wrong}`);
-      return;
-    }
-    const changed = { ...message, content };
-    if (calls.length) {
-      changed.tool_calls = calls.map((call, at) => ({ ...call, function: { ...call.function, arguments: given[at] } }));
-    }
-    editing = null;
-    truncate(index);
-    conversation.messages.push(changed);
-    if (isAnswered && !conversation.pendingCalls().length) respond();
-    else changedAlone();
-  };
-  const label = isAnswered ? 'Send' : 'Keep';
-  const form = editForm(fields, label, onDone, () => { editing = null; show(); });
-  form.title = 'What comes after this message is dropped';
-  return form;
-}
-
-function focusEdit() {
-  get('messages').querySelector('.edit textarea')?.focus();
-}
-
-// The response that comes: its text, its calls, and a sign of life before them.
-function runningView() {
-  const { response } = running;
-  const root = element('article', { className: 'message assistant', 'aria-label': 'assistant' });
-  if (response.message.content) root.append(markdownView(response.message));
-  for (const call of response.calls) if (call) root.append(callView(call));
-  root.append(element('div', { className: 'actions' }, running.life));
-  return root;
-}
-
-function pendingView() {
-  const calls = conversation.pendingCalls();
-  if (!calls.length) return [];
-  const areas = calls.map((call, index) => element('textarea', {
-    rows: 2, value: typed.get(index) ?? '', dir: 'auto', className: 'code',
-    'aria-label': `Result of ${call.function.name}`, placeholder: `Result of ${call.function.name}`,
-    oninput: (event) => typed.set(index, event.target.value),
-  }));
-  const submit = () => {
-    for (const [index, call] of calls.entries()) {
-      const result = { role: 'tool', content: areas[index].value };
-      if (call.id) result.tool_call_id = call.id;
-      conversation.messages.push(result);
-    }
-    typed = new Map();
-    respond();
-  };
-  const form = element('form', {
-    className: 'results', 'aria-label': 'Results of the calls',
-    onsubmit: (event) => { event.preventDefault(); submit(); },
-    onkeydown: (event) => { if (isSending(event)) { event.preventDefault(); submit(); } },
-  });
-  calls.forEach((call, index) => form.append(
-    element('span', { className: 'note' }, `Result of ${call.function.name}`), areas[index]));
-  form.append(element('div', { className: 'actions' },
-    element('button', { type: 'submit', className: 'main' }, calls.length > 1 ? 'Send results' : 'Send result')));
-  return [form];
-}
-
-function welcome() {
-  return element('div', { className: 'welcome' },
-    element('h2', {}, server.model ? `Chat with ${server.model.split('/').pop()}` : 'Chat'),
-    element('p', {}, 'Everything stays between this page and its server. '
-      + 'A conversation is gone when the page is closed, unless you save it.'));
-}
+const toEnd = () => { get('messages').scrollTop = get('messages').scrollHeight; };
 
 function showError(text) {
   get('error').hidden = !text;
@@ -181,11 +80,29 @@ async function countContext() {
 
 // --- what is done
 
-function changedAlone() {
-  isSaved = false;
+// Put a changed message in its place, without those after it, and go on where the model is next.
+function keepEdit(index, changed) {
+  editing = null;
+  truncate(index);
+  conversation.messages.push(changed);
+  if (changed.role !== 'assistant' && !conversation.pendingCalls().length) {
+    respond();
+    return;
+  }
   showError('');
   show();
   countContext();
+}
+
+function cancelEdit() {
+  editing = null;
+  show();
+}
+
+function sendResults(results) {
+  conversation.messages.push(...results);
+  typed = new Map();
+  respond();
 }
 
 function truncate(length) {
@@ -212,45 +129,36 @@ async function respond(begun = null) {
   const asked = begun ? [...conversation.messages, { ...begun, prefix: true }] : conversation.messages;
   const response = new Response(begun ? { ...begun } : undefined);
   const abort = new AbortController();
-  const life = element('span', { className: 'stats life' });
-  running = { response, abort, life };
+  const view = new RunningView(response);
+  running = { abort, view };
   isSaved = false;
-  const tick = () => {
-    const seconds = format((performance.now() - response.started) / 1000);
-    life.textContent = response.first === null ? `Reading the prompt, ${seconds} s` : `Writing, ${seconds} s`;
-  };
-  const timer = setInterval(tick, 100);
-  tick();
+  const timer = setInterval(() => view.update(), 100);
   get('status').textContent = 'The model responds';
-  const log = get('messages');
-  log.scrollTop = log.scrollHeight;
+  toEnd();
   show();
   let problem = '';
   let remark = '';
+  let wantsKey = false;
   try {
     const fields = { model: server.model, stream: true, stream_options: { include_usage: true }, ...sampling() };
     await streamChat(conversation.request(fields, asked), abort.signal, (chunk) => {
+      const wasAtEnd = isAtEnd();
       response.add(chunk);
-      showRunning();
+      view.update();
+      if (wasAtEnd) toEnd();
     });
   } catch (error) {
     if (error.name === 'AbortError') remark = 'stopped';
     else {
       problem = error.message;
       remark = 'interrupted';
-      if (error.status === 401) askForKey();
+      wantsKey = error.status === 401;
     }
   }
   clearInterval(timer);
   running = null;
   finish(response, begun, remark, problem);
-}
-
-function showRunning() {
-  const log = get('messages');
-  const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-  log.lastElementChild.replaceWith(runningView());
-  if (isAtEnd) log.scrollTop = log.scrollHeight;
+  if (wantsKey) askForKey();
 }
 
 function finish(response, begun, remark, problem) {
@@ -259,7 +167,7 @@ function finish(response, begun, remark, problem) {
     if (begun) conversation.messages.push(begun);
   } else {
     const { message } = response;
-    notes.set(message, [response.stats(), remark].filter(Boolean).join(' · '));
+    setNote(message, [response.stats(), remark].filter(Boolean).join(' · '));
     conversation.messages.push(message);
   }
   show();
@@ -269,7 +177,8 @@ function finish(response, begun, remark, problem) {
   const { usage } = response;
   if (usage && !remark) showContext(usage.prompt_tokens + usage.completion_tokens);
   else countContext();
-  (get('messages').querySelector('.results textarea') ?? get('input')).focus();
+  // Not while something else is being typed.
+  if (document.activeElement === document.body) (get('messages').querySelector('.results textarea') ?? get('input')).focus();
 }
 
 function send() {
@@ -279,11 +188,9 @@ function send() {
   get('input').value = '';
   editing = null;
   fit();
-  get('messages').scrollTop = get('messages').scrollHeight;
+  toEnd();
   respond();
 }
-
-const isSending = (event) => event.key === 'Enter' && !event.shiftKey && !event.isComposing;
 
 // The composer is as high as its text.
 function fit() {
@@ -322,10 +229,11 @@ async function openConversation(file) {
     editing = null;
     conversation.system = read.system;
     get('system').value = read.system;
-    await takeTools(read.tools);
-    changedAlone();
     isSaved = true;
-    get('messages').scrollTop = get('messages').scrollHeight;
+    showError('');
+    show();
+    toEnd();
+    await takeTools(read.tools);
   } catch (error) {
     showError(`${file.name}: ${error.message}`);
     get('retry').hidden = true;
