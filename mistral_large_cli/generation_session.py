@@ -131,57 +131,53 @@ class GenerationSession:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """Return the ids of a prompt."""
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, return_dict=False
-        )
-        return ids
+        return self._chat.prompt(messages, tools)
 
     def respond(
-        self, messages: Sequence[Message], tools: Sequence[Tool], show: Callable[[Any], None]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        show: Callable[[Any], None],
+        show_prefill: Callable[[int, int], None] | None = None,
     ) -> tuple[Message, bool]:
         """Generate the next message, hand its events to `show` as they come, and return it and whether it was stopped.
 
-        A response that was stopped calls no tools.
+        show_prefill: called with the tokens read and those of the prompt, between two chunks of it.
+
+        A response that was stopped calls no tools, and one that a stop string ends has none of it.
         """
         import torch
 
-        from mistral_large_conversion.errors import ConversationError
         from modeling_mistral_large.instruct.answer import AnswerStream
 
         prompt = self.prompt(messages, tools)
-        limit = self._model.config.max_position_embeddings
-        if len(prompt) >= limit:
-            raise ConversationError(
-                f"the conversation has {len(prompt)} tokens; the model reads fewer than {limit}; /reset starts anew"
-            )
         seed = int(torch.randint(2**31, (1,), generator=self._random))
-        stream = AnswerStream(self.tokenizer.pieces, rng=random.Random(seed))
-
-        if self.meter is not None:
-            self.meter.restart()
+        stream = StoppedText(AnswerStream(self.tokenizer.pieces, rng=random.Random(seed)), self.sampling.stop)
+        self.meter.restart(len(prompt))
 
         def take(ids: list[int]) -> None:
-            if self.meter is not None:
-                self.meter.tick()
+            self.meter.tick(len(ids))
             for event in stream.feed(ids):
                 show(event)
+            if stream.is_stopped and not self._is_parallel:
+                self._chat.stop()
 
         if self._is_parallel:
-            _broadcast((prompt, seed))
-        with _stop_on_interrupt(is_wanted=not self._is_parallel) as stop:
-            self._generate(prompt, seed, take, stop)
+            _broadcast((prompt, seed, self.sampling))
+        with _stop_on_interrupt(self._chat.stop, is_wanted=not self._is_parallel) as was_interrupted:
+            self._generate(prompt, seed, take, show_prefill)
         for event in stream.finish():
             show(event)
-        message = stream.parsed.message
-        if stop.is_set:
+        message = stream.message()
+        if was_interrupted():
             message.pop("tool_calls", None)
-        return message, stop.is_set
+        return message, was_interrupted()
 
     def follow(self) -> None:
         """Generate what the first process does, until it leaves."""
         while (task := _broadcast(None)) is not None:
-            prompt, seed = task
-            self._generate(prompt, seed, lambda _: None, _Stop())
+            prompt, seed, self.sampling = task
+            self._generate(prompt, seed, lambda _: None, None)
         _end_processes()
 
     def dismiss(self) -> None:
@@ -190,81 +186,41 @@ class GenerationSession:
             _broadcast(None)
             _end_processes()
 
-    def _generate(self, prompt: list[int], seed: int, take: Callable[[list[int]], None], stop: "_Stop") -> None:
+    def _generate(
+        self,
+        prompt: list[int],
+        seed: int,
+        take: Callable[[list[int]], None],
+        show_prefill: Callable[[int, int], None] | None,
+    ) -> None:
         import torch
-        from transformers.generation.streamers import BaseStreamer
 
-        from modeling_mistral_large.transformers_api import cache_argument
-
-        class Streamer(BaseStreamer):
-            is_prompt = True
-
-            def put(self, value: torch.Tensor) -> None:
-                if not self.is_prompt:
-                    written.extend(value.flatten().tolist())
-                    take(value.flatten().tolist())
-                self.is_prompt = False
-
-            def end(self) -> None:
-                pass
-
-        # Between two forward passes, also those of a long prompt's chunks, all layers have cached the same tokens.
-        def stop_here(*_: Any) -> None:
-            if stop.is_set:
-                raise _StoppedError
-
-        written: list[int] = []
-        # The last token of a prompt is always read, as its logits are wanted.
-        common = min(_common_length(self._cached, prompt), len(prompt) - 1)
-        if excess := self._cache.get_seq_length() - common:
-            self._cache.crop(-excess)
-        self._cached = self._cached[:common]
-        input_ids = torch.tensor([prompt], device=self._model.device)
         torch.manual_seed(seed)
-        hook = self._model.register_forward_pre_hook(stop_here)
-        try:
-            with suppress(_StoppedError), nullcontext() if self.meter is None else self.meter.speculation:
-                self._model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    prefill_chunk_size=self._prefill_chunk,
-                    max_new_tokens=min(
-                        self._sampling.max_new_tokens, self._model.config.max_position_embeddings - len(prompt)
-                    ),
-                    streamer=Streamer(),
-                    **cache_argument(self._cache),
-                    **self._sampling.options(),
-                    **self._draft_options,
-                )
-        finally:
-            hook.remove()
-            # The last token that was written has not been read yet, and an error may have left more unread.
-            self._cached = [*prompt, *written][: self._cache.get_seq_length()]
-
-
-class _StoppedError(Exception):
-    """Ctrl-C was pressed during generation."""
-
-
-@dataclass
-class _Stop:
-    is_set: bool = False
+        self._chat.generate(
+            prompt,
+            on_tokens=take,
+            on_prefill=show_prefill,
+            prefill_chunk_size=self._prefill_chunk,
+            **self.sampling.options(),
+            **self._draft_options,
+        )
 
 
 @contextmanager
-def _stop_on_interrupt(*, is_wanted: bool) -> Iterator[_Stop]:
-    """Let ctrl-C set the flag that is yielded, where wanted, instead of ending the program."""
-    stop = _Stop()
+def _stop_on_interrupt(stop: Callable[[], None], *, is_wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Let ctrl-C call `stop`, where wanted, instead of ending the program; yield what tells whether it did."""
+    interrupts: list[int] = []
     if not is_wanted:
-        yield stop
+        yield lambda: False
         return
 
-    def interrupt(_: int, __: FrameType | None) -> None:
-        stop.is_set = True
+    def interrupt(number: int, _: FrameType | None) -> None:
+        interrupts.append(number)
+        stop()
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield stop
+        yield lambda: bool(interrupts)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -281,20 +237,13 @@ def _end_processes() -> None:
     torch.distributed.destroy_process_group()
 
 
-def _broadcast(task: tuple[list[int], int] | None) -> tuple[list[int], int] | None:
+def _broadcast(task: Task | None) -> Task | None:
     """Send what the first process has to all of them."""
     import torch.distributed
 
     box = [task]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return next(
-        (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
-        min(len(first), len(second)),
-    )
 
 
 def load_model(
