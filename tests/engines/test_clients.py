@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 REQUIREMENTS = sorted((ROOT / ".ci").glob("clients-requirements*.txt"))
 ANSWERS = {name: golden.answer for name, golden in golden_conversations().items()}
 ENGINES = [name for name in ("vllm", "transformers") if f"MISTRAL_LARGE_SERVE_WITH_{name.upper()}" in os.environ]
-TRANSFORMERS_OPTIONS = ("--device", "cpu", "--dtype", "float32")
+TRANSFORMERS_OPTIONS = ("--device-map", "cpu", "--dtype", "float32")
 
 
 @dataclass(frozen=True)
