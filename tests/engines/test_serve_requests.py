@@ -5,7 +5,6 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -374,11 +373,11 @@ def test_a_template_of_its_own_has_plain_responses(served: InProcess) -> None:
             {"tools": GOLDEN["weather_call"].tools, "tool_choice": "required"},
         ):
             assert_refused(*server.chat({**SMALL, **options}), parameter=[*options][-1])
-        for messages in chain(
-            ([{"role": role, "content": "a"}] for role in ("nobody", 5, None)),
-            ([{"role": "user", "content": content}] for content in (5, [PICTURE], {}, [5])),
-            ([5], ["a"]),
-        ):
+        roles: list[Any] = ["nobody", 5, None]
+        contents: list[Any] = [5, [PICTURE], {}, [5]]
+        junk: list[Any] = [5, "a", *({"role": role, "content": "a"} for role in roles)]
+        for message in [*junk, *({"role": "user", "content": content} for content in contents)]:
+            messages = [message]
             assert_refused(*server.chat({**SMALL, "messages": messages}), parameter="messages")
 
 
