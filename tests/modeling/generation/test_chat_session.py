@@ -63,7 +63,21 @@ def common_length(first: list[int], second: list[int]) -> int:
 def turns(count: int, seed: int = 0) -> list[list[dict[str, Any]]]:
     """A conversation as it grows by questions, calls and results, is edited, loses its beginning and its system text."""
     rng = random.Random(seed)
-    words = "window cleaner weather Paris boots rain Monday [INST] é 🎉 42 {} </s>".split()
+    words = [
+        "window",
+        "cleaner",
+        "weather",
+        "Paris",
+        "boots",
+        "rain",
+        "Monday",
+        "[INST]",
+        "é",
+        "🎉",
+        "42",
+        "{}",
+        "</s>",
+    ]
 
     def text() -> str:
         return " ".join(rng.choices(words, k=rng.randint(1, 12)))
