@@ -10,58 +10,22 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .conversation_file import Message
-from .speculation import Drafting, DraftMeter
+from .response_meter import ResponseMeter
+from .sampling import Sampling
+from .speculation import Drafting
+from .stop_strings import StoppedText
 from .terminal import printable
 from .tools_file import Tool
 
 if TYPE_CHECKING:
     from modeling_mistral_large import MistralLargeTokenizer
 
-# Logits divided by less overflow.
-SMALLEST_TEMPERATURE = 0.001
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedily at a temperature of 0.
-
-    seed: also of the ids of tool calls that the model leaves without one.
-
-    Raises:
-        SettingError: a temperature that logits cannot be divided by, or a top_p without effect.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float | None
-    seed: int | None
-
-    def __post_init__(self) -> None:
-        from mistral_large_conversion.errors import SettingError
-
-        if not (self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf):
-            raise SettingError(
-                f"temperature {self.temperature}: must be finite, and 0 or at least {SMALLEST_TEMPERATURE}; 0 takes "
-                "the most likely token each time"
-            )
-        if self.top_p is not None and not 0 <= self.top_p <= 1:
-            raise SettingError(f"top_p {self.top_p}: must be a probability, from 0 to 1; leave it out for 1")
-        if self.temperature == 0 and self.top_p is not None:
-            raise SettingError(
-                "top_p: has no effect at a temperature of 0, which takes the most likely token each time; leave one of "
-                "the two out"
-            )
-
-    def options(self) -> dict[str, Any]:
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        top_p = 1.0 if self.top_p is None else self.top_p
-        return {"do_sample": True, "temperature": self.temperature, "top_p": top_p, "top_k": 0}
+# What a process is told to generate: the prompt, the seed and how tokens are chosen.
+Task = tuple[list[int], int, Sampling]
 
 
 class GenerationSession:
@@ -90,6 +54,7 @@ class GenerationSession:
         import transformers
 
         from mistral_large_conversion.checkpoint.names import expected_tensors
+        from modeling_mistral_large.generation import ChatSession
         from modeling_mistral_large.recorded_steps.automatic import session_cache
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -102,26 +67,36 @@ class GenerationSession:
             drafting.check(model_name)
         self._model, self.tokenizer = load_model(model_name, hub or {}, adapter=adapter, dtype=dtype, **place)
         self._draft_options: dict[str, Any] = {}
-        self.meter: DraftMeter | None = None
         if drafting is not None:
             self._draft_options = drafting.generate_options(
                 self._model, self.tokenizer, load_model, dtype=dtype, **place
             )
-            self.meter = DraftMeter()
-        self._sampling = sampling
         config = self._model.config
-        self._cache: Any = session_cache(self._model, "fp8" if kv == "fp8" else "bf16")
-        self._cached: list[int] = []
+        self.chat = ChatSession(
+            self._model, self.tokenizer, session_cache(self._model, "fp8" if kv == "fp8" else "bf16")
+        )
+        self.meter = ResponseMeter(self.chat.speculation, self.chat.context_length, has_drafts=drafting is not None)
         self._prefill_chunk = prefill_chunk
         self._random = torch.Generator()
-        if sampling.seed is not None:
-            self._random.manual_seed(sampling.seed)
-        else:
-            self._random.seed()
+        self.sampling = sampling
+        self._reseed()
         parameters = sum(math.prod(tensor.shape) for tensor in expected_tensors(config))
         self.description = (
             f"{model_name}: {parameters / 1e9:,.3g} B parameters, {self._model.dtype}, {self._model.device}"
         )
+
+    def set_sampling(self, sampling: Sampling) -> None:
+        """Choose tokens in another way from now on; with another seed, random numbers begin anew."""
+        has_other_seed = sampling.seed != self.sampling.seed
+        self.sampling = sampling
+        if has_other_seed:
+            self._reseed()
+
+    def _reseed(self) -> None:
+        if self.sampling.seed is not None:
+            self._random.manual_seed(self.sampling.seed)
+        else:
+            self._random.seed()
 
     @property
     def prompt_formats(self) -> tuple[str, ...]:
@@ -131,7 +106,7 @@ class GenerationSession:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """Return the ids of a prompt."""
-        return self._chat.prompt(messages, tools)
+        return self.chat.prompt(messages, tools)
 
     def respond(
         self,
@@ -148,9 +123,14 @@ class GenerationSession:
         """
         import torch
 
+        from mistral_large_conversion.errors import ConversationError
         from modeling_mistral_large.instruct.answer import AnswerStream
 
         prompt = self.prompt(messages, tools)
+        if len(prompt) >= (limit := self.chat.context_length):
+            raise ConversationError(
+                f"the conversation has {len(prompt)} tokens; the model reads fewer than {limit}; /reset starts anew"
+            )
         seed = int(torch.randint(2**31, (1,), generator=self._random))
         stream = StoppedText(AnswerStream(self.tokenizer.pieces, rng=random.Random(seed)), self.sampling.stop)
         self.meter.restart(len(prompt))
@@ -160,11 +140,11 @@ class GenerationSession:
             for event in stream.feed(ids):
                 show(event)
             if stream.is_stopped and not self._is_parallel:
-                self._chat.stop()
+                self.chat.stop()
 
         if self._is_parallel:
             _broadcast((prompt, seed, self.sampling))
-        with _stop_on_interrupt(self._chat.stop, is_wanted=not self._is_parallel) as was_interrupted:
+        with _stop_on_interrupt(self.chat.stop, is_wanted=not self._is_parallel) as was_interrupted:
             self._generate(prompt, seed, take, show_prefill)
         for event in stream.finish():
             show(event)
@@ -196,7 +176,7 @@ class GenerationSession:
         import torch
 
         torch.manual_seed(seed)
-        self._chat.generate(
+        self.chat.generate(
             prompt,
             on_tokens=take,
             on_prefill=show_prefill,

@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from mistral_large_cli import app
 from mistral_large_cli.conversation_file import check_messages, formats_of_folder
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
-from mistral_large_cli.generation_session import GenerationSession, Sampling
+from mistral_large_cli.generation_session import GenerationSession
 from mistral_large_cli.highlighting import highlighted
+from mistral_large_cli.sampling import Sampling
 from mistral_large_cli.terminal import printable
 from mistral_large_cli.tools_file import function_names, load_tools
 from mistral_large_conversion.errors import ConversationError, MistralLargeError, SettingError
@@ -396,7 +397,7 @@ def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Pat
     passes = []
 
     def interrupt(*_: Any) -> None:
-        passes.append(session._cache.get_seq_length())
+        passes.append(session.chat.cache.get_seq_length())
         if len(passes) == 3:
             signal.raise_signal(signal.SIGINT)
 

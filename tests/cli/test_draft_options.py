@@ -14,14 +14,17 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app
 from mistral_large_cli.demo import golden_conversations
-from mistral_large_cli.generation_session import GenerationSession, Sampling, load_model
+from mistral_large_cli.generation_session import GenerationSession, load_model
+from mistral_large_cli.response_meter import ResponseMeter
+from mistral_large_cli.sampling import Sampling
 from mistral_large_cli.serve import choose_engine
-from mistral_large_cli.speculation import Drafting, DraftMeter
+from mistral_large_cli.speculation import Drafting
 from mistral_large_conversion.checkpoint.geometry import PUBLISHED, PUBLISHED_7B
 from mistral_large_conversion.checkpoint.safetensors_header import read_header
 from mistral_large_conversion.errors import PlanError, SettingError
 from mistral_large_conversion.sharding import Draft, Workload, parse_devices, plan_sharding
 from modeling_mistral_large import MistralLargeForCausalLM
+from modeling_mistral_large.generation import Speculation
 from tests.support.errors import raises_exactly
 from tests.support.warm_python import WarmPython
 
@@ -42,14 +45,14 @@ class RecordingSession(GenerationSession):
         messages: list[dict[str, Any]] = []
         for turn in turns:
             if self.is_fresh:
-                self._cached = []
+                self.chat.reset()
             messages.append({"role": "user", "content": turn})
             message, _ = self.respond(messages, [], lambda _: None)
             # No prompt can hold an empty response.
             messages.append(message if message["content"].strip() else {"role": "assistant", "content": "…"})
             # What is taken for cached is in the cache, of every layer.
-            lengths = {layer.keys.shape[-2] for layer in self._cache.layers}
-            assert lengths == {len(self._cached)}
+            lengths = {layer.keys.shape[-2] for layer in self.chat.cache.layers}
+            assert lengths == {self.chat.cached_tokens}
         return messages
 
 
@@ -81,8 +84,7 @@ def test_turns_are_those_without_a_draft(demo_folder: Path, kind: str, kv: str, 
     # An 8-bit cache rounds, and what it gives depends on how a prompt was cut.
     fresh.is_fresh = kv == "auto"
     assert talker.talk(TURNS) == fresh.talk(TURNS)
-    assert talker.meter is not None
-    assert "drafted" in talker.meter.line()
+    assert "drafted" in talker.meter.drafts()
 
 
 @pytest.mark.slow
@@ -117,16 +119,22 @@ def test_under_torchrun(demo_folder: Path, warm_python: WarmPython) -> None:
     assert len([line for line in lines if line.endswith("drafted tokens accepted")]) == 1
 
 
-def test_the_line_under_a_response() -> None:
-    meter = DraftMeter()
+def test_the_line_under_a_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([4.0, 5.0, 7.5, 10.0, 10.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    meter = ResponseMeter(Speculation(), 131072, has_drafts=True)
     counts = meter.speculation
-    counts.written, counts.proposed, counts.accepted = 11, 12, 8
-    meter._first, meter._last = 5.0, 7.5
-    assert meter.line() == "4 tokens/s; 8 of 12 drafted tokens accepted"
-    meter.restart()
-    counts.written = 1
-    meter.tick()
-    assert meter.line() == "one token; none drafted"
+    meter.restart(2000)
+    counts.proposed, counts.accepted = 12, 8
+    meter.tick(1)
+    meter.tick(10)
+    assert meter.drafts() == "4 tokens/s; 8 of 12 drafted tokens accepted"
+    assert meter.line() == f"{meter.drafts()}; first token after 1.00 s; 2,011 of 131,072 tokens of context"
+    meter.restart(5)
+    meter.tick(1)
+    assert meter.drafts() == "one token; none drafted"
+    meter.has_drafts = False
+    assert meter.line() == "one token; first token after 0.50 s; 6 of 131,072 tokens of context"
 
 
 @pytest.mark.parametrize(

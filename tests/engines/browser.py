@@ -21,7 +21,9 @@ FLAGS = (
 # Before any script of the page: what must never happen is written down.
 WATCH = """
 window.alarms = [];
-for (const name of ['alert', 'confirm', 'prompt']) window[name] = (...given) => { alarms.push([name, ...given]); return true; };
+for (const name of ['alert', 'confirm', 'prompt']) {
+  window[name] = (...given) => { alarms.push([name, ...given]); return true; };
+}
 document.addEventListener('securitypolicyviolation', (event) => alarms.push(['violation', event.blockedURI]));
 addEventListener('error', (event) => alarms.push(['error', event.message]));
 addEventListener('unhandledrejection', (event) => alarms.push(['rejection', String(event.reason)]));
@@ -34,7 +36,8 @@ def chromium(folder: Path) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     binary = shutil.which("chromium") or shutil.which("chromium-browser")
     driver = shutil.which("chromedriver")
-    assert binary and driver, "chromium and chromedriver are needed; .ci/page installs them"
+    if binary is None or driver is None:
+        raise RuntimeError("chromium and chromedriver are needed; .ci/page installs them")
     options.binary_location = binary
     for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=1280,900"):
         options.add_argument(flag)
@@ -69,7 +72,7 @@ class Page:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def text(self, id: str) -> str:
-        return str(self.find(f"#{id}").text)
+        return str(self.find(f"#{id}").text).strip()
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.browser.execute_script(script, *arguments)

@@ -50,6 +50,13 @@ class ScriptedChat:
     authorizations: list[str | None] = field(default_factory=list)
     disconnects: int = 0
 
+    def forget(self) -> None:
+        """Begin anew."""
+        self.replies = []
+        self.disconnects = 0
+        for record in (self.requests, self.bodies, self.authorizations):
+            record.clear()
+
 
 @contextmanager
 def scripted_chat(tokenizer: MistralLargeTokenizer) -> Iterator[ScriptedChat]:

@@ -120,7 +120,7 @@ class Elements(HTMLParser):
 
 
 def offences(html: str) -> list[Any]:
-    """What is none of the elements and attributes that Markdown needs, and links elsewhere than to a site or a mailbox."""
+    """What is none of the elements and attributes that Markdown needs, and links but to sites and mailboxes."""
     found: list[Any] = []
     for tag, attributes in Elements(html).found:
         found += [] if tag in TAGS else [tag]
@@ -283,15 +283,17 @@ def test_a_file_keeps_its_prompt(
         assert read_conversation(path, prompt_format) == ([*system, *body["messages"]], read_tools)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["[1.0", "", "{}", "[1]", '{"messages": 1}', '{"messages": [{"role": "user", "content": NaN}]}', "[" * 100_000]
-    + [
-        '{"messages": [{"role": "alien", "content": "a"}]}',
-        '{"messages": [{"role": "user", "content": "a"}], "tools": 1}',
-    ]
-    + ['[{"role": "user", "content": "\\ud800"}]', '[{"role": "user", "content": [{"type": "image_url"}]}]', "[]"],
-)
+NO_CONVERSATIONS = [
+    *("[1.0", "", "{}", "[]", "[1]", "[" * 100_000, '{"messages": 1}'),
+    '{"messages": [{"role": "user", "content": "a"}], "note": NaN}',
+    '{"messages": [{"role": "alien", "content": "a"}]}',
+    '{"messages": [{"role": "user", "content": "a"}], "tools": 1}',
+    '[{"role": "user", "content": "\\ud800"}]',
+    '[{"role": "user", "content": [{"type": "image_url"}]}]',
+]
+
+
+@pytest.mark.parametrize("text", NO_CONVERSATIONS)
 def test_a_file_without_a_conversation_is_refused_with_the_reason(client: TestClient, text: str) -> None:
     response = client.post("/ui/conversation", json={"text": text})
     assert response.status_code == 400
@@ -300,8 +302,8 @@ def test_a_file_without_a_conversation_is_refused_with_the_reason(client: TestCl
 
 def test_tools_are_read_as_a_list_alone_or_under_their_name(client: TestClient) -> None:
     definition = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x-weight": 1.0}}}
-    for given in ([definition], {"tools": [definition]}, definition):
-        body = client.post("/ui/tools", json={"text": json.dumps(given)}).json()
+    for form in ([definition], {"tools": [definition]}, definition):
+        body = client.post("/ui/tools", json={"text": json.dumps(form)}).json()
         assert body == {"names": ["f"], "text": json.dumps([definition], indent=2)}
     for wrong in ('[{"type": "function", "function": {"name": "a b"}}]', "{", "3", '{"tools": 3}', "[3]", "{}"):
         response = client.post("/ui/tools", json={"text": wrong})
