@@ -11,7 +11,7 @@ DATA = frozenset({"const", "default", "enum", "examples"})
 
 
 def close_object(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object without further properties, where it names properties and says nothing of others."""
+    """Return the schema of an object without further properties, where it names some and says nothing of others."""
     properties = schema.get("properties")
     if (
         not isinstance(properties, dict)
