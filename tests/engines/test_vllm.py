@@ -4,10 +4,8 @@ Run by `.ci/vllm`, in an environment with vLLM. The oracle is `generate` of tran
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,8 +40,8 @@ from .clients import (
     wire_messages,
     with_call_ids,
 )
-from .servers import Server, free_port, running
-from .vllm_options import ENVIRONMENT, OPTIONS, SPACE
+from .servers import Server
+from .vllm_options import SPACE, serving
 
 CONSOLIDATED = ("--load-format", "mistral", "--config-format", "mistral", "--tokenizer-mode", "mistral")
 GUIDANCE = ("--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}')
@@ -112,6 +110,9 @@ SETUPS = {
     "our folder on two processes": Setup(
         lambda demo, folder: demo, ["--tensor-parallel-size", "2", *GUIDANCE], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     ),
+    "our folder in two stages": Setup(
+        lambda demo, folder: demo, ["--pipeline-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    ),
     "as mistral": Setup(as_mistral),
     "consolidated": Setup(as_published, is_by_us=True),
     "consolidated without index": Setup(without_index, CONSOLIDATED),
@@ -128,27 +129,6 @@ SETUPS_OF_V7 = {
     "v7": Setup(lambda demo, folder: convert_demo_checkpoint(folder, "v7"), is_by_us=True),
     "v7 consolidated": Setup(lambda demo, folder: assemble_demo_checkpoint(folder, "v7"), is_by_us=True),
 }
-
-
-@contextmanager
-def serving(
-    name: str,
-    folder: Path,
-    log_file: Path,
-    options: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    *,
-    is_by_us: bool = False,
-) -> Iterator[Server]:
-    port = free_port()
-    scripts = Path(sys.executable).parent
-    program = (
-        [str(scripts / "mistral-large"), "serve", "--engine", "vllm"] if is_by_us else [str(scripts / "vllm"), "serve"]
-    )
-    command = [*program, str(folder), "--served-model-name", MODEL, *OPTIONS, "--port", str(port), *options]
-    environment = ENVIRONMENT | dict(environment or {})
-    with running(name, command, port=port, log_file=log_file, environment=environment) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
