@@ -400,6 +400,27 @@ def test_the_plugin_may_run_any_number_of_times_and_leaves_a_chosen_tokenizer_mo
 
 
 @pytest.mark.parametrize("name", ["v3", "v7"])
+def test_no_control_token_is_text_to_the_grammar_library(name: str, tmp_path: Path) -> None:
+    import xgrammar
+
+    from modeling_mistral_large.integrations.vllm_renderer import VllmTokenizer
+
+    vendor_tokenizer(tmp_path, name).save_pretrained(tmp_path / "saved")
+    tokenizer = VllmTokenizer.from_pretrained(tmp_path / "saved")
+    controls = {token: index for token, index in tokenizer.vocabulary.control_tokens.items() if token[0] == "["}
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer))
+    grammar = xgrammar.GrammarCompiler(info).compile_json_schema({"enum": ["x", *controls]})
+    matcher = xgrammar.GrammarMatcher(grammar)
+    assert matcher.accept_string('"')
+    mask = xgrammar.allocate_token_bitmask(1, len(tokenizer))
+    matcher.fill_next_token_bitmask(mask)
+    allowed = {index for index in range(len(tokenizer)) if mask[0, index // 32] >> (index % 32) & 1}
+    assert allowed & {*controls.values()} <= {controls["[TOOL_CALLS]"]}
+    assert tokenizer.convert_tokens_to_ids("[") in allowed
+    assert tokenizer.get_vocab()["[TOOL_CALLS]"] == controls["[TOOL_CALLS]"]
+
+
+@pytest.mark.parametrize("name", ["v3", "v7"])
 def test_prompts_are_the_references_in_both_formats(name: str, tmp_path: Path) -> None:
     """What the renderer makes of messages as a client sends them, without an engine."""
     from vllm.config import DeviceConfig, ModelConfig, VllmConfig
