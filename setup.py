@@ -28,8 +28,10 @@ def index_page(readme: str) -> str:
 
 # 1.12 is the last one for Python 3.10.
 demo = ["mistral-common>=1.12"]
-quantized = ["compressed-tensors>=0.15"]
 mcp = ["mcp>=2,<3"]
+quantized = ["compressed-tensors>=0.15"]
+# The last two render what a model writes for the chat page.
+serve = ["fastapi>=0.115", "uvicorn>=0.34", "markdown-it-py>=3", "pygments>=2.17"]
 structured = ["llguidance>=1.3,<2"]
 test = [
     *demo,
@@ -91,6 +93,7 @@ setup(
     package_data={
         "modeling_mistral_large": ["py.typed"],
         "modeling_mistral_large.calibration": ["default.jsonl"],
+        "modeling_mistral_large.serving.page": ["static/*"],
         "mistral_large_conversion": ["py.typed", "licence/*"],
         "mistral_large_conversion.chat_templates": ["*.jinja", "*.json"],
         "mistral_large_cli": ["py.typed", "demo_checkpoint/*", "demo_checkpoint_v7/*"],
@@ -112,7 +115,14 @@ setup(
         "typer>=0.12",
         "xxhash>=3",
     ],
-    extras_require={"demo": demo, "mcp": mcp, "quantized": quantized, "structured": structured, "test": test},
+    extras_require={
+        "demo": demo,
+        "mcp": mcp,
+        "quantized": quantized,
+        "serve": serve,
+        "structured": structured,
+        "test": test,
+    },
     entry_points={
         "console_scripts": ["mistral-large=mistral_large_cli:main"],
         "vllm.general_plugins": ["mistral_large=modeling_mistral_large.integrations.vllm_plugin:register"],

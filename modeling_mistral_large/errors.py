@@ -23,6 +23,7 @@ __all__ = [
     "ConfigurationError",
     "ConversationError",
     "DestinationError",
+    "GenerationError",
     "KeywordError",
     "MissingLibraryError",
     "MistralLargeError",
@@ -41,6 +42,10 @@ class SchemaError(MistralLargeError, ValueError):
 
 class ConfigurationError(MistralLargeError, ValueError):
     """A configuration with something that Mistral Large does not have."""
+
+
+class GenerationError(MistralLargeError, RuntimeError):
+    """A response that cannot be generated to its end, for a reason that is not in the request alone."""
 
 
 class KeywordError(MistralLargeError, TypeError):

@@ -3,9 +3,11 @@
 transformers' sdpa repeats keys and values for every query head when there is a mask: at 131072 tokens of 2407 that is
 6.4 GB in each layer. For a single token in bf16 on the CPU, torch's own grouped attention reads the cache once for
 every query head. The `sdpa` here does neither.
+
+Both `sdpa` and `eager` also take ragged states: rows of one token, each of which attends to a cache of its own length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as STOCK_FUNCTIO
 
 # Options that only transformers' sdpa attention has.
 STOCK_OPTIONS = frozenset({"cache", "is_causal", "position_bias", "softcap"})
+
+
+class RaggedStates(tuple[Tensor, ...]):
+    """Keys or values of several sequences, [1, kv_heads, tokens, head_dim] with as many tokens as each of them has."""
 
 
 def is_bf16_inference(module: nn.Module, states: Tensor) -> bool:
@@ -38,12 +44,17 @@ def eager_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as written in the paper; the one implementation that returns its weights.
 
     `query` is [batch, heads, queries, head_dim], `key` and `value` are [batch, kv_heads, keys, head_dim], the mask is
     added to the scores [batch, heads, queries, keys]. Returns [batch, queries, heads, head_dim] and the weights.
     """
+    if isinstance(key, RaggedStates) and isinstance(value, RaggedStates):
+        rows = zip(query.chunk(len(key)), key, value, strict=True)
+        attended = [eager_attention_forward(module, *row, None, scaling, dropout)[0] for row in rows]
+        # The weights of the rows have no common shape.
+        return torch.cat(attended), None
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -70,6 +81,8 @@ def sdpa_attention(
     [batch, 1 or heads, queries, keys]. Returns [batch, queries, heads, head_dim]. Bit for bit what transformers
     computes, but for single tokens in bf16 on the CPU, where sums are rounded in another order.
     """
+    if isinstance(key, RaggedStates) and isinstance(value, RaggedStates):
+        return _ragged_attention(query, key, value, scaling), None
     if STOCK_OPTIONS.isdisjoint(options):
         if query.shape[2] == 1 and is_bf16_inference(module, query):
             return _single_token_attention(query, key, value, attention_mask, scaling), None
@@ -79,6 +92,18 @@ def sdpa_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
     return attended
+
+
+def _ragged_attention(query: Tensor, key: Sequence[Tensor], value: Sequence[Tensor], scaling: float) -> Tensor:
+    """Attend with one token of each row to the row's own keys and values, which nothing hides from it."""
+    rows, heads, _, head_dim = query.shape
+    kv_heads = key[0].shape[1]
+    grouped = query.reshape(rows, 1, kv_heads, heads // kv_heads, head_dim).unbind()
+    attended = [
+        nn.functional.scaled_dot_product_attention(row, keys, values, scale=scaling)
+        for row, keys, values in zip(grouped, key, value, strict=True)
+    ]
+    return torch.cat(attended).reshape(rows, 1, heads, head_dim)
 
 
 def _single_token_attention(

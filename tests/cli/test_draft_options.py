@@ -1,6 +1,8 @@
 """`--draft` and `--lookup` of `chat`, `serve` and `plan`: the responses of no draft, what is shown, what is refused."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
+from mistral_large_cli.demo import golden_conversations
 from mistral_large_cli.generation_session import GenerationSession, load_model
 from mistral_large_cli.response_meter import ResponseMeter
 from mistral_large_cli.sampling import Sampling
@@ -23,6 +26,7 @@ from mistral_large_conversion.sharding import Draft, Workload, parse_devices, pl
 from modeling_mistral_large import MistralLargeForCausalLM
 from modeling_mistral_large.generation import Speculation
 from tests.support.errors import raises_exactly
+from tests.support.warm_python import WarmPython
 
 SERVE = sys.modules[choose_engine.__module__]
 TURNS = ("Who are you?", "What's the weather like in Paris?", "Qui es-tu ?")
@@ -96,6 +100,25 @@ def test_chat_says_what_was_accepted(demo_folder: Path) -> None:
         assert counts == "none drafted" or counts.endswith(" drafted tokens accepted")
 
 
+@pytest.mark.slow
+def test_under_torchrun(demo_folder: Path, warm_python: WarmPython) -> None:
+    options = ["--temperature", "0", "--draft", str(demo_folder)]
+    command = ["-m", "mistral_large_cli", "chat", str(demo_folder), *options]
+    result = subprocess.run(
+        [warm_python.python, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command],
+        input="Who are you?\n",
+        env={**os.environ, **warm_python.environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answer = golden_conversations()["who_are_you"].answer
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line == answer] == [answer]
+    assert len([line for line in lines if line.endswith("drafted tokens accepted")]) == 1
+
+
 def test_the_line_under_a_response(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([4.0, 5.0, 7.5, 10.0, 10.5])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
@@ -161,7 +184,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What would have been started: processes and servers do not come back."""
     calls: list[Any] = []
     monkeypatch.setattr("os.execv", lambda _, command: calls.append(command))
-    monkeypatch.setattr(SERVE, "serve_with_transformers", lambda model, **rest: calls.append(rest))
+    monkeypatch.setattr(SERVE, "serve_here", lambda model, **rest: calls.append(rest))
     monkeypatch.setattr(SERVE, "choose_engine", lambda engine: engine)
     return calls
 
@@ -202,7 +225,7 @@ def test_vllm_reads_a_draft_in_the_layout_of_the_model_only(demo_folder: Path, t
         Drafting(str(folder)).vllm_options(str(demo_folder))
 
 
-def test_the_server_of_transformers_gets_the_draft(demo_folder: Path, started: list[Any]) -> None:
+def test_our_server_gets_the_draft(demo_folder: Path, started: list[Any]) -> None:
     serve(str(demo_folder), "--engine", "transformers", "--draft", str(demo_folder), "--draft-tokens", "6")
     serve(str(demo_folder), "--engine", "transformers", "--lookup")
     assert [call["drafting"] for call in started] == [Drafting(str(demo_folder), 6), Drafting(None)]

@@ -42,21 +42,11 @@ from .clients import (
     wire_messages,
     with_call_ids,
 )
-from .servers import HOST, Server, free_port, running
+from .servers import Server, free_port, running
+from .vllm_options import ENVIRONMENT, OPTIONS, SPACE
 
 CONSOLIDATED = ("--load-format", "mistral", "--config-format", "mistral", "--tokenizer-mode", "mistral")
-OPTIONS = (
-    *("--served-model-name", MODEL, "--host", HOST, "--dtype", "float32", "--max-model-len", "2048"),
-    # Starts in half the time; and other memory of the machine may be in use.
-    *("--enforce-eager", "--gpu-memory-utilization", "0.3"),
-    *("--enable-auto-tool-choice", "--tool-call-parser", "mistral", "--exclude-tools-when-tool-choice-none"),
-    # The demo model would fill the free space of a JSON text without end.
-    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
-)
 GUIDANCE = ("--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}')
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-# vLLM decodes an answer behind its prompt, so that the space of the format between them is part of the answer's text.
-SPACE = " "
 WEATHER = GOLDEN["weather_call"]
 SCHEMA = {
     "type": "object",
@@ -155,7 +145,7 @@ def serving(
     program = (
         [str(scripts / "mistral-large"), "serve", "--engine", "vllm"] if is_by_us else [str(scripts / "vllm"), "serve"]
     )
-    command = [*program, str(folder), *OPTIONS, "--port", str(port), *options]
+    command = [*program, str(folder), "--served-model-name", MODEL, *OPTIONS, "--port", str(port), *options]
     environment = ENVIRONMENT | dict(environment or {})
     with running(name, command, port=port, log_file=log_file, environment=environment) as server:
         yield server

@@ -1,0 +1,15 @@
+"""How vLLM is started for the tests, on a CPU and for the demo model, and what its answers begin with."""
+
+from .servers import HOST
+
+OPTIONS = (
+    *("--host", HOST, "--dtype", "float32", "--max-model-len", "2048"),
+    # Starts in half the time; and other memory of the machine may be in use.
+    *("--enforce-eager", "--gpu-memory-utilization", "0.3"),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "mistral", "--exclude-tools-when-tool-choice-none"),
+    # The demo model would fill the free space of a JSON text without end.
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+# vLLM decodes an answer behind its prompt, so that the space of the format between them is part of the answer's text.
+SPACE = " "
