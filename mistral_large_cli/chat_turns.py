@@ -123,7 +123,9 @@ class ChatTurns:
         finally:
             self.screen.end_response()
         if self.screen.console.is_terminal:
-            self.screen.note(self.session.meter.line())
+            # Calls go on with their results.
+            if not message.get("tool_calls"):
+                self.screen.note(self.session.meter.line())
         elif self.session.meter.has_drafts:
             self.screen.note(self.session.meter.drafts())
         return message, was_stopped

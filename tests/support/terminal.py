@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -11,8 +12,10 @@ import termios
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 
 import pyte
+from rich.style import Style
 
 
 class Screen(pyte.HistoryScreen):
@@ -46,6 +49,15 @@ class Terminal:
     @property
     def text(self) -> str:
         return "\n".join(self.lines).rstrip("\n")
+
+    def styled_lines(self) -> list[list[tuple[str, Style]]]:
+        """What is seen, as texts with their styles."""
+        lines = []
+        for row, text in enumerate(self._screen.display):
+            cells = [self._screen.buffer[row][column] for column in range(len(text.rstrip()))]
+            groups = [(style, "".join(cell.data for cell in group)) for style, group in groupby(cells, key=_style_of)]
+            lines.append([(part, style) for style, part in groups])
+        return lines
 
     @property
     def last_line(self) -> str:
@@ -88,6 +100,19 @@ class Terminal:
         """All lines down to that of the cursor."""
         lines = self.lines
         return lines[: len(self._screen.history.top) + self._screen.cursor.y + 1]
+
+
+def _style_of(cell: pyte.screens.Char) -> Style:
+    """Return a character's style as rich has it."""
+    colours = [
+        None
+        if name == "default"
+        else f"#{name}"
+        if re.fullmatch("[0-9a-f]{6}", name)
+        else name.replace("brown", "yellow")
+        for name in (cell.fg, cell.bg)
+    ]
+    return Style(color=colours[0], bgcolor=colours[1], bold=cell.bold, italic=cell.italics, reverse=cell.reverse)
 
 
 def _take_terminal() -> None:
