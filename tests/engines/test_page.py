@@ -217,7 +217,7 @@ def test_regenerate_asks_again_without_the_response(page: Page, chat: ScriptedCh
 def test_continue_has_the_model_go_on_after_its_text(page: Page, chat: ScriptedChat) -> None:
     chat.replies = [Reply(["half a"], finish_reason="length"), Reply([" sentence."])]
     page.say("Go")
-    assert "ended at the most tokens" in page.text("messages")
+    assert "stopped at max tokens" in page.text("messages")
     page.press("Continue", -1)
     page.until(lambda: page.messages() == ["Go", "half a sentence."])
     assert sent(chat)[-1] == {"role": "assistant", "content": "half a", "prefix": True}
