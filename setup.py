@@ -28,13 +28,10 @@ def index_page(readme: str) -> str:
 
 # 1.12 is the last one for Python 3.10.
 demo = ["mistral-common>=1.12"]
+mcp = ["mcp>=2,<3"]
 quantized = ["compressed-tensors>=0.15"]
-<<<<<<< HEAD
 # The last two render what a model writes for the chat page.
 serve = ["fastapi>=0.115", "uvicorn>=0.34", "markdown-it-py>=3", "pygments>=2.17"]
-=======
-mcp = ["mcp>=2,<3"]
->>>>>>> w-terminal
 structured = ["llguidance>=1.3,<2"]
 test = [
     *demo,
@@ -118,11 +115,14 @@ setup(
         "typer>=0.12",
         "xxhash>=3",
     ],
-<<<<<<< HEAD
-    extras_require={"demo": demo, "quantized": quantized, "serve": serve, "structured": structured, "test": test},
-=======
-    extras_require={"demo": demo, "mcp": mcp, "quantized": quantized, "structured": structured, "test": test},
->>>>>>> w-terminal
+    extras_require={
+        "demo": demo,
+        "mcp": mcp,
+        "quantized": quantized,
+        "serve": serve,
+        "structured": structured,
+        "test": test,
+    },
     entry_points={
         "console_scripts": ["mistral-large=mistral_large_cli:main"],
         "vllm.general_plugins": ["mistral_large=modeling_mistral_large.integrations.vllm_plugin:register"],

@@ -14,8 +14,6 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app
 from mistral_large_cli.demo import golden_conversations
-from mistral_large_cli.generation_session import GenerationSession, Sampling, load_model
-=======
 from mistral_large_cli.generation_session import GenerationSession, load_model
 from mistral_large_cli.response_meter import ResponseMeter
 from mistral_large_cli.sampling import Sampling
