@@ -28,10 +28,14 @@ def index_page(readme: str) -> str:
 
 # 1.12 is the last one for Python 3.10.
 demo = ["mistral-common>=1.12"]
+mcp = ["mcp>=2,<3"]
 quantized = ["compressed-tensors>=0.15"]
+# The last two render what a model writes for the chat page.
+serve = ["fastapi>=0.115", "uvicorn>=0.34", "markdown-it-py>=3", "pygments>=2.17"]
 structured = ["llguidance>=1.3,<2"]
 test = [
     *demo,
+    *mcp,
     *quantized,
     *structured,
     "hypothesis>=6.100",
@@ -42,6 +46,7 @@ test = [
     "peft>=0.18",
     "protobuf>=5",
     "psutil>=6",
+    "pyte>=0.8.2",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -88,6 +93,7 @@ setup(
     package_data={
         "modeling_mistral_large": ["py.typed"],
         "modeling_mistral_large.calibration": ["default.jsonl"],
+        "modeling_mistral_large.serving.page": ["static/*"],
         "mistral_large_conversion": ["py.typed", "licence/*"],
         "mistral_large_conversion.chat_templates": ["*.jinja", "*.json"],
         "mistral_large_cli": ["py.typed", "demo_checkpoint/*", "demo_checkpoint_v7/*"],
@@ -99,6 +105,7 @@ setup(
         "jsonschema>=4.21",
         "numpy>=1.26",
         "packaging>=23",
+        "prompt-toolkit>=3.0.36",
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
@@ -108,7 +115,14 @@ setup(
         "typer>=0.12",
         "xxhash>=3",
     ],
-    extras_require={"demo": demo, "quantized": quantized, "structured": structured, "test": test},
+    extras_require={
+        "demo": demo,
+        "mcp": mcp,
+        "quantized": quantized,
+        "serve": serve,
+        "structured": structured,
+        "test": test,
+    },
     entry_points={
         "console_scripts": ["mistral-large=mistral_large_cli:main"],
         "vllm.general_plugins": ["mistral_large=modeling_mistral_large.integrations.vllm_plugin:register"],

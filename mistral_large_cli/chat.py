@@ -1,26 +1,21 @@
 """`mistral-large chat`: streamed responses, tools that are called, a conversation that can be saved."""
 
-import importlib
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from .conversation_file import (
-    Conversation,
-    Message,
-    check_messages,
-    formats_of_folder,
-    load_conversation,
-    save_conversation,
-)
-from .generation_session import GenerationSession, Sampling
-from .highlighting import highlighted
+from .chat_commands import COMMANDS, ChatCommands
+from .chat_page import chat_on_page
+from .chat_screen import ChatScreen
+from .chat_turns import ChatTurns
+from .conversation_file import Conversation, check_messages, formats_of_folder, load_conversation
+from .generation_session import GenerationSession
+from .line_editor import LineEditor, history_file
+from .mcp_tools import McpServers
 from .model_argument import check_model
 from .options import (
     DTYPES,
@@ -35,30 +30,20 @@ from .options import (
     Token,
     hub_options,
 )
+from .sampling import NAMES, Sampling
 from .speculation import Draft, Drafting, DraftRevision, DraftTokens, Lookup
-from .terminal import printable
-from .tools_file import Tool, function_names, load_tools, tool_names
+from .terminal import console
+from .tools_file import Tool, function_names, load_tools
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-HELP = """\
-/system TEXT   set the system prompt; without a text, drop it
-/tools FILE    offer the functions of a Python file to the model; without a file, none
-/save FILE     write the conversation as JSON
-/load FILE     continue a conversation that was saved
-/reset         forget the conversation; system prompt and tools stay
-/prompt        show what the model has read and written, control tokens and all
-/help          this
-/exit          leave, as ctrl-D does
-//TEXT         a message that begins with one slash
-Ctrl-C stops a response. A message of several lines begins and ends with a line that is \"\"\"; none is a command."""
-WITH_ARGUMENT = ("/system", "/tools", "/save", "/load")
 BLOCK_MARK = '"""'
+# Typed alone at a terminal.
+LEAVING = ("exit", "quit")
 
 
 def chat(
+    context: typer.Context,
     model: Model,
+    web: Annotated[bool, typer.Option("--web", help="Chat on a page in the browser, with its own settings.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     tools: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Python file whose functions the model may call.")
@@ -71,9 +56,25 @@ def chat(
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens of this total probability.")
     ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many most likely tokens.")] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Sample from tokens of this probability at least, as a share of the largest."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="More than 1 makes tokens that were there less likely.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a response, which does not hold it; repeatable.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=-(2**63), max=2**63 - 1, help="Random seed, also of the ids of tool calls.")
     ] = None,
+    mcp: Annotated[
+        list[str] | None,
+        typer.Option(help="MCP server whose tools the model may call: a command or an http(s) address; repeatable."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Run tools without asking at the terminal.")] = False,
     max_rounds: Annotated[int, typer.Option(min=1, help="Most responses with tool calls in a row.")] = 8,
     dtype: Annotated[Literal["auto", Dtype], typer.Option(help="Dtype of the weights; auto: as stored.")] = "auto",
     device_map: Annotated[
@@ -83,6 +84,10 @@ def chat(
     prefill_chunk: PrefillChunk = 2048,
     commands: Annotated[
         bool, typer.Option("--commands", help="Obey lines that begin with a slash also from a pipe; see /help.")
+    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print responses to the letter, without Markdown.")] = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Neither read nor write the messages of other chats.")
     ] = False,
     draft: Draft = None,
     lookup: Lookup = False,
@@ -97,12 +102,16 @@ def chat(
 
     From a pipe, each line is a message, and so is a block between two lines that are \"\"\".
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, tuple(stop or ()))
     hub = hub_options(model, revision, token, cache_dir, draft=draft)
     drafting = Drafting.read(draft, lookup, draft_tokens, draft_revision, token, cache_dir)
     check_model(model, hub, device_map, adapter)
     if drafting is not None and drafting.draft is not None:
         check_model(drafting.draft, drafting.hub, device_map)
+    torch_dtype = TORCH_DTYPES.get(DTYPES.get(dtype, dtype), dtype)
+    if web:
+        chat_on_page(context, model, dtype=torch_dtype, hub=hub, adapter=adapter, drafting=drafting)
+        return
     conversation = Conversation()
     if tools is not None:
         conversation.tools = load_tools(tools)
@@ -117,7 +126,7 @@ def chat(
     session = GenerationSession(
         model,
         sampling,
-        dtype=TORCH_DTYPES.get(DTYPES.get(dtype, dtype), dtype),
+        dtype=torch_dtype,
         device_map=device_map,
         kv=kv,
         prefill_chunk=prefill_chunk,
@@ -128,227 +137,158 @@ def chat(
     if not session.is_first:
         session.follow()
         return
-    from rich.console import Console
-
-    if load is not None:
-        # Of a repository or an adapter, the format is known now.
-        check_messages(conversation.messages, None, *session.prompt_formats)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    is_terminal = sys.stdout.isatty()
+    # Lines of the chat itself are broken between words at a terminal, and nowhere else.
+    out = console(soft_wrap=not is_terminal)
+    servers: McpServers | None = None
     try:
-        Chat(console, conversation, session, max_rounds, commands=commands).run()
+        if load is not None:
+            # Of a repository or an adapter, the format is known now.
+            check_messages(conversation.messages, None, *session.prompt_formats)
+        if mcp:
+            servers = McpServers(mcp)
+        Chat(
+            ChatScreen(out, is_markdown=is_terminal and not plain),
+            conversation,
+            session,
+            max_rounds=max_rounds,
+            commands=commands,
+            asks=not yes,
+            history=None if no_history else history_file(),
+            more_tools=[] if servers is None else servers.tools,
+        ).run()
     finally:
+        if servers is not None:
+            servers.close()
         session.dismiss()
 
 
 class Chat:
-    """The terminal of a chat: lines that are read, responses that are printed."""
+    """The input of a chat: lines that are read, and what they are: messages or commands."""
 
     def __init__(
         self,
-        console: "Console",
+        screen: ChatScreen,
         conversation: Conversation,
         session: GenerationSession,
-        max_rounds: int,
         *,
+        max_rounds: int,
         commands: bool,
+        asks: bool,
+        history: Path | None,
+        more_tools: Sequence[Tool] = (),
     ) -> None:
-        self._console = console
+        self._screen = screen
         self._conversation = conversation
         self._session = session
-        self._max_rounds = max_rounds
         self._is_terminal = sys.stdin.isatty()
+        self._editor: LineEditor | None = None
+        if self._is_terminal and sys.stdout.isatty():
+            self._editor = LineEditor(COMMANDS, NAMES, history, screen.note)
         self._obeys_commands = self._is_terminal or commands
         self._has_mentioned_commands = self._obeys_commands
-        self._is_line_open = False
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/system": self._set_system,
-            "/tools": self._set_tools,
-            "/save": self._save,
-            "/load": self._load,
-            "/reset": self._reset,
-            "/prompt": self._show_prompt,
-            "/help": lambda _: self._note(HELP),
-        }
+        # Text to be edited where the next message is typed.
+        self._default: str | None = None
+        ask = self._ask if self._is_terminal and asks else None
+        self._turns = ChatTurns(screen, conversation, session, max_rounds, ask=ask, more_tools=more_tools)
+        self._commands = ChatCommands(self._turns, self._edit)
 
     def run(self) -> None:
         """Read messages and respond until the input ends."""
         from mistral_large_conversion.errors import MistralLargeError
 
         if self._is_terminal:
-            with suppress(ImportError):
-                # Gives `input` a history and the arrow keys.
-                importlib.import_module("readline")
-            self._note(f"{self._session.description}\nCtrl-C stops a response, /help lists the commands.")
+            self._screen.note(f"{self._session.description}\nCtrl-C stops a response, /help lists the commands.")
         elif isinstance(sys.stdin, TextIOWrapper):
             # Whatever the locale: a document in a pipe is not typed by the user of this terminal.
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
         for text, is_command in self._inputs():
             try:
-                if not is_command:
-                    self._answer(text)
-                elif self._obey(text):
-                    return
+                if is_command:
+                    if self._commands.obey(text):
+                        return
+                    continue
+                # What is sent after /edit replaces the last turn.
+                before = self._conversation.messages
+                if self._default is not None:
+                    self._default = None
+                    before = before[: self._turns.last_turn()]
+                self._turns.answer({"role": "user", "content": text}, before)
             except MistralLargeError as error:
                 # A pipe has nobody to read it and do better.
                 if not self._is_terminal:
                     raise
-                self._console.print(printable(str(error)), style="red")
+                self._screen.error(error)
 
     def _inputs(self) -> Iterator[tuple[str, bool]]:
         """Yield each message, a line or a block of several, and each command, with whether it is one."""
-        from mistral_large_conversion.errors import ConversationError
-
         block: list[str] | None = None
         while True:
             try:
-                line = input(("… " if block is not None else "> ") if self._is_terminal else "")
+                line = self._read("… " if block is not None else "> ")
             except EOFError:
                 if block:
                     yield "\n".join(block), False
                 return
-            except UnicodeDecodeError as error:
-                raise ConversationError(f"standard input: {error}; messages are UTF-8; convert them") from error
-            except OSError as error:
-                raise ConversationError(
-                    f"standard input: cannot be read: {error.strerror}; messages are lines of text; name such a file"
-                ) from error
             except KeyboardInterrupt:
                 if not self._is_terminal:
                     raise
-                block = None
-                self._note("\n/exit or ctrl-D leaves.")
+                block = self._default = None
+                self._screen.note("\n/exit or ctrl-D leaves.")
                 continue
+            is_edited = self._default is not None
             if line.strip() == BLOCK_MARK:
                 if block is not None and any(text.strip() for text in block):
                     yield "\n".join(block), False
                 block = [] if block is None else None
             elif block is not None:
                 block.append(line)
-            elif self._obeys_commands and line.startswith("/"):
+            elif self._is_terminal and not is_edited and line.strip() in LEAVING:
+                return
+            # A paste is a message, whatever it begins with.
+            elif self._obeys_commands and not is_edited and line.startswith("/") and "\n" not in line.rstrip("\n"):
                 is_command = not line.startswith("//")
                 yield (line if is_command else line[1:]), is_command
             elif line.strip():
                 self._mention_commands(line)
                 yield line, False
+            elif is_edited:
+                self._default = None
+
+    def _read(self, prompt: str) -> str:
+        from mistral_large_conversion.errors import ConversationError
+
+        try:
+            if self._editor is not None:
+                return self._editor.read(prompt, self._default or "")
+            return input(prompt if self._is_terminal else "")
+        except UnicodeDecodeError as error:
+            raise ConversationError(f"standard input: {error}; messages are UTF-8; convert them") from error
+        except OSError as error:
+            raise ConversationError(
+                f"standard input: cannot be read: {error.strerror}; messages are lines of text; name such a file"
+            ) from error
+
+    def _ask(self, question: str) -> str:
+        if self._editor is not None:
+            return self._editor.ask(question)
+        try:
+            return input(question)
+        except EOFError:
+            return ""
+
+    def _edit(self, text: str) -> None:
+        from mistral_large_conversion.errors import ConversationError
+
+        if self._editor is None:
+            raise ConversationError("/edit: no terminal to edit the last message at; write /edit TEXT")
+        self._default = text
 
     def _mention_commands(self, line: str) -> None:
         """Say once, next to the responses, that what looks like a command was taken as text."""
         name, *rest = line.split(maxsplit=1)
-        if not self._has_mentioned_commands and name in (*self._commands, "/exit"):
+        if not self._has_mentioned_commands and name in COMMANDS:
             self._has_mentioned_commands = True
             names = function_names(Path(rest[0].strip())) if rest and name == "/tools" else []
             offered = f", so {', '.join(names)} cannot be called" if names else ""
             print(f"{name} is text here, as all that comes from a pipe{offered}; --commands obeys it", file=sys.stderr)
-
-    def _obey(self, line: str) -> bool:
-        """Do what a command says, and return whether it ends the chat."""
-        from mistral_large_conversion.errors import ConversationError
-
-        name, *rest = line.split(maxsplit=1)
-        argument = rest[0].strip() if rest else ""
-        if name not in self._commands and name != "/exit":
-            raise ConversationError(
-                f"{name}: no such command; /help lists them; // begins a message with a slash; correct it"
-            )
-        if argument and name not in WITH_ARGUMENT:
-            raise ConversationError(f"{name}: takes nothing, not {argument!r}; write {name} alone")
-        if name != "/exit":
-            self._commands[name](argument)
-        return name == "/exit"
-
-    def _answer(self, text: str) -> None:
-        """Let the model respond, call tools and respond again; an empty response takes the message back."""
-        from modeling_mistral_large.generation.tool_loop import run_tool_loop
-
-        conversation = self._conversation
-        messages = [*conversation.messages, {"role": "user", "content": text}]
-        printed = len(messages)
-        was_stopped = False
-
-        def print_results(history: Sequence[Message]) -> None:
-            nonlocal printed
-            for message in history[printed:]:
-                if message["role"] == "tool":
-                    self._console.print(f"→ {printable(message['content'])}", style="green")
-            printed = len(history)
-
-        def generate(history: list[Message], tools: Sequence[Tool]) -> Message:
-            nonlocal was_stopped
-            print_results(history)
-            message, was_stopped = self._session.respond(conversation.with_system(history), tools, self._show)
-            self._end_line()
-            if self._session.meter is not None:
-                self._note(self._session.meter.line())
-            return message
-
-        try:
-            messages = run_tool_loop(
-                generate,
-                messages,
-                conversation.tools,
-                max_rounds=self._max_rounds,
-                prompt_format=next(iter(self._session.prompt_formats), None),
-            )
-        except KeyboardInterrupt:
-            self._note("\nstopped in a tool: this turn is forgotten")
-            return
-        print_results(messages)
-        if messages[-1]["role"] == "tool":
-            self._note(f"the model still calls tools after {self._max_rounds} rounds")
-        if was_stopped:
-            self._note("stopped")
-        if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
-            # No prompt can hold an empty response.
-            self._note("no response: this turn is forgotten")
-            return
-        conversation.messages = messages
-
-    def _show(self, event: Any) -> None:
-        """Print an event of a response as it comes."""
-        from modeling_mistral_large.instruct import TextEvent
-
-        if isinstance(event, TextEvent):
-            self._console.out(printable(event.text), end="", highlight=False)
-            self._is_line_open = True
-            # What is not a terminal is buffered otherwise.
-            self._console.file.flush()
-            return
-        function = event.tool_call["function"]
-        call = f"{function['name']}({json.dumps(function['arguments'], ensure_ascii=False)})"
-        self._end_line()
-        self._console.print(printable(call), style="yellow")
-
-    def _end_line(self) -> None:
-        if self._is_line_open:
-            self._console.print()
-        self._is_line_open = False
-
-    def _note(self, text: str) -> None:
-        self._console.print(text, style="dim")
-
-    def _set_system(self, text: str) -> None:
-        self._conversation.system = text or None
-
-    def _set_tools(self, name: str) -> None:
-        self._conversation.tools = load_tools(Path(name)) if name else []
-        self._note(f"tools: {', '.join(tool_names(self._conversation.tools)) or 'none'}")
-
-    def _save(self, name: str) -> None:
-        path = save_conversation(self._conversation, name)
-        self._note(f"{len(self._conversation.messages)} messages in {path}")
-
-    def _load(self, name: str) -> None:
-        load_conversation(self._conversation, Path(name), *self._session.prompt_formats)
-        self._note(f"{len(self._conversation.messages)} messages from {name}")
-
-    def _reset(self, _: str) -> None:
-        self._conversation.messages = []
-
-    def _show_prompt(self, _: str) -> None:
-        if not self._conversation.messages:
-            self._note("nothing was said yet")
-            return
-        ids = self._session.prompt(
-            self._conversation.with_system(self._conversation.messages), self._conversation.tools
-        )
-        self._console.print(highlighted(self._session.tokenizer, ids))

@@ -9,59 +9,23 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .conversation_file import Message
-from .speculation import Drafting, DraftMeter
+from .response_meter import ResponseMeter
+from .sampling import Sampling
+from .speculation import Drafting
+from .stop_strings import StoppedText
 from .terminal import printable
 from .tools_file import Tool
 
 if TYPE_CHECKING:
     from modeling_mistral_large import MistralLargeTokenizer
 
-# Logits divided by less overflow.
-SMALLEST_TEMPERATURE = 0.001
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedily at a temperature of 0.
-
-    seed: also of the ids of tool calls that the model leaves without one.
-
-    Raises:
-        SettingError: a temperature that logits cannot be divided by, or a top_p without effect.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float | None
-    seed: int | None
-
-    def __post_init__(self) -> None:
-        from mistral_large_conversion.errors import SettingError
-
-        if not (self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf):
-            raise SettingError(
-                f"temperature {self.temperature}: must be finite, and 0 or at least {SMALLEST_TEMPERATURE}; 0 takes "
-                "the most likely token each time"
-            )
-        if self.top_p is not None and not 0 <= self.top_p <= 1:
-            raise SettingError(f"top_p {self.top_p}: must be a probability, from 0 to 1; leave it out for 1")
-        if self.temperature == 0 and self.top_p is not None:
-            raise SettingError(
-                "top_p: has no effect at a temperature of 0, which takes the most likely token each time; leave one of "
-                "the two out"
-            )
-
-    def options(self) -> dict[str, Any]:
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        top_p = 1.0 if self.top_p is None else self.top_p
-        return {"do_sample": True, "temperature": self.temperature, "top_p": top_p, "top_k": 0}
+# What a process is told to generate: the prompt, the seed and how tokens are chosen.
+Task = tuple[list[int], int, Sampling]
 
 
 class GenerationSession:
@@ -90,6 +54,7 @@ class GenerationSession:
         import transformers
 
         from mistral_large_conversion.checkpoint.names import expected_tensors
+        from modeling_mistral_large.generation import ChatSession
         from modeling_mistral_large.recorded_steps.automatic import session_cache
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -102,26 +67,36 @@ class GenerationSession:
             drafting.check(model_name)
         self._model, self.tokenizer = load_model(model_name, hub or {}, adapter=adapter, dtype=dtype, **place)
         self._draft_options: dict[str, Any] = {}
-        self.meter: DraftMeter | None = None
         if drafting is not None:
             self._draft_options = drafting.generate_options(
                 self._model, self.tokenizer, load_model, dtype=dtype, **place
             )
-            self.meter = DraftMeter()
-        self._sampling = sampling
         config = self._model.config
-        self._cache: Any = session_cache(self._model, "fp8" if kv == "fp8" else "bf16")
-        self._cached: list[int] = []
+        self.chat = ChatSession(
+            self._model, self.tokenizer, session_cache(self._model, "fp8" if kv == "fp8" else "bf16")
+        )
+        self.meter = ResponseMeter(self.chat.speculation, self.chat.context_length, has_drafts=drafting is not None)
         self._prefill_chunk = prefill_chunk
         self._random = torch.Generator()
-        if sampling.seed is not None:
-            self._random.manual_seed(sampling.seed)
-        else:
-            self._random.seed()
+        self.sampling = sampling
+        self._reseed()
         parameters = sum(math.prod(tensor.shape) for tensor in expected_tensors(config))
         self.description = (
             f"{model_name}: {parameters / 1e9:,.3g} B parameters, {self._model.dtype}, {self._model.device}"
         )
+
+    def set_sampling(self, sampling: Sampling) -> None:
+        """Choose tokens in another way from now on; with another seed, random numbers begin anew."""
+        has_other_seed = sampling.seed != self.sampling.seed
+        self.sampling = sampling
+        if has_other_seed:
+            self._reseed()
+
+    def _reseed(self) -> None:
+        if self.sampling.seed is not None:
+            self._random.manual_seed(self.sampling.seed)
+        else:
+            self._random.seed()
 
     @property
     def prompt_formats(self) -> tuple[str, ...]:
@@ -131,17 +106,20 @@ class GenerationSession:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """Return the ids of a prompt."""
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, return_dict=False
-        )
-        return ids
+        return self.chat.prompt(messages, tools)
 
     def respond(
-        self, messages: Sequence[Message], tools: Sequence[Tool], show: Callable[[Any], None]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        show: Callable[[Any], None],
+        show_prefill: Callable[[int, int], None] | None = None,
     ) -> tuple[Message, bool]:
         """Generate the next message, hand its events to `show` as they come, and return it and whether it was stopped.
 
-        A response that was stopped calls no tools.
+        show_prefill: called with the tokens read and those of the prompt, between two chunks of it.
+
+        A response that was stopped calls no tools, and one that a stop string ends has none of it.
         """
         import torch
 
@@ -149,39 +127,37 @@ class GenerationSession:
         from modeling_mistral_large.instruct.answer import AnswerStream
 
         prompt = self.prompt(messages, tools)
-        limit = self._model.config.max_position_embeddings
-        if len(prompt) >= limit:
+        if len(prompt) >= (limit := self.chat.context_length):
             raise ConversationError(
                 f"the conversation has {len(prompt)} tokens; the model reads fewer than {limit}; /reset starts anew"
             )
         seed = int(torch.randint(2**31, (1,), generator=self._random))
-        stream = AnswerStream(self.tokenizer.pieces, rng=random.Random(seed))
-
-        if self.meter is not None:
-            self.meter.restart()
+        stream = StoppedText(AnswerStream(self.tokenizer.pieces, rng=random.Random(seed)), self.sampling.stop)
+        self.meter.restart(len(prompt))
 
         def take(ids: list[int]) -> None:
-            if self.meter is not None:
-                self.meter.tick()
+            self.meter.tick(len(ids))
             for event in stream.feed(ids):
                 show(event)
+            if stream.is_stopped and not self._is_parallel:
+                self.chat.stop()
 
         if self._is_parallel:
-            _broadcast((prompt, seed))
-        with _stop_on_interrupt(is_wanted=not self._is_parallel) as stop:
-            self._generate(prompt, seed, take, stop)
+            _broadcast((prompt, seed, self.sampling))
+        with _stop_on_interrupt(self.chat.stop, is_wanted=not self._is_parallel) as was_interrupted:
+            self._generate(prompt, seed, take, show_prefill)
         for event in stream.finish():
             show(event)
-        message = stream.parsed.message
-        if stop.is_set:
+        message = stream.message()
+        if was_interrupted():
             message.pop("tool_calls", None)
-        return message, stop.is_set
+        return message, was_interrupted()
 
     def follow(self) -> None:
         """Generate what the first process does, until it leaves."""
         while (task := _broadcast(None)) is not None:
-            prompt, seed = task
-            self._generate(prompt, seed, lambda _: None, _Stop())
+            prompt, seed, self.sampling = task
+            self._generate(prompt, seed, lambda _: None, None)
         _end_processes()
 
     def dismiss(self) -> None:
@@ -190,81 +166,41 @@ class GenerationSession:
             _broadcast(None)
             _end_processes()
 
-    def _generate(self, prompt: list[int], seed: int, take: Callable[[list[int]], None], stop: "_Stop") -> None:
+    def _generate(
+        self,
+        prompt: list[int],
+        seed: int,
+        take: Callable[[list[int]], None],
+        show_prefill: Callable[[int, int], None] | None,
+    ) -> None:
         import torch
-        from transformers.generation.streamers import BaseStreamer
 
-        from modeling_mistral_large.transformers_api import cache_argument
-
-        class Streamer(BaseStreamer):
-            is_prompt = True
-
-            def put(self, value: torch.Tensor) -> None:
-                if not self.is_prompt:
-                    written.extend(value.flatten().tolist())
-                    take(value.flatten().tolist())
-                self.is_prompt = False
-
-            def end(self) -> None:
-                pass
-
-        # Between two forward passes, also those of a long prompt's chunks, all layers have cached the same tokens.
-        def stop_here(*_: Any) -> None:
-            if stop.is_set:
-                raise _StoppedError
-
-        written: list[int] = []
-        # The last token of a prompt is always read, as its logits are wanted.
-        common = min(_common_length(self._cached, prompt), len(prompt) - 1)
-        if excess := self._cache.get_seq_length() - common:
-            self._cache.crop(-excess)
-        self._cached = self._cached[:common]
-        input_ids = torch.tensor([prompt], device=self._model.device)
         torch.manual_seed(seed)
-        hook = self._model.register_forward_pre_hook(stop_here)
-        try:
-            with suppress(_StoppedError), nullcontext() if self.meter is None else self.meter.speculation:
-                self._model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    prefill_chunk_size=self._prefill_chunk,
-                    max_new_tokens=min(
-                        self._sampling.max_new_tokens, self._model.config.max_position_embeddings - len(prompt)
-                    ),
-                    streamer=Streamer(),
-                    **cache_argument(self._cache),
-                    **self._sampling.options(),
-                    **self._draft_options,
-                )
-        finally:
-            hook.remove()
-            # The last token that was written has not been read yet, and an error may have left more unread.
-            self._cached = [*prompt, *written][: self._cache.get_seq_length()]
-
-
-class _StoppedError(Exception):
-    """Ctrl-C was pressed during generation."""
-
-
-@dataclass
-class _Stop:
-    is_set: bool = False
+        self.chat.generate(
+            prompt,
+            on_tokens=take,
+            on_prefill=show_prefill,
+            prefill_chunk_size=self._prefill_chunk,
+            **self.sampling.options(),
+            **self._draft_options,
+        )
 
 
 @contextmanager
-def _stop_on_interrupt(*, is_wanted: bool) -> Iterator[_Stop]:
-    """Let ctrl-C set the flag that is yielded, where wanted, instead of ending the program."""
-    stop = _Stop()
+def _stop_on_interrupt(stop: Callable[[], None], *, is_wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Let ctrl-C call `stop`, where wanted, instead of ending the program; yield what tells whether it did."""
+    interrupts: list[int] = []
     if not is_wanted:
-        yield stop
+        yield lambda: False
         return
 
-    def interrupt(_: int, __: FrameType | None) -> None:
-        stop.is_set = True
+    def interrupt(number: int, _: FrameType | None) -> None:
+        interrupts.append(number)
+        stop()
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield stop
+        yield lambda: bool(interrupts)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -281,20 +217,13 @@ def _end_processes() -> None:
     torch.distributed.destroy_process_group()
 
 
-def _broadcast(task: tuple[list[int], int] | None) -> tuple[list[int], int] | None:
+def _broadcast(task: Task | None) -> Task | None:
     """Send what the first process has to all of them."""
     import torch.distributed
 
     box = [task]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return next(
-        (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
-        min(len(first), len(second)),
-    )
 
 
 def load_model(

@@ -1,7 +1,6 @@
 """Drafts on the command line: a smaller model or the prompt itself proposes tokens, and the model checks them."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,31 +137,3 @@ class Drafting:
             if "revision" in self.hub:
                 config["revision"] = self.hub["revision"]
         return ("--speculative-config", json.dumps(config))
-
-
-class DraftMeter:
-    """What drafts have done for one response, and how fast it came."""
-
-    def __init__(self) -> None:
-        from modeling_mistral_large.generation import Speculation
-
-        self.speculation = Speculation()
-        self._first = self._last = 0.0
-
-    def restart(self) -> None:
-        self.speculation.restart()
-        self._first = self._last = 0.0
-
-    def tick(self) -> None:
-        """Take the time of a token."""
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
-
-    def line(self) -> str:
-        """Return the speed after the first token and how many drafted tokens were accepted, for people."""
-        counts = self.speculation
-        seconds = self._last - self._first
-        speed = f"{(counts.written - 1) / seconds:.3g} tokens/s" if counts.written > 1 and seconds else "one token"
-        if not counts.proposed:
-            return f"{speed}; none drafted"
-        return f"{speed}; {counts.accepted} of {counts.proposed} drafted tokens accepted"

@@ -164,6 +164,8 @@ class MistralLargeConfig(ConfigWithRemoteCode):
         self.rope_parameters = self._merged_rope_parameters(kwargs)
         for name in ABSENT.keys() - self.__dataclass_fields__.keys():
             _refuse(field_problem(name, kwargs.pop(name, None)))
+        # Of its own: quantizers of transformers add to the plan of a config, which would be that of all of them.
+        vars(self)["base_model_tp_plan"] = dict(type(self).base_model_tp_plan)
         super().__post_init__(**kwargs)
         self.check()
 
@@ -319,17 +321,6 @@ def read_for_auto_classes(found: dict[str, Any], source: Any, options: dict[str,
     if is_named_mistral_large(source):
         return read_consolidated(source, options) or own_fields(found, source)
     return read_consolidated(source, options) if Path(source).is_dir() and not is_another_model(found) else None
-
-
-def read_any_of_ours(found: dict[str, Any], source: Any, options: dict[str, Any]) -> dict[str, Any] | None:
-    """What `read_for_auto_classes` returns, and of any config.json of type `mistral` that fits, whatever the name.
-
-    Raises:
-        CheckpointError: a params.json that is not a Mistral Large geometry.
-    """
-    if found.get("model_type") == STOCK_TYPE and is_mistral_large(found):
-        return read_consolidated(source, options) or own_fields(found, source)
-    return read_for_auto_classes(found, source, options)
 
 
 def check_config(config: Any) -> None:

@@ -1,5 +1,6 @@
-"""What drives the model: the tool loop, structured output, streaming, drafts, recorded and compiled steps."""
+"""What drives the model: chat sessions, tools, structured output, streaming, drafts, recorded and compiled steps."""
 
+from modeling_mistral_large.generation.chat_session import ChatSession
 from modeling_mistral_large.generation.compiled_layers import compile_layers_
 from modeling_mistral_large.generation.streaming import MistralLargeTextIteratorStreamer, MistralLargeTextStreamer
 from modeling_mistral_large.generation.structured_output import answer_grammar, constrain
@@ -11,6 +12,7 @@ from modeling_mistral_large.recorded_steps.decoding import record_decoding
 from modeling_mistral_large.recorded_steps.obstacles import obstacle_to_recording
 
 __all__ = [
+    "ChatSession",
     "MistralLargeTextIteratorStreamer",
     "MistralLargeTextStreamer",
     "RecordedCache",

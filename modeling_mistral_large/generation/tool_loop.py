@@ -11,11 +11,18 @@ from typing import Any, NamedTuple, TypeAlias
 
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.instruct.formats import InstructFormat, find_format
-from modeling_mistral_large.instruct.json_text import json_value, rewrite_json, show
-from modeling_mistral_large.instruct.tool_schemas import describe_function, find_function, list_tools, parameters_of
+from modeling_mistral_large.instruct.json_text import json_value, rewrite_json, shorten, show
+from modeling_mistral_large.instruct.tool_schemas import (
+    describe_function,
+    find_function,
+    list_tools,
+    own_definition,
+    parameters_of,
+)
 
 Message: TypeAlias = dict[str, Any]
 Generate: TypeAlias = Callable[[list[Message], Sequence[Callable[..., Any]]], Message]
+Approve: TypeAlias = Callable[[Callable[..., Any], str, dict[str, Any]], bool]
 
 # What Python calls the types of JSON schemas. A boolean is an integer to Python, but not to JSON.
 PYTHON_TYPES: dict[str, tuple[type, ...]] = {
@@ -36,6 +43,8 @@ class _Tool(NamedTuple):
     schema: Mapping[str, Any]
     # Arguments that Python takes by their place only, with their defaults.
     positional: Sequence[inspect.Parameter]
+    # Any JSON schema, and not what type hints make.
+    has_own_schema: bool
 
 
 def run_tool_loop(
@@ -45,6 +54,7 @@ def run_tool_loop(
     *,
     max_rounds: int = 8,
     prompt_format: str | None = None,
+    approve: Approve | None = None,
 ) -> list[Message]:
     """Return the messages with the model's calls, the tools' results and the final answer appended.
 
@@ -56,6 +66,11 @@ def run_tool_loop(
         results.
     prompt_format: `v3` or `v7`, how the model reads results: v7 any text unchanged, v3 as JSON where it is JSON.
         Without it, that of the tokenizer that `generate_with` was given, else v3.
+    approve: called with each function, its name and the arguments of a call before it runs; where it returns False, the
+        function does not run and the model reads that the user refused.
+
+    A callable with a `tool_definition`, a definition as OpenAI has it, is described by that, and its arguments are held
+    to that schema.
 
     Raises ConversationError for a function whose schema cannot be read, a generator, or two of one name, before the
     model is asked; and for a result that is no JSON value, before the model reads it.
@@ -75,7 +90,8 @@ def run_tool_loop(
             )
         parameters = [] if isinstance(function, type) else parameters_of(function)
         positional = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
-        named[name] = _Tool(function, schema["parameters"], positional)
+        is_own = own_definition(function) is not None
+        named[name] = _Tool(function, schema.get("parameters") or {}, positional, has_own_schema=is_own)
     conversation = list(messages)
     event_loop = _EventLoop()
     try:
@@ -87,7 +103,7 @@ def run_tool_loop(
                 break
             for call in calls:
                 function = call["function"]
-                result = _run_call(function["name"], function["arguments"], named, event_loop, form)
+                result = _run_call(function["name"], function["arguments"], named, event_loop, form, approve)
                 conversation.append(
                     {"role": "tool", "tool_call_id": call.get("id"), "name": function["name"], "content": result}
                 )
@@ -169,14 +185,22 @@ async def _cancel_all() -> None:
 
 
 def _run_call(
-    name: str, arguments: Any, named: Mapping[str, _Tool], event_loop: _EventLoop, form: InstructFormat
+    name: str,
+    arguments: Any,
+    named: Mapping[str, _Tool],
+    event_loop: _EventLoop,
+    form: InstructFormat,
+    approve: Approve | None,
 ) -> str:
     """Return the result of a call as the content of a tool message."""
     if name not in named:
         return _write_error(f"there is no tool {show(name)}; the tools are {', '.join(named)}", form)
     tool = named[name]
-    if problem := _find_argument_error(arguments, tool.schema):
+    check = _find_schema_error if tool.has_own_schema else _find_argument_error
+    if problem := check(arguments, tool.schema):
         return _write_error(problem, form)
+    if approve is not None and not approve(tool.function, name, dict(arguments)):
+        return _write_error("the user refused this call", form)
     by_name = dict(arguments)
     by_place = [by_name.pop(parameter.name, parameter.default) for parameter in tool.positional]
     where = f"the result of tool {name}"
@@ -215,6 +239,28 @@ def _as_content(text: str, form: InstructFormat) -> str:
 
 def _write_error(problem: str, form: InstructFormat) -> str:
     return _as_content(json.dumps({"error": problem}, ensure_ascii=False), form)
+
+
+def _find_schema_error(arguments: Any, schema: Mapping[str, Any]) -> str | None:
+    """Return how arguments break a JSON schema, or None."""
+    if not isinstance(arguments, dict):
+        return f"the arguments are {show(arguments)} and must be an object"
+    from jsonschema import Draft7Validator
+    from jsonschema.exceptions import best_match
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    # An empty registry, as a reference to an address would be fetched by default.
+    validator = validator_for(schema, default=Draft7Validator)(schema, registry=Registry())
+    try:
+        error = best_match(validator.iter_errors(arguments))
+    except Unresolvable as problem:
+        return f"the schema of this tool cannot be read: {shorten(str(problem))}"
+    if error is None:
+        return None
+    path = ".".join(map(str, error.absolute_path))
+    return f"{path}: {shorten(error.message)}" if path else shorten(error.message)
 
 
 def _find_argument_error(arguments: Any, schema: Mapping[str, Any]) -> str | None:

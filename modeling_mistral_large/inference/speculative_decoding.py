@@ -76,6 +76,11 @@ class Speculation:
         _current.reset(self._tokens.pop())
 
 
+def current_speculation() -> Speculation | None:
+    """The `Speculation` whose `with` block this is, if it is one."""
+    return _current.get()
+
+
 class _TokenChoice:
     """The choice of a token at a place of the response: the same one for every model that gives the same scores.
 

@@ -72,10 +72,13 @@ def describe_function(tool: Any, where: str) -> dict[str, Any]:
     """Return the definition transformers derives from a function's type hints and Google-style docstring.
 
     tool: a function, also an async or decorated one, a bound method, a `functools.partial`, whose arguments are not the
-        model's to choose, or an object with `__call__`.
+        model's to choose, or an object with `__call__`. One whose attribute `tool_definition` is a definition as
+        OpenAI has it is described by that.
     """
     if not callable(tool):
         raise ConversationError(f"{where}: {show(tool)}; pass an OpenAI tool definition or a Python function")
+    if (definition := own_definition(tool)) is not None:
+        return definition
     # Slow to import, and only needed here.
     from transformers.utils.chat_template_utils import get_json_schema
 
@@ -89,6 +92,12 @@ def describe_function(tool: Any, where: str) -> dict[str, Any]:
             f"{where}: {error}; a function needs a type hint for every argument and a Google-style docstring"
         ) from error
     return schema
+
+
+def own_definition(tool: Any) -> dict[str, Any] | None:
+    """Return the definition that a callable brings in `tool_definition`, None where type hints describe it."""
+    definition = getattr(tool, "tool_definition", None)
+    return dict(definition) if isinstance(definition, Mapping) else None
 
 
 def find_function(tool: Any) -> Any:

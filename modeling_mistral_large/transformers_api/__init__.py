@@ -31,6 +31,7 @@ from modeling_mistral_large.transformers_api.assisted import (
     draft_settings,
     take_back,
 )
+from modeling_mistral_large.transformers_api.caches import capacity, keep_first
 from modeling_mistral_large.transformers_api.keywords import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -91,12 +92,14 @@ __all__ = [
     "cache_update_options",
     "cached_tokens",
     "can_take_back",
+    "capacity",
     "declared_options",
     "draft_settings",
     "export_names",
     "has_foreign_hooks",
     "ignore_unexpected_keys",
     "is_sharded",
+    "keep_first",
     "layer_forward",
     "mask_length",
     "model_forward",

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mistral_large_cli import app, main
-from mistral_large_cli.serve import ServedAdapter, choose_engine
+from mistral_large_cli.serve import choose_engine
 from mistral_large_conversion import convert_adapter, convert_checkpoint
 from mistral_large_conversion.errors import CheckpointError
 from tests.support.adapters import save_peft_adapter
@@ -216,21 +216,21 @@ def test_an_adapter_next_to_a_checkpoint_is_not_left_out(
 
 
 @pytest.mark.parametrize("kind", ["PEFT's", "vendor's", "as the model"])
-def test_the_server_of_transformers_is_given_the_adapter(
+def test_our_server_is_given_the_adapter(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(SERVE, "serve_with_transformers", lambda model, **rest: calls.append((model, rest["adapter"])))
+    monkeypatch.setattr(
+        SERVE, "serve_here", lambda model, **rest: calls.append((model, rest["adapter"], rest["names"]))
+    )
     monkeypatch.setattr(SERVE, "choose_engine", lambda _: "transformers")
     if kind == "vendor's":
         convert_adapter(adapter, tmp_path / "vendors", to="consolidated")
         adapter = tmp_path / "vendors"
-    arguments = [adapter] if kind == "as the model" else [base, "--adapter", adapter]
-    printed = run("serve", *arguments)
-    tokenizer_place: dict[str, Any] | None = {} if kind == "as the model" else None
-    assert calls == [(str(base), ServedAdapter(str(adapter), adapter, adapter.name, None, tokenizer_place))]
+    given = [str(adapter)] if kind == "as the model" else [str(base), "--adapter", str(adapter)]
+    printed = run("serve", *given)
+    assert calls == [(given[0], given[-1] if len(given) > 1 else None, [adapter.name])]
     assert f'"model": "{adapter.name}"' in printed
-    assert f"{adapter}: an adapter, loaded on {base}\n" in printed
 
 
 def test_the_chat_refuses_adapters_before_torch_is_imported(

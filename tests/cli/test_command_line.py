@@ -186,8 +186,6 @@ def test_engines_are_told_of_revision_token_and_cache(monkeypatch: pytest.Monkey
     assert CliRunner().invoke(app, ["serve", REPOSITORY, *options]).exit_code == 0
     assert started[0][-4:] == ["--revision", TAG, "--tokenizer-revision", TAG]
     assert {name: os.environ[name] for name in environment} == environment
-    monkeypatch.setattr(
-        "mistral_large_cli.serve.serve_with_transformers", lambda model, **rest: started.append((model, rest))
-    )
+    monkeypatch.setattr("mistral_large_cli.serve.serve_here", lambda model, **rest: started.append((model, rest)))
     assert CliRunner().invoke(app, ["serve", REPOSITORY, "--engine", "transformers", *options]).exit_code == 0
-    assert (started[1][0], started[1][1]["revision"]) == (REPOSITORY, TAG)
+    assert (started[1][0], started[1][1]["hub"]["revision"]) == (REPOSITORY, TAG)

@@ -1,6 +1,8 @@
 """`--draft` and `--lookup` of `chat`, `serve` and `plan`: the responses of no draft, what is shown, what is refused."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +13,20 @@ import torch
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
-from mistral_large_cli.generation_session import GenerationSession, Sampling, load_model
+from mistral_large_cli.demo import golden_conversations
+from mistral_large_cli.generation_session import GenerationSession, load_model
+from mistral_large_cli.response_meter import ResponseMeter
+from mistral_large_cli.sampling import Sampling
 from mistral_large_cli.serve import choose_engine
-from mistral_large_cli.speculation import Drafting, DraftMeter
+from mistral_large_cli.speculation import Drafting
 from mistral_large_conversion.checkpoint.geometry import PUBLISHED, PUBLISHED_7B
 from mistral_large_conversion.checkpoint.safetensors_header import read_header
 from mistral_large_conversion.errors import PlanError, SettingError
 from mistral_large_conversion.sharding import Draft, Workload, parse_devices, plan_sharding
 from modeling_mistral_large import MistralLargeForCausalLM
+from modeling_mistral_large.generation import Speculation
 from tests.support.errors import raises_exactly
+from tests.support.warm_python import WarmPython
 
 SERVE = sys.modules[choose_engine.__module__]
 TURNS = ("Who are you?", "What's the weather like in Paris?", "Qui es-tu ?")
@@ -38,14 +45,14 @@ class RecordingSession(GenerationSession):
         messages: list[dict[str, Any]] = []
         for turn in turns:
             if self.is_fresh:
-                self._cached = []
+                self.chat.reset()
             messages.append({"role": "user", "content": turn})
             message, _ = self.respond(messages, [], lambda _: None)
             # No prompt can hold an empty response.
             messages.append(message if message["content"].strip() else {"role": "assistant", "content": "…"})
             # What is taken for cached is in the cache, of every layer.
-            lengths = {layer.keys.shape[-2] for layer in self._cache.layers}
-            assert lengths == {len(self._cached)}
+            lengths = {layer.keys.shape[-2] for layer in self.chat.cache.layers}
+            assert lengths == {self.chat.cached_tokens}
         return messages
 
 
@@ -77,8 +84,7 @@ def test_turns_are_those_without_a_draft(demo_folder: Path, kind: str, kv: str, 
     # An 8-bit cache rounds, and what it gives depends on how a prompt was cut.
     fresh.is_fresh = kv == "auto"
     assert talker.talk(TURNS) == fresh.talk(TURNS)
-    assert talker.meter is not None
-    assert "drafted" in talker.meter.line()
+    assert "drafted" in talker.meter.drafts()
 
 
 @pytest.mark.slow
@@ -94,16 +100,41 @@ def test_chat_says_what_was_accepted(demo_folder: Path) -> None:
         assert counts == "none drafted" or counts.endswith(" drafted tokens accepted")
 
 
-def test_the_line_under_a_response() -> None:
-    meter = DraftMeter()
+@pytest.mark.slow
+def test_under_torchrun(demo_folder: Path, warm_python: WarmPython) -> None:
+    options = ["--temperature", "0", "--draft", str(demo_folder)]
+    command = ["-m", "mistral_large_cli", "chat", str(demo_folder), *options]
+    result = subprocess.run(
+        [warm_python.python, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command],
+        input="Who are you?\n",
+        env={**os.environ, **warm_python.environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answer = golden_conversations()["who_are_you"].answer
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line == answer] == [answer]
+    assert len([line for line in lines if line.endswith("drafted tokens accepted")]) == 1
+
+
+def test_the_line_under_a_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([4.0, 5.0, 7.5, 10.0, 10.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    meter = ResponseMeter(Speculation(), 131072, has_drafts=True)
     counts = meter.speculation
-    counts.written, counts.proposed, counts.accepted = 11, 12, 8
-    meter._first, meter._last = 5.0, 7.5
-    assert meter.line() == "4 tokens/s; 8 of 12 drafted tokens accepted"
-    meter.restart()
-    counts.written = 1
-    meter.tick()
-    assert meter.line() == "one token; none drafted"
+    meter.restart(2000)
+    counts.proposed, counts.accepted = 12, 8
+    meter.tick(1)
+    meter.tick(10)
+    assert meter.drafts() == "4 tokens/s; 8 of 12 drafted tokens accepted"
+    assert meter.line() == f"{meter.drafts()}; first token after 1.00 s; 2,011 of 131,072 tokens of context"
+    meter.restart(5)
+    meter.tick(1)
+    assert meter.drafts() == "one token; none drafted"
+    meter.has_drafts = False
+    assert meter.line() == "one token; first token after 0.50 s; 6 of 131,072 tokens of context"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +184,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What would have been started: processes and servers do not come back."""
     calls: list[Any] = []
     monkeypatch.setattr("os.execv", lambda _, command: calls.append(command))
-    monkeypatch.setattr(SERVE, "serve_with_transformers", lambda model, **rest: calls.append(rest))
+    monkeypatch.setattr(SERVE, "serve_here", lambda model, **rest: calls.append(rest))
     monkeypatch.setattr(SERVE, "choose_engine", lambda engine: engine)
     return calls
 
@@ -194,7 +225,7 @@ def test_vllm_reads_a_draft_in_the_layout_of_the_model_only(demo_folder: Path, t
         Drafting(str(folder)).vllm_options(str(demo_folder))
 
 
-def test_the_server_of_transformers_gets_the_draft(demo_folder: Path, started: list[Any]) -> None:
+def test_our_server_gets_the_draft(demo_folder: Path, started: list[Any]) -> None:
     serve(str(demo_folder), "--engine", "transformers", "--draft", str(demo_folder), "--draft-tokens", "6")
     serve(str(demo_folder), "--engine", "transformers", "--lookup")
     assert [call["drafting"] for call in started] == [Drafting(str(demo_folder), 6), Drafting(None)]

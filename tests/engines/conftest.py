@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-
 from .servers import Server
+
+# The environment of the client libraries has no torch.
+if TYPE_CHECKING:
+    from modeling_mistral_large import MistralLargeTokenizer
 
 
 @pytest.hookimpl(wrapper=True)
@@ -25,30 +27,37 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session")
-def demo_tokenizer(demo_folder: Path) -> MistralLargeTokenizer:
-    tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
-    return tokenizer
+def demo_tokenizer(demo_folder: Path) -> "MistralLargeTokenizer":
+    return _tokenizer(demo_folder)
 
 
 @pytest.fixture(scope="session")
-def generated_ids(demo_folder: Path, demo_tokenizer: MistralLargeTokenizer) -> Callable[..., list[int]]:
+def generated_ids(demo_folder: Path, demo_tokenizer: "MistralLargeTokenizer") -> Callable[..., list[int]]:
     """The oracle: what `generate` continues messages and tools with, greedily and in fp32."""
     return _continuations(demo_folder, demo_tokenizer)
 
 
 @pytest.fixture(scope="session")
-def tokenizer_of_v7(demo_folder_of_v7: Path) -> MistralLargeTokenizer:
-    tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder_of_v7)
-    return tokenizer
+def tokenizer_of_v7(demo_folder_of_v7: Path) -> "MistralLargeTokenizer":
+    return _tokenizer(demo_folder_of_v7)
 
 
 @pytest.fixture(scope="session")
-def generated_ids_of_v7(demo_folder_of_v7: Path, tokenizer_of_v7: MistralLargeTokenizer) -> Callable[..., list[int]]:
+def generated_ids_of_v7(demo_folder_of_v7: Path, tokenizer_of_v7: "MistralLargeTokenizer") -> Callable[..., list[int]]:
     """The oracle for the demo model of v7."""
     return _continuations(demo_folder_of_v7, tokenizer_of_v7)
 
 
-def _continuations(folder: Path, tokenizer: MistralLargeTokenizer) -> Callable[..., list[int]]:
+def _tokenizer(folder: Path) -> "MistralLargeTokenizer":
+    from modeling_mistral_large import MistralLargeTokenizer
+
+    tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def _continuations(folder: Path, tokenizer: "MistralLargeTokenizer") -> Callable[..., list[int]]:
+    from modeling_mistral_large import MistralLargeForCausalLM
+
     model: Any = MistralLargeForCausalLM.from_pretrained(folder, dtype="float32")
 
     def continuation(messages: list[Any], tools: list[Any] | None = None) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 from typer.testing import CliRunner
 
 import modeling_mistral_large
@@ -28,7 +28,6 @@ from modeling_mistral_large import (
     load,
     pipeline,
 )
-from modeling_mistral_large.configuration_mistral_large import read_any_of_ours, read_for_auto_classes
 from modeling_mistral_large.errors import (
     CheckpointError,
     ConfigurationError,
@@ -36,7 +35,6 @@ from modeling_mistral_large.errors import (
     TokenizerFileError,
     UnknownVocabularyError,
 )
-from modeling_mistral_large.transformers_api import read_config_dict_with
 from tests.support import folders as builders
 from tests.support.errors import raises_exactly
 from tests.support.folders import CHATML_TEMPLATE, CHATML_TOKENS, FOLDERS, GOLDEN_FOLDERS, hf_demo_weights
@@ -194,17 +192,6 @@ def test_serve_has_vllm_take_our_prompts(kind: str, folders: Any, monkeypatch: p
     # vLLM chooses that of our folders by the architecture in config.json.
     mode = command[command.index("--tokenizer-mode") + 1] if "--tokenizer-mode" in command else None
     assert mode == modes.get(kind, "mistral_large")
-
-
-@pytest.mark.parametrize("kind", FOLDERS)
-def test_transformers_serve_finds_our_class_whatever_the_name(kind: str, folders: Any) -> None:
-    read_config_dict_with(read_any_of_ours)
-    try:
-        config = AutoConfig.from_pretrained(folders(kind))
-    finally:
-        read_config_dict_with(read_for_auto_classes)
-    assert type(config) is MistralLargeConfig
-    assert config.architectures == ["MistralLargeForCausalLM"]
 
 
 @pytest.mark.filterwarnings("ignore:.*(another program|prompts are v3)")

@@ -138,6 +138,13 @@ def test_continuous_batching_gives_the_greedy_tokens(tiny_config: MistralLargeCo
     assert [answer.generated_tokens for answer in answers.values()] == expected
 
 
+def test_what_a_quantizer_adds_to_the_plan_of_a_config_is_not_in_others(tiny_config: MistralLargeConfig) -> None:
+    plan = dict(MistralLargeConfig().base_model_tp_plan)
+    tiny_config.base_model_tp_plan["layers.*.mlp.experts"] = "colwise"
+    assert MistralLargeConfig().base_model_tp_plan == plan
+    assert "base_model_tp_plan" not in tiny_config.to_dict()
+
+
 def test_plans_name_modules_that_exist(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     modules = {name for name, _ in model.named_modules()}

@@ -34,12 +34,6 @@ NOTHING_LEFT = "left every linear layer of the decoder as it was"
 
 
 @pytest.fixture(autouse=True)
-def _plan_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """compressed-tensors in transformers 5.17 adds experts to the plan that all configs of a class have in common."""
-    monkeypatch.setattr(MistralLargeConfig, "base_model_tp_plan", dict(MistralLargeConfig.base_model_tp_plan))
-
-
-@pytest.fixture(autouse=True)
 def _kernels_of_quanto(request: pytest.FixtureRequest) -> None:
     """Compile quanto's kernels by the fixture, which knows that only one process of ours does."""
     if "quanto" in request.node.name:

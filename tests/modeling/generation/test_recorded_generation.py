@@ -18,7 +18,8 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from mistral_large_cli.demo import golden_conversations
-from mistral_large_cli.generation_session import GenerationSession, Sampling
+from mistral_large_cli.generation_session import GenerationSession
+from mistral_large_cli.sampling import Sampling
 from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer, pipeline
 from modeling_mistral_large.generation import RecordedCache, constrain, record_decoding, release_recording
@@ -591,7 +592,7 @@ def test_chat_over_several_turns(
         session = GenerationSession(
             str(demo_folder), Sampling(64, temperature, None, 5), device_map="cpu", kv="auto", prefill_chunk=512
         )
-        assert isinstance(session._cache, expected)
+        assert isinstance(session.chat.cache, expected)
         messages = []
         for golden in [GOLDEN["window_cleaner_follow_up"], GOLDEN["weather_call"], GOLDEN["window_cleaner_follow_up"]]:
             messages.append(session.respond(golden.messages, [], lambda _: None))

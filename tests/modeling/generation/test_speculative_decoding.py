@@ -12,10 +12,10 @@ import torch
 from transformers import DynamicCache, MistralForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from mistral_large_cli.demo import golden_conversations
+from mistral_large_cli.demo import get_current_weather, golden_conversations
 from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.generation import Speculation, constrain
+from modeling_mistral_large.generation import Speculation, constrain, generate_with, run_tool_loop
 from modeling_mistral_large.inference.drafting import DraftPolicy, PromptLookup, policy_for
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
 from modeling_mistral_large.transformers_api import CACHE_NAME, cache_argument
@@ -223,6 +223,39 @@ def test_under_a_constraint(demo_folder: Path) -> None:
         assert respond(assistant_model=draft) == plain
         assert respond(prompt_lookup_num_tokens=6) == plain
     assert speculation.accepted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["draft", "lookup"])
+def test_in_the_tool_loop(demo_folder: Path, kind: str) -> None:
+    tokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
+    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="float32")
+    golden = golden_conversations()["weather_call"]
+    options: dict[str, Any] = {
+        "draft": {"assistant_model": always(noisy(model, 0.005))},
+        "lookup": {"prompt_lookup_num_tokens": 6},
+    }[kind]
+
+    def messages(**given: Any) -> list[Any]:
+        generate = generate_with(model, tokenizer, max_new_tokens=64, do_sample=False, **given)
+        done: list[Any] = run_tool_loop(generate, golden.messages, [get_current_weather])
+        return done
+
+    plain = messages()
+    assert [message["role"] for message in plain[-3:]] == ["assistant", "tool", "assistant"]
+    with Speculation() as speculation:
+        drafted = messages(**options)
+    assert without_ids(drafted) == without_ids(plain)
+    assert speculation.accepted
+
+
+def without_ids(messages: Sequence[Any]) -> str:
+    """The messages as JSON without the ids of calls, which are drawn anew where the model writes none."""
+    ids = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+    text = json.dumps(messages)
+    for index, each in enumerate(ids):
+        text = text.replace(each, f"call {index}")
+    return text
 
 
 def test_a_draft_reads_only_what_is_new_to_it(tiny_config: MistralLargeConfig) -> None:
