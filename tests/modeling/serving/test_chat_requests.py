@@ -137,6 +137,7 @@ def test_which_tools_may_be_called(options: dict[str, Any], expected: ToolChoice
         ({"temperature": 0, "top_p": 0.5}, {"do_sample": True}, TokenChoice(temperature=0)),
         ({"temperature": 2}, {}, TokenChoice(temperature=2)),
         ({"top_p": 0.5}, {}, TokenChoice(top_p=0.5)),
+        ({"temperature": 100, "top_p": 1e-9}, {}, TokenChoice(temperature=0)),
         (
             {"temperature": 2, "top_p": 0.5},
             {"do_sample": False, "top_p": 0.9, "repetition_penalty": 1.1},
