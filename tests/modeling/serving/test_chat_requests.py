@@ -13,6 +13,8 @@ from modeling_mistral_large.serving.served_model import token_choice
 
 QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+BIASES: list[Any] = [{"5": 101}, {"x": 1}, {"5": True}, {"²": 1}, [5]]
+STOPS: list[Any] = [5, "", ["a", ""], [5], list("abcde"), {}]
 OTHER = {"type": "function", "function": {"name": "g"}}
 
 
@@ -51,8 +53,8 @@ def calls(arguments: Any) -> dict[str, Any]:
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
         ({"presence_penalty": "1"}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
-        *(({"logit_bias": value}, "logit_bias") for value in ({"5": 101}, {"x": 1}, {"5": True}, {"²": 1}, [5])),
-        *(({"stop": value}, "stop") for value in (5, "", ["a", ""], [5], list("abcde"), {})),
+        *(({"logit_bias": value}, "logit_bias") for value in BIASES),
+        *(({"stop": value}, "stop") for value in STOPS),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"chat_template_kwargs": {"chat_template": "{{ messages }}"}}, "chat_template_kwargs"),
