@@ -1,6 +1,6 @@
 """Our own server behind `mistral-large serve`: its options, and what it loads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,14 +111,17 @@ def serve_here(
     hub: Mapping[str, Any] | None = None,
     adapter: str | None = None,
     drafting: Drafting | None = None,
+    on_port: Callable[[int], None] | None = None,
 ) -> None:
     """Serve a checkpoint or an adapter in this process until it is stopped.
 
+    port: 0 for a free one.
     names: of the model in requests.
     dtype: of the weights, as torch names it.
     hub: the options of `hub_options`.
     adapter: folder or repository of a LoRA to be loaded on the model.
     drafting: what drafts tokens; requests are then answered one after another.
+    on_port: called with the port when it is taken, before the model is loaded.
 
     Raises:
         SettingError: the port is taken, or the server runs in one of several processes.
@@ -135,6 +138,8 @@ def serve_here(
     # Before weights are read, which may take an hour.
     listening = take_port(host, port)
     with listening:
+        if on_port is not None:
+            on_port(listening.getsockname()[1])
         place = {"dtype": dtype or "auto", "device_map": settings.device_map or "auto"}
         loaded, tokenizer = load_model(model, hub or {}, adapter=adapter, **place)
         serve(
