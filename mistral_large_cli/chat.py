@@ -32,6 +32,7 @@ from .options import (
 )
 from .sampling import NAMES, Sampling
 from .speculation import Draft, Drafting, DraftRevision, DraftTokens, Lookup
+from .terminal import console
 from .tools_file import Tool, function_names, load_tools
 
 BLOCK_MARK = '"""'
@@ -136,11 +137,9 @@ def chat(
     if not session.is_first:
         session.follow()
         return
-    from rich.console import Console
-
     is_terminal = sys.stdout.isatty()
     # Lines of the chat itself are broken between words at a terminal, and nowhere else.
-    console = Console(highlight=False, markup=False, soft_wrap=not is_terminal)
+    out = console(soft_wrap=not is_terminal)
     servers: McpServers | None = None
     try:
         if load is not None:
@@ -149,7 +148,7 @@ def chat(
         if mcp:
             servers = McpServers(mcp)
         Chat(
-            ChatScreen(console, is_markdown=is_terminal and not plain),
+            ChatScreen(out, is_markdown=is_terminal and not plain),
             conversation,
             session,
             max_rounds=max_rounds,

@@ -46,7 +46,7 @@ class ChatTurns:
     @property
     def prompt_messages(self) -> list[Message]:
         """What the next prompt holds of the conversation."""
-        return self.conversation.with_system(self.conversation.messages[self._window.dropped :])
+        return self.conversation.with_system(self._window.kept(self.conversation.messages))
 
     def answer(self, message: Message, before: Sequence[Message]) -> None:
         """Let the model respond to a message, call tools and respond again; an empty response takes the message back.
@@ -111,8 +111,8 @@ class ChatTurns:
     def _respond(self, history: list[Message], tools: Sequence[Tool]) -> tuple[Message, bool]:
         before = self._window.dropped
         kept = self._window.fit(history, self.session.sampling.max_new_tokens)
-        if self._window.dropped > before:
-            turns = sum(message["role"] == "user" for message in history[: self._window.dropped])
+        if len(self._window.dropped) > len(before):
+            turns = sum(message["role"] == "user" for message in self._window.dropped)
             self.screen.note(
                 f"the context is full: the oldest turns ({turns}) are left out of the prompt; /save keeps them"
             )
@@ -123,7 +123,9 @@ class ChatTurns:
         finally:
             self.screen.end_response()
         if self.screen.console.is_terminal:
-            self.screen.note(self.session.meter.line())
+            # Calls go on with their results.
+            if not message.get("tool_calls"):
+                self.screen.note(self.session.meter.line())
         elif self.session.meter.has_drafts:
             self.screen.note(self.session.meter.drafts())
         return message, was_stopped

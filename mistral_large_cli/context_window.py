@@ -17,7 +17,12 @@ class ContextWindow:
     def __init__(self, count: Callable[[list[Message]], int], context_length: int) -> None:
         self._count, self._context_length = count, context_length
         # Messages at the beginning that are left out.
-        self.dropped = 0
+        self.dropped: list[Message] = []
+
+    def kept(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages without those that were left out last, if they begin with them."""
+        has_same_start = list(messages[: len(self.dropped)]) == self.dropped
+        return list(messages[len(self.dropped) :] if has_same_start else messages)
 
     def fit(self, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
         """Return the messages with those turns that fit next to a response; the last turn always stays.
@@ -25,12 +30,13 @@ class ContextWindow:
         A response gets the tokens it may have, but no more than half of the context.
         """
         room = self._context_length - min(max_new_tokens, self._context_length // 2)
-        starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        if self.dropped not in starts:
-            self.dropped = 0
-        kept = list(messages[self.dropped :])
-        later = [start for start in starts if start > self.dropped]
-        if not later or self._count(kept) <= room:
+        if self._count(list(messages)) <= room:
+            self.dropped = []
+            return list(messages)
+        kept = self.kept(messages)
+        first = len(messages) - len(kept)
+        later = [index for index in range(first + 1, len(messages)) if messages[index]["role"] == "user"]
+        if not later or (first and self._count(kept) <= room):
             return kept
         smaller = room - room // FREE
         # The first turn from which on all fits; the prompt grows with each that comes before it.
@@ -41,5 +47,5 @@ class ContextWindow:
                 high = middle
             else:
                 low = middle + 1
-        self.dropped = later[low]
-        return list(messages[self.dropped :])
+        self.dropped = list(messages[: later[low]])
+        return list(messages[later[low] :])

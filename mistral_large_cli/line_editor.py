@@ -74,7 +74,7 @@ class LineEditor:
         Raises:
             EOFError: ctrl-D. KeyboardInterrupt: ctrl-C.
         """
-        return self._session.prompt(prompt, default=default)
+        return self._session.prompt([("bold ansicyan", prompt)], default=default)
 
     def ask(self, question: str) -> str:
         """Return the answer to a question, which is not remembered; ctrl-D is none."""

@@ -166,9 +166,12 @@ def _client(source: str, errors: Any) -> "Client":
     if source.startswith(("http://", "https://")):
         return Client(source)
     try:
-        command, *arguments = shlex.split(source)
+        words = shlex.split(source)
     except ValueError as error:
         raise SettingError(f"--mcp {source!r}: no command ({error}); quote it as a shell takes it") from error
+    if not words:
+        raise SettingError(f"--mcp {source!r}: no command; name one that starts an MCP server, or the address of one")
+    command, *arguments = words
     return Client(stdio_client(StdioServerParameters(command=command, args=arguments), errlog=errors))
 
 

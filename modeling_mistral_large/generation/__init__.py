@@ -1,4 +1,4 @@
-"""What drives the model: chat sessions, tool loop, structured output, streaming, drafts, recorded and compiled steps."""
+"""What drives the model: chat sessions, tools, structured output, streaming, drafts, recorded and compiled steps."""
 
 from modeling_mistral_large.generation.chat_session import ChatSession
 from modeling_mistral_large.generation.compiled_layers import compile_layers_

@@ -4,15 +4,10 @@ import errno
 import json
 import math
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +26,7 @@ from mistral_large_conversion.errors import ConversationError, MistralLargeError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.inference.kv_cache import Fp8Layer
 from tests.support.errors import raises_exactly
+from tests.support.terminal import terminal_with
 from tests.support.warm_python import WarmPython
 
 GOLDEN = golden_conversations()
@@ -529,86 +525,31 @@ def test_input_that_cannot_be_read_is_one_error(demo_folder: Path, monkeypatch: 
         talk(demo_folder, "x")
 
 
-class Terminal:
-    """The other end of a pseudo-terminal."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.shown = ""
-
-    def wait_for(self, text: str, seconds: float = 120) -> str:
-        """Read until `text` is shown, and return everything up to its end."""
-        self._read_until(lambda: text in self.shown, seconds)
-        before, _, self.shown = self.shown.partition(text)
-        return before
-
-    def wait_for_more(self, characters: int, seconds: float = 120) -> None:
-        """Read until so much is shown."""
-        self._read_until(lambda: len(self.shown) >= characters, seconds)
-
-    def _read_until(self, is_done: Callable[[], bool], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not is_done():
-            assert time.monotonic() < end, f"too long: {self.shown!r}"
-            if select.select([self._descriptor], [], [], 0.2)[0]:
-                self.shown += os.read(self._descriptor, 65536).decode(errors="replace")
-
-    def type(self, text: str) -> None:
-        os.write(self._descriptor, text.encode())
-
-
-@contextmanager
-def terminal_with(*arguments: str) -> Iterator[tuple[Terminal, "subprocess.Popen[bytes]"]]:
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=ENVIRONMENT,
-        start_new_session=True,
-        # Tests that run in the background have ctrl-C ignored, and their children with them.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    os.close(theirs)
-    try:
-        yield Terminal(ours), process
-    finally:
-        process.kill()
-        process.wait()
-        with suppress(OSError):
-            os.close(ours)
-
-
 @pytest.mark.slow
-def test_at_a_terminal(demo_folder: Path) -> None:
-    with terminal_with(str(demo_folder), "--temperature", "0") as (terminal, process):
-        assert f"{demo_folder}: 0.00444 B parameters" in terminal.wait_for("/help lists the commands.")
-        terminal.wait_for("> ")
-        terminal.type(f"{question('who_are_you')}\n")
-        assert GOLDEN["who_are_you"].answer in terminal.wait_for("\n> ").replace("\r\n", "\n")
+def test_at_a_terminal(demo_folder: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, str(demo_folder), "--temperature", "0", "--no-history"]
+    with terminal_with(command, ENVIRONMENT, columns=200) as (terminal, process):
+        terminal.wait_for_prompt()
+        assert f"{demo_folder}: 0.00444 B parameters" in terminal.text
+        assert "/help lists the commands." in terminal.text
+        assert GOLDEN["who_are_you"].answer in terminal.send(question("who_are_you"))
         # An error is no end.
-        terminal.type("/nonsense\n")
-        terminal.wait_for("no such command")
-        terminal.wait_for("> ")
-        terminal.type("/help\n")
-        terminal.wait_for("/reset         forget the conversation")
-        terminal.wait_for("> ")
+        assert "no such command" in terminal.send("/nonsense")
+        assert "/reset         forget the conversation" in terminal.send("/help")
         # A block is no command, and neither is a line that begins with two slashes.
-        terminal.type('/system\n"""\n/nonsense\n"""\n//etc\n/prompt\n')
-        terminal.wait_for("/prompt\r\n")
-        shown = re.sub(r"\x1b\[[\d;]*m", "", terminal.wait_for("\n> "))
+        terminal.send("/system")
+        terminal.type('"""\r/nonsense\r"""\r//etc\r')
+        terminal.wait_for("> //etc")
+        shown = terminal.send("/prompt")
         assert "[INST] /nonsense [/INST]" in shown
         assert "[INST] /etc [/INST]" in shown
-        # Ctrl-C at the prompt neither. Between showing the prompt and waiting, Python only takes note of it.
-        for _ in range(20):
-            process.send_signal(signal.SIGINT)
-            with suppress(AssertionError):
-                terminal.wait_for("/exit or ctrl-D leaves.", seconds=5)
-                break
-        else:
-            pytest.fail(f"ctrl-C is not seen: {terminal.shown!r}")
-        terminal.wait_for("> ")
+        # Ctrl-C at the prompt neither, as a key and as a signal.
+        terminal.type("\x03")
+        terminal.wait_for("/exit or ctrl-D leaves.")
+        terminal.wait_for_prompt()
+        process.send_signal(signal.SIGINT)
+        terminal.wait_until(lambda: terminal.text.count("/exit or ctrl-D leaves.") == 2)
+        terminal.wait_for_prompt()
         terminal.type("\x04")
         assert process.wait(timeout=60) == 0
 
@@ -617,17 +558,17 @@ def test_at_a_terminal(demo_folder: Path) -> None:
 def test_ctrl_c_stops_an_answer(demo_folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     # So hot that any token is as likely as `</s>`: the answer would take minutes.
-    options = ("--temperature", "1e6", "--max-new-tokens", "100000", "--seed", "1")
-    with terminal_with(str(demo_folder), *options) as (terminal, process):
-        terminal.wait_for("> ")
-        terminal.type("Who are you?\n")
-        terminal.wait_for("Who are you?\r\n")
-        terminal.wait_for_more(200)
-        process.send_signal(signal.SIGINT)
+    options = ("--temperature", "1e6", "--max-new-tokens", "100000", "--seed", "1", "--no-history")
+    with terminal_with([*COMMAND, str(demo_folder), *options], ENVIRONMENT) as (terminal, process):
+        terminal.wait_for_prompt()
+        terminal.type("Who are you?\r")
+        received = len(terminal.received)
+        terminal.wait_until(lambda: len(terminal.received) > received + 2000)
+        # The terminal's own ctrl-C.
+        terminal.type("\x03")
         terminal.wait_for("stopped")
-        terminal.wait_for("> ")
-        terminal.type(f"/save {saved}\n")
-        terminal.wait_for("2 messages in")
+        terminal.wait_for_prompt()
+        assert "2 messages in" in terminal.send(f"/save {saved}")
         assert process.poll() is None
     question, answer = json.loads(saved.read_text(encoding="utf-8"))["messages"]
     assert question == {"role": "user", "content": "Who are you?"}

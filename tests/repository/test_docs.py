@@ -23,7 +23,7 @@ INTERNAL_FACADES = {
     "modeling_mistral_large.serving.page",
     "modeling_mistral_large.transformers_api",
 }
-NO_FACADES = {"mistral_large_cli.serve", "modeling_mistral_large.integrations.vllm_plugin"}
+NO_FACADES = {"modeling_mistral_large.integrations.vllm_plugin"}
 
 
 def templates(path: Path) -> Iterator[str]:

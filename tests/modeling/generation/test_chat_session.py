@@ -61,7 +61,7 @@ def common_length(first: list[int], second: list[int]) -> int:
 
 
 def turns(count: int, seed: int = 0) -> list[list[dict[str, Any]]]:
-    """A conversation as it grows by questions, calls and results, is edited, loses its beginning and its system text."""
+    """A conversation as it grows by questions, calls and results, is edited and loses its beginning or system text."""
     rng = random.Random(seed)
     words = [
         "window",
@@ -218,9 +218,10 @@ def test_keys_without_their_values_are_dropped(
         return update(self, keys, values, *args, **options)
 
     longer = [*messages, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "No, I said."}]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(type(layer), "update", interrupted)
-        session.respond(longer, **GREEDY)
+        with pytest.raises(KeyboardInterrupt):
+            session.respond(longer, **GREEDY)
     assert session.generate(session.prompt(longer), **GREEDY) == fresh(session, session.prompt(longer), **GREEDY)
 
 
@@ -291,7 +292,7 @@ def test_a_tool_loop_reads_each_result_alone(demo: Any, tokenizer: MistralLargeT
         Args:
             location: The city and state, e.g. San Francisco, CA
             format: The temperature unit to use. Infer this from the users location. (choices: ["celsius", "fahrenheit"])
-        """
+        """  # noqa: E501  # the text that the demo model knows
         return 22
 
     session = ChatSession(demo, tokenizer)
