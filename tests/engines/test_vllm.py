@@ -110,9 +110,6 @@ SETUPS = {
     "our folder on two processes": Setup(
         lambda demo, folder: demo, ["--tensor-parallel-size", "2", *GUIDANCE], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     ),
-    "our folder in two stages": Setup(
-        lambda demo, folder: demo, ["--pipeline-parallel-size", "2"], {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    ),
     "as mistral": Setup(as_mistral),
     "consolidated": Setup(as_published, is_by_us=True),
     "consolidated without index": Setup(without_index, CONSOLIDATED),
