@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from modeling_mistral_large.errors import MistralLargeError, SettingError
+from modeling_mistral_large.errors import ConversationError, MistralLargeError, SchemaError, SettingError
 
+# A schema that cannot be kept to may be found out only while the response is generated.
+CLIENTS_MISTAKES = (ConversationError, SchemaError, SettingError)
 # A prompt of 131,072 tokens has less than a megabyte of text.
 MOST_BODY_BYTES = 32 * 2**20
 
@@ -36,7 +38,7 @@ def failure_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """Return the HTTP status and the body of the response to a request that has met an error."""
     if isinstance(error, RequestError):
         return error.status, error_body(error.status, str(error), error.parameter, error.code)
-    if isinstance(error, SettingError):
+    if isinstance(error, CLIENTS_MISTAKES):
         return 400, error_body(400, str(error))
     if isinstance(error, MistralLargeError):
         return 500, error_body(500, str(error))

@@ -4,7 +4,10 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mistral_large_conversion.chat_templates import START_ANCHORS, response_format_of
 from mistral_large_conversion.vocabulary import CONTROL_TOKENS
@@ -115,7 +118,7 @@ class ServedModel:
                         prompt=prompt,
                         max_new_tokens=max_tokens,
                         choice=choice if not index else replace(choice, seed=_next_seed(choice.seed, index)),
-                        constraint=self._constraint(request),
+                        constraint=self._constraint(request, prompt),
                         top_logprobs=request.top_logprobs,
                     )
                     for index in range(request.n)
@@ -192,7 +195,7 @@ class ServedModel:
         vocabulary = tokenizer.vocabulary
         return bool({vocabulary.control_tokens[anchor] for anchor in START_ANCHORS[vocabulary.name]} & {*prompt})
 
-    def _constraint(self, request: ChatRequest) -> "LogitsProcessorList | None":
+    def _constraint(self, request: ChatRequest, prompt: Sequence[int]) -> "LogitsProcessorList | None":
         choice = request.tool_choice
         if not request.is_json and not choice.is_constrained:
             return None
@@ -203,15 +206,20 @@ class ServedModel:
                 "leave it out",
                 parameter,
             )
+        make = partial(
+            constrain,
+            self.tokenizer,
+            response_format=request.response_format,
+            tools=choice.callable_tools,
+            tool_choice=choice.mode,
+            parallel_tool_calls=choice.is_parallel,
+            continue_final_message=request.continues_message,
+        )
         try:
-            return constrain(
-                self.tokenizer,
-                response_format=request.response_format,
-                tools=choice.callable_tools,
-                tool_choice=choice.mode,
-                parallel_tool_calls=choice.is_parallel,
-                continue_final_message=request.continues_message,
-            )
+            if request.continues_message:
+                # Whether the response can begin so is known with its first token, when a stream has been promised.
+                make()(torch.tensor([prompt]), torch.zeros(1, len(self.tokenizer)))
+            return make()
         except (ConversationError, SchemaError, MissingLibraryError) as error:
             raise RequestError(str(error), parameter) from error
 
