@@ -10,7 +10,8 @@ Delay: some requests are answered while the engine reads a long prompt. Counted 
 tokens (chunks of the prompt) and timed are the gaps between two tokens of a response; the time of a chunk is that of
 the longest one.
 
-    python -m benchmarks.serve --json benchmarks/results/serve.json
+    python -m benchmarks.serve --long 0 --json benchmarks/results/serve.json
+    python -m benchmarks.serve --runs 0 --json benchmarks/results/serve-delay.json
 """
 
 import argparse
@@ -133,13 +134,13 @@ def throughput(demo: Demo, runs: int) -> dict[str, Any]:
             start, processor_start = time.perf_counter(), time.process_time()
             responses = WAYS[name](demo)
             seconds = time.perf_counter() - start
-            processor_seconds = time.process_time() - processor_start
+            of_process = time.process_time() - processor_start
             wrong[name] += demo.wrong(responses)
             tokens[name] = sum(map(len, responses))
             # The first turn warms up.
             if turn:
                 times[name].append(seconds)
-                processor_times[name].append(processor_seconds)
+                processor_times[name].append(of_process)
         print(f"turn {turn}: " + ", ".join(f"{name} {times[name][-1]:.2f} s" for name in names if turn), flush=True)
 
     def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -207,7 +208,7 @@ def delay(demo: Demo, length: int, others: int, chunk: int) -> dict[str, Any]:
     wrong = 0
     for golden, (_, __, responses) in zip(demo.golden, results, strict=False):
         wrong += sum(wrong_answer(demo.tokenizer, ids, golden) is not None for ids in responses)
-    gaps = [gap for gap, _, __ in results for gap in gap]
+    gaps = [gap for found, _, __ in results for gap in found]
     return {
         "prompt tokens": length,
         "tokens of a chunk": chunk,
@@ -225,8 +226,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=ast.get_docstring(ast.parse(Path(__file__).read_text())))
     parser.add_argument("--requests", type=int, default=32, help="requests at once")
     parser.add_argument("--dtype", default="auto", help="of the model, as torch names it")
-    parser.add_argument("--runs", type=int, default=5, help="turns of every measurement")
-    parser.add_argument("--long", type=int, default=100_000, help="tokens of the long prompt")
+    parser.add_argument("--runs", type=int, default=5, help="turns of the throughput; 0 to leave it out")
+    parser.add_argument("--long", type=int, default=100_000, help="tokens of the long prompt; 0 to leave it out")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt that are read at once")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
@@ -241,8 +242,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         demo = load(Path(folder) / "demo", options.requests, options.dtype)
     result["dtype"] = str(demo.model.dtype)
-    result["throughput"] = throughput(demo, options.runs)
-    for name, ratio in result["throughput"]["times as fast at once as"].items():
+    if options.runs:
+        result["throughput"] = throughput(demo, options.runs)
+    for name, ratio in result.get("throughput", {}).get("times as fast at once as", {}).items():
         by_processor = result["throughput"]["times as fast, by the processor's seconds"][name]
         print(f"at once {ratio:5.2f} × as fast as {name}, {by_processor:5.2f} × by the processor's seconds")
     if options.long:

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .speculation import Drafting
-
-DEFAULT_PREFILL_CHUNK, DEFAULT_MAX_BATCH = 512, 32
 
 # What vLLM calls the same.
 VLLM_WORDS = {
@@ -162,14 +160,15 @@ def make_engine(
     """Return what generates the responses: all at once or, with drafts, one after another."""
     from .generation_session import load_model
 
-    chunk = settings.prefill_chunk or DEFAULT_PREFILL_CHUNK
     if drafting is None:
-        from modeling_mistral_large.serving.batching import ContinuousBatching
+        from modeling_mistral_large.serving import ContinuousBatching
 
-        max_batch = settings.max_batch or DEFAULT_MAX_BATCH
-        kv: Literal["auto", "fp8"] = "fp8" if settings.kv == "fp8" else "auto"
-        return ContinuousBatching(model, max_batch=max_batch, prefill_chunk=chunk, kv=kv)
-    from modeling_mistral_large.serving.one_by_one import OneByOne
+        given = {"max_batch": settings.max_batch, "prefill_chunk": settings.prefill_chunk, "kv": settings.kv}
+        own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return ContinuousBatching(model, **own)
+    from modeling_mistral_large.serving import OneByOne
 
     options = drafting.generate_options(model, tokenizer, load_model, **place)
-    return OneByOne(model, prefill_chunk_size=chunk, **options)
+    if settings.prefill_chunk is not None:
+        options["prefill_chunk_size"] = settings.prefill_chunk
+    return OneByOne(model, **options)

@@ -6,12 +6,20 @@ if TYPE_CHECKING:
     from modeling_mistral_large.serving.app import create_app
     from modeling_mistral_large.serving.batching import ContinuousBatching
     from modeling_mistral_large.serving.one_by_one import OneByOne
+    from modeling_mistral_large.serving.requests import GenerationRequest, TokenChoice
     from modeling_mistral_large.serving.server import serve
 
-__all__ = ["ContinuousBatching", "OneByOne", "create_app", "serve"]
+__all__ = ["ContinuousBatching", "GenerationRequest", "OneByOne", "TokenChoice", "create_app", "serve"]
 
 # Imported when they are asked for: the last two need FastAPI and uvicorn.
-MODULES = {"ContinuousBatching": "batching", "OneByOne": "one_by_one", "create_app": "app", "serve": "server"}
+MODULES = {
+    "ContinuousBatching": "batching",
+    "GenerationRequest": "requests",
+    "OneByOne": "one_by_one",
+    "TokenChoice": "requests",
+    "create_app": "app",
+    "serve": "server",
+}
 
 
 def __getattr__(name: str) -> Any:

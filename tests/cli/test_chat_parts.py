@@ -330,7 +330,7 @@ def test_a_call_that_is_refused_does_not_run() -> None:
 
     def approve(tool: Any, name: str, arguments: dict[str, Any]) -> bool:
         asked.append((tool, name, arguments))
-        return arguments["text"] != "no"
+        return bool(arguments["text"] != "no")
 
     calls = [("say", {"text": "yes"}), ("say", {"text": "no"}), ("say", {"text": 1})]
     assert results_of([say], *calls, approve=approve)[:2] == ["yes", '{"error": "the user refused this call"}']

@@ -51,7 +51,8 @@ class RecordingSession(GenerationSession):
             # No prompt can hold an empty response.
             messages.append(message if message["content"].strip() else {"role": "assistant", "content": "…"})
             # What is taken for cached is in the cache, of every layer.
-            lengths = {layer.keys.shape[-2] for layer in self.chat.cache.layers}
+            layers: list[Any] = self.chat.cache.layers
+            lengths = {layer.keys.shape[-2] for layer in layers}
             assert lengths == {self.chat.cached_tokens}
         return messages
 

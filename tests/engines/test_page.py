@@ -325,7 +325,7 @@ def test_a_saved_conversation_is_one_of_the_chats_and_the_reverse(
         path = save_conversation(Conversation(rest, system), str(tmp_path / f"{golden.name}.json"))
         page.run("document.getElementById('new').click()")
         page.open_file(path)
-        page.until(lambda rest=rest: len(page.messages()) == len(rest))  # type: ignore[misc]
+        page.until(lambda rest=rest: len(page.messages()) == len(rest))
         saved = page.save()
         messages, tools = read_conversation(saved, "v3")
         assert tools is None
@@ -365,7 +365,7 @@ def test_a_file_that_is_no_conversation_is_refused_with_the_reason(
         path = tmp_path / "wrong.json"
         path.write_text(text)
         page.open_file(path)
-        page.until(lambda reason=reason: reason in page.text("error"))  # type: ignore[misc]
+        page.until(lambda reason=reason: reason in page.text("error"))
         assert page.messages() == ["Hi", "a"]
 
 

@@ -142,16 +142,18 @@ def test_an_adapter_answers_as_the_checkpoint_that_it_is_merged_into(served: Ser
         prompt = tokenizer.apply_chat_template(golden.messages, add_generation_prompt=True, return_tensors="pt")
         output = model.generate(**prompt, do_sample=False, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
         expected = tokenizer.decode(output, skip_special_tokens=True)
+        if tokenizer.prompt_format is not None:
+            # What is marked as tool calls and none is part of the text.
+            expected = tokenizer.parse_response(output.tolist())["content"]
         request = request_of(golden, served.model) | {"max_tokens": 12}
         answer = served.client.chat.completions.create(**request)
         content = answer.choices[0].message.content or ""
-        # Without a template for responses, the server leaves the space of the first piece.
-        assert (content.removeprefix(" "), answer.model) == (expected, served.model)
+        assert (content, answer.model) == (expected, served.model)
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == prompt["input_ids"].shape[1]
         chunks = list(served.client.chat.completions.create(**request, stream=True))
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert streamed.removeprefix(" ") == expected
+        assert streamed == expected
         assert {chunk.model for chunk in chunks} == {served.model}
         answers.append(expected)
         # Or the test could not tell an adapter that was left out.
@@ -417,13 +419,12 @@ def test_a_signal_ends_the_server_and_what_it_generates(
             time.sleep(0.5)
             begin = time.monotonic()
             process.send_signal(number)
-            code = process.wait(10)
-            assert time.monotonic() - begin < 5
             with pytest.raises(openai.InternalServerError, match="the server is being stopped"):
                 whole.result()
+            assert time.monotonic() - begin < 5
         with pytest.raises(openai.APIError, match="the server is being stopped"):
             list(chunks)
-        assert code == (0 if number == signal.SIGINT else -signal.SIGTERM)
+        assert process.wait(60) == (0 if number == signal.SIGINT else -signal.SIGTERM)
         assert "Traceback" not in server.log()
     finally:
         process.kill()

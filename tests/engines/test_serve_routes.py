@@ -54,7 +54,8 @@ def chunks_of(served: InProcess, **request: Any) -> list[Any]:
 )
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_stop_string_is_where_the_text_is_cut(served: InProcess, stop: str, is_streamed: bool) -> None:
-    whole = served.tokenizer.decode(generated(served, QUESTION), skip_special_tokens=True)
+    decode: Any = served.tokenizer.decode
+    whole = decode(generated(served, QUESTION), skip_special_tokens=True)
     expected, found, _ = whole.partition(stop)
     answer = (stream if is_streamed else ask)(served.client, {**GREEDY, "stop": stop})
     assert (answer.content, answer.finish_reason) == (expected, "stop")
