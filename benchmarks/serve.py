@@ -1,15 +1,17 @@
 """Responses of the demo model to many requests at once, compared with the same requests one at a time, in one run.
 
-Throughput: the golden conversations of the bundled demo, by the batching engine at once and one at a time, by `generate`
-one at a time, and by transformers' own continuous batching (`generate_batch`). The ways take turns, each turn begins with
-another one, and a ratio is the median of the turns' ratios. Each turn of the engine starts with empty caches. Every
-response is compared with the golden one.
+Throughput: the golden conversations of the bundled demo, by the batching engine at once and one at a time, by
+`generate` one at a time, and by transformers' own continuous batching (`generate_batch`). The ways take turns, each
+turn begins with another one, and a ratio is the median of the turns' ratios. Each turn of the engine starts with empty
+caches. Every response is compared with the golden one. Seconds are those of the clock and those of the process, as
+other programs may use the machine; the ratios are of both.
 
 Delay: some requests are answered while the engine reads a long prompt. Counted are the forward passes with several
-tokens (chunks of the prompt) and timed are the gaps between two tokens of a response; the time of a chunk is that of the
-longest one.
+tokens (chunks of the prompt) and timed are the gaps between two tokens of a response; the time of a chunk is that of
+the longest one.
 
-    python -m benchmarks.serve --json benchmarks/results/serve.json
+    python -m benchmarks.serve --long 0 --json benchmarks/results/serve.json
+    python -m benchmarks.serve --runs 0 --json benchmarks/results/serve-delay.json
 """
 
 import argparse
@@ -25,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +107,8 @@ def by_generate(demo: Demo) -> list[list[int]]:
 
 
 def by_generate_batch(demo: Demo) -> list[list[int]]:
-    config = GenerationConfig(max_new_tokens=MOST_TOKENS, do_sample=False, eos_token_id=2, pad_token_id=2)
+    config_class: Any = GenerationConfig
+    config = config_class(max_new_tokens=MOST_TOKENS, do_sample=False, eos_token_id=2, pad_token_id=2)
     outputs = demo.model.generate_batch(demo.prompts, generation_config=config, progress_bar=False)
     return [outputs[name].generated_tokens for name in sorted(outputs, key=lambda name: int(name.split("_")[-1]))]
 
@@ -120,32 +124,38 @@ WAYS: dict[str, Callable[[Demo], list[list[int]]]] = {
 def throughput(demo: Demo, runs: int) -> dict[str, Any]:
     """Seconds, tokens a second and wrong responses of each way."""
     times: dict[str, list[float]] = defaultdict(list)
+    processor_times: dict[str, list[float]] = defaultdict(list)
     wrong: dict[str, int] = defaultdict(int)
     tokens: dict[str, int] = {}
     names = list(WAYS)
     for turn in range(runs + 1):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
-            start = time.perf_counter()
+            start, processor_start = time.perf_counter(), time.process_time()
             responses = WAYS[name](demo)
             seconds = time.perf_counter() - start
+            of_process = time.process_time() - processor_start
             wrong[name] += demo.wrong(responses)
             tokens[name] = sum(map(len, responses))
             # The first turn warms up.
             if turn:
                 times[name].append(seconds)
+                processor_times[name].append(of_process)
         print(f"turn {turn}: " + ", ".join(f"{name} {times[name][-1]:.2f} s" for name in names if turn), flush=True)
-    ratios = {
-        name: statistics.median(other / own for own, other in zip(times[names[0]], times[name], strict=True))
-        for name in names[1:]
-    }
+
+    def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+        own, others = seconds[names[0]], {name: seconds[name] for name in names[1:]}
+        return {name: statistics.median([*map(truediv, other, own)]) for name, other in others.items()}
+
     return {
         "requests": len(demo.prompts),
         "prompt tokens": sum(map(len, demo.prompts)),
         "seconds": dict(times),
+        "processor's seconds": dict(processor_times),
         "tokens a second": {name: tokens[name] / statistics.median(times[name]) for name in names},
         "wrong responses": dict(wrong),
-        "times as fast at once as": ratios,
+        "times as fast at once as": ratios(times),
+        "times as fast, by the processor's seconds": ratios(processor_times),
     }
 
 
@@ -198,7 +208,7 @@ def delay(demo: Demo, length: int, others: int, chunk: int) -> dict[str, Any]:
     wrong = 0
     for golden, (_, __, responses) in zip(demo.golden, results, strict=False):
         wrong += sum(wrong_answer(demo.tokenizer, ids, golden) is not None for ids in responses)
-    gaps = [gap for gap, _, __ in results for gap in gap]
+    gaps = [gap for found, _, __ in results for gap in found]
     return {
         "prompt tokens": length,
         "tokens of a chunk": chunk,
@@ -215,8 +225,9 @@ def delay(demo: Demo, length: int, others: int, chunk: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=ast.get_docstring(ast.parse(Path(__file__).read_text())))
     parser.add_argument("--requests", type=int, default=32, help="requests at once")
-    parser.add_argument("--runs", type=int, default=5, help="turns of every measurement")
-    parser.add_argument("--long", type=int, default=100_000, help="tokens of the long prompt")
+    parser.add_argument("--dtype", default="auto", help="of the model, as torch names it")
+    parser.add_argument("--runs", type=int, default=5, help="turns of the throughput; 0 to leave it out")
+    parser.add_argument("--long", type=int, default=100_000, help="tokens of the long prompt; 0 to leave it out")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt that are read at once")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
@@ -229,10 +240,13 @@ def main() -> None:
         "load average before": os.getloadavg()[0],
     }
     with tempfile.TemporaryDirectory() as folder:
-        demo = load(Path(folder) / "demo", options.requests)
-    result["throughput"] = throughput(demo, options.runs)
-    for name, ratio in result["throughput"]["times as fast at once as"].items():
-        print(f"at once {ratio:5.2f} × as fast as {name}")
+        demo = load(Path(folder) / "demo", options.requests, options.dtype)
+    result["dtype"] = str(demo.model.dtype)
+    if options.runs:
+        result["throughput"] = throughput(demo, options.runs)
+    for name, ratio in result.get("throughput", {}).get("times as fast at once as", {}).items():
+        by_processor = result["throughput"]["times as fast, by the processor's seconds"][name]
+        print(f"at once {ratio:5.2f} × as fast as {name}, {by_processor:5.2f} × by the processor's seconds")
     if options.long:
         result["delay"] = delay(demo, options.long, 4, options.chunk)
         print(json.dumps(result["delay"], indent=2))

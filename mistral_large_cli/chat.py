@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from .chat_commands import COMMANDS, ChatCommands
+from .chat_page import chat_on_page
 from .chat_screen import ChatScreen
 from .chat_turns import ChatTurns
 from .conversation_file import Conversation, check_messages, formats_of_folder, load_conversation
@@ -40,7 +41,9 @@ LEAVING = ("exit", "quit")
 
 
 def chat(
+    context: typer.Context,
     model: Model,
+    web: Annotated[bool, typer.Option("--web", help="Chat on a page in the browser, with its own settings.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     tools: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Python file whose functions the model may call.")
@@ -105,6 +108,10 @@ def chat(
     check_model(model, hub, device_map, adapter)
     if drafting is not None and drafting.draft is not None:
         check_model(drafting.draft, drafting.hub, device_map)
+    torch_dtype = TORCH_DTYPES.get(DTYPES.get(dtype, dtype), dtype)
+    if web:
+        chat_on_page(context, model, dtype=torch_dtype, hub=hub, adapter=adapter, drafting=drafting)
+        return
     conversation = Conversation()
     if tools is not None:
         conversation.tools = load_tools(tools)
@@ -119,7 +126,7 @@ def chat(
     session = GenerationSession(
         model,
         sampling,
-        dtype=TORCH_DTYPES.get(DTYPES.get(dtype, dtype), dtype),
+        dtype=torch_dtype,
         device_map=device_map,
         kv=kv,
         prefill_chunk=prefill_chunk,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .tools_file import Tool
+from .tools_file import Tool, tool_names
 
 Message = dict[str, Any]
 
@@ -114,14 +114,16 @@ def load_conversation(conversation: Conversation, path: Path, *prompt_formats: s
 
     Raises:
         ConversationError: no such file, no conversation in it that has a prompt in one of these formats, or
-            definitions of tools, which nobody could run.
+            definitions of tools that the chat has no functions for, so that nobody could run them.
     """
     from mistral_large_conversion.errors import ConversationError
 
     messages, tools = read_conversation(path, *prompt_formats)
-    if tools:
+    defined = {str((tool.get("function") or tool).get("name")) for tool in tools or ()}
+    if missing := defined.difference(tool_names(conversation.tools)):
         raise ConversationError(
-            f"{path}: has definitions of tools; the chat calls Python functions; remove them and pass a tools file"
+            f"{path}: has definitions of tools; the chat calls Python functions, and has none called "
+            f"{', '.join(sorted(missing))}; pass a tools file with them first, or remove the definitions"
         )
     system = None
     if isinstance(messages[0], dict) and messages[0].get("role") == "system":

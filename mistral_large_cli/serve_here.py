@@ -1,12 +1,10 @@
 """Our own server behind `mistral-large serve`: its options, and what it loads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .speculation import Drafting
-
-DEFAULT_PREFILL_CHUNK, DEFAULT_MAX_BATCH = 512, 32
 
 # What vLLM calls the same.
 VLLM_WORDS = {
@@ -111,14 +109,17 @@ def serve_here(
     hub: Mapping[str, Any] | None = None,
     adapter: str | None = None,
     drafting: Drafting | None = None,
+    on_port: Callable[[int], None] | None = None,
 ) -> None:
     """Serve a checkpoint or an adapter in this process until it is stopped.
 
+    port: 0 for a free one.
     names: of the model in requests.
     dtype: of the weights, as torch names it.
     hub: the options of `hub_options`.
     adapter: folder or repository of a LoRA to be loaded on the model.
     drafting: what drafts tokens; requests are then answered one after another.
+    on_port: called with the port when it is taken, before the model is loaded.
 
     Raises:
         SettingError: the port is taken, or the server runs in one of several processes.
@@ -135,6 +136,8 @@ def serve_here(
     # Before weights are read, which may take an hour.
     listening = take_port(host, port)
     with listening:
+        if on_port is not None:
+            on_port(listening.getsockname()[1])
         place = {"dtype": dtype or "auto", "device_map": settings.device_map or "auto"}
         loaded, tokenizer = load_model(model, hub or {}, adapter=adapter, **place)
         serve(
@@ -157,14 +160,15 @@ def make_engine(
     """Return what generates the responses: all at once or, with drafts, one after another."""
     from .generation_session import load_model
 
-    chunk = settings.prefill_chunk or DEFAULT_PREFILL_CHUNK
     if drafting is None:
-        from modeling_mistral_large.serving.batching import ContinuousBatching
+        from modeling_mistral_large.serving import ContinuousBatching
 
-        max_batch = settings.max_batch or DEFAULT_MAX_BATCH
-        kv: Literal["auto", "fp8"] = "fp8" if settings.kv == "fp8" else "auto"
-        return ContinuousBatching(model, max_batch=max_batch, prefill_chunk=chunk, kv=kv)
-    from modeling_mistral_large.serving.one_by_one import OneByOne
+        given = {"max_batch": settings.max_batch, "prefill_chunk": settings.prefill_chunk, "kv": settings.kv}
+        own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return ContinuousBatching(model, **own)
+    from modeling_mistral_large.serving import OneByOne
 
     options = drafting.generate_options(model, tokenizer, load_model, **place)
-    return OneByOne(model, prefill_chunk_size=chunk, **options)
+    if settings.prefill_chunk is not None:
+        options["prefill_chunk_size"] = settings.prefill_chunk
+    return OneByOne(model, **options)

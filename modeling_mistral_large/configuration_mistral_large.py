@@ -165,7 +165,7 @@ class MistralLargeConfig(ConfigWithRemoteCode):
         for name in ABSENT.keys() - self.__dataclass_fields__.keys():
             _refuse(field_problem(name, kwargs.pop(name, None)))
         # Of its own: quantizers of transformers add to the plan of a config, which would be that of all of them.
-        self.base_model_tp_plan = dict(type(self).base_model_tp_plan)
+        vars(self)["base_model_tp_plan"] = dict(type(self).base_model_tp_plan)
         super().__post_init__(**kwargs)
         self.check()
 

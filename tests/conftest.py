@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +203,8 @@ def quanto_kernels() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    import torch
+    # The environments of client libraries have no torch.
+    if find_spec("torch") is not None:
+        import torch
 
-    torch.manual_seed(20240724)
+        torch.manual_seed(20240724)

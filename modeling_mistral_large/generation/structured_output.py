@@ -24,6 +24,7 @@ from mistral_large_conversion.chat_templates import START_ANCHORS
 from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from mistral_large_conversion.vocabulary import BOS, BYTE_IDS, CONTROL_TOKENS, VOCAB_SIZE, VOCABULARIES, piece_bytes
 from modeling_mistral_large.errors import ConversationError, SchemaError
+from modeling_mistral_large.generation.closed_objects import close_object, close_objects
 from modeling_mistral_large.instruct.answer import EOS_ID, TOOL_CALLS_ID
 from modeling_mistral_large.instruct.json_text import as_mapping
 from modeling_mistral_large.instruct.tool_schemas import ToolDefinition, find_schema_error, list_tools, write_tools
@@ -40,8 +41,6 @@ FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname
 INNER_SCHEMA = frozenset({"additionalItems", "additionalProperties", "items"})
 INNER_LIST = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
 INNER_TABLE = frozenset({"$defs", "definitions", "patternProperties", "properties"})
-# Beside one of these, `properties` need not name everything that an object may hold.
-MORE_PROPERTIES = frozenset({"$ref", "additionalProperties", "allOf", "anyOf", "oneOf", "patternProperties"})
 
 # Where the grammar leaves one text only, the model still chooses its tokens: encoding that text costs more.
 OPTIONS = '%llguidance {"no_forcing": true}'
@@ -88,7 +87,8 @@ def answer_grammar(
     """Return the grammar of the answers to a request, in llguidance's variety of Lark.
 
     response_format: `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "json_schema":
-        {"schema": …}}`. JSON is written as `json.dumps` writes it, with properties in the order of the schema.
+        {"schema": …}}`. JSON is written as `json.dumps` writes it, with properties in the order of the schema. Objects
+        whose properties are named have no others, unless the schema speaks of others or combines schemas.
     tools: OpenAI tool definitions or Python functions. The arguments of a call are an object that is valid under the
         tool's parameters; where these name properties and say nothing of others, there are no others.
     tool_choice: "none", "auto", "required" (or "any"), or `{"type": "function", "function": {"name": …}}`.
@@ -293,15 +293,7 @@ def _arguments_schema(parameters: dict[str, Any], name: str) -> dict[str, Any]:
     kind = parameters.get("type", "object")
     if "object" not in (kind if isinstance(kind, list) else [kind]):
         raise SchemaError(f"tool {name!r}: parameters of type {kind!r}; arguments are an object; correct the type")
-    schema = {**parameters, "type": "object"}
-    properties = schema.get("properties")
-    if (
-        properties is not None
-        and not MORE_PROPERTIES & schema.keys()
-        and {*schema.get("required", ())} <= {*properties}
-    ):
-        schema["additionalProperties"] = False
-    return schema
+    return close_object({**parameters, "type": "object"})
 
 
 def _write_schema(schema: Any, where: str) -> str:
@@ -313,7 +305,7 @@ def _write_schema(schema: Any, where: str) -> str:
         raise SchemaError(f"{where}: {error}; a schema is JSON; convert it") from error
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    text = json.dumps({**_prepare_schema(schema, where), "x-guidance": JSON_STYLE})
+    text = json.dumps({**close_objects(_prepare_schema(schema, where)), "x-guidance": JSON_STYLE})
     problem = llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_json_schema(text))
     if problem and not problem.startswith("WARNING"):
         reason = " ".join(problem.partition("JSON schema: ")[2].split()) or problem

@@ -9,6 +9,20 @@ from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import CachedHfTokenizer, get_cached_tokenizer
 
 from modeling_mistral_large import MistralLargeTokenizer
+from modeling_mistral_large.instruct.answer import TOOL_CALLS_ID
+
+
+class ServedTokenizer(MistralLargeTokenizer):
+    """Our tokenizer with a vocabulary in which grammar libraries find no control token as text.
+
+    By their spelling, xgrammar would take them for text: a schema with the word `[INST]` in it could be answered by the
+    token, which detokenizing drops. vLLM looks `[TOOL_CALLS]` up to read calls, so that one stays.
+    """
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return ids by piece, those of control tokens left out."""
+        hidden = {*self.vocabulary.control_ids} - {TOOL_CALLS_ID}
+        return {piece: index for piece, index in super().get_vocab().items() if index not in hidden}
 
 
 class VllmTokenizer(CachedHfTokenizer):  # type: ignore[misc, unused-ignore]
@@ -27,7 +41,10 @@ class VllmTokenizer(CachedHfTokenizer):  # type: ignore[misc, unused-ignore]
         """Load it; errors are those of `MistralLargeTokenizer.from_pretrained`."""
         # Every tokenizer of ours is made by our class: what is remote is not run.
         place = {"revision": revision or "main", "cache_dir": download_dir}
-        return get_cached_tokenizer(MistralLargeTokenizer.from_pretrained(path_or_repo_id, *args, **place, **kwargs))
+        tokenizer = MistralLargeTokenizer.from_pretrained(path_or_repo_id, *args, **place, **kwargs)
+        # The class's own `from_pretrained` would look for its name in the folder.
+        tokenizer.__class__ = ServedTokenizer
+        return get_cached_tokenizer(tokenizer)
 
 
 class MistralLargeRenderer(HfRenderer):  # type: ignore[misc, unused-ignore]

@@ -4,7 +4,7 @@ import hmac
 from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
@@ -40,7 +40,7 @@ class AccessGuard:
         asked_host, origin = headers.get("host", ""), headers.get("origin")
         # Where a key is asked for, a page under a name of its own has none.
         is_local = self._api_key is None and self._host is not None and is_loopback(self._host)
-        if is_local and not is_loopback(urlsplit(f"//{asked_host}").hostname or ""):
+        if is_local and not is_loopback(_split(f"//{asked_host}").hostname or ""):
             return _refuse(
                 403,
                 f"host {asked_host}: this server listens on {self._host} and is no other one; ask it under that "
@@ -61,7 +61,7 @@ class AccessGuard:
     def _knows(self, origin: str, asked_host: str) -> bool:
         if {origin, "*"} & self._origins:
             return True
-        return _host_of(origin) == asked_host
+        return _split(origin).netloc == asked_host
 
     def _may_enter(self, scope: "Scope", headers: Headers) -> bool:
         is_open = scope["method"] in ("GET", "HEAD") and not scope["path"].startswith("/v1")
@@ -81,11 +81,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _host_of(origin: str) -> str:
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address, empty ones of what is none."""
     try:
-        return urlsplit(origin).netloc
+        return urlsplit(address)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 def _refuse(status: int, message: str, code: str | None = None) -> JSONResponse:

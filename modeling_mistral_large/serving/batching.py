@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeling_mistral_large.errors import GenerationError, SettingError
+from modeling_mistral_large.inference.batch_products import is_bf16_slow, use_blocked_products_
 from modeling_mistral_large.inference.growing_cache import RaggedCache
 from modeling_mistral_large.serving.engine_thread import EngineThread, Job
 from modeling_mistral_large.serving.requests import GeneratedToken
@@ -55,6 +56,8 @@ class ContinuousBatching(EngineThread):
                 f"attention {attention!r}: rows of a batch have caches of their own lengths here, which sdpa and eager "
                 "take; load the model with attn_implementation='sdpa'"
             )
+        if is_bf16_slow():
+            use_blocked_products_(model)
         self._prefill_chunk = prefill_chunk
         self._pool = SlotPool(model.config, max_batch, fp8=kv == "fp8", max_cached_tokens=max_cached_tokens)
         self._end_ids = end_ids(model)

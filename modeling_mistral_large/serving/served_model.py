@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
 DEFAULT_MAX_TOKENS = 1024
+# The most likely of fewer than 100,000 tokens is more likely than this. In sums of so many, rounding weighs more.
+SMALLEST_TOP_P = 1e-5
 # Without one of these a request leaves the choice between sampling and the most likely token to the folder.
 ASK_FOR_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 OF_GENERATION_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -233,6 +235,8 @@ def token_choice(asked: Mapping[str, Any], of_model: Mapping[str, Any]) -> Token
     own = {name: of_model[name] for name in names if of_model.get(name) is not None}
     settings = {**own, **asked}
     if not samples:
+        settings["temperature"] = 0.0
+    if settings.get("top_p", 1.0) <= SMALLEST_TOP_P:
         settings["temperature"] = 0.0
     if settings.get("temperature") == 0:
         # They only thin out what would be drawn from.

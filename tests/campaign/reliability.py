@@ -6,7 +6,7 @@ broken promise is a loss, and listed.
 
     python -m tests.campaign --kills 200 --json benchmarks/results/reliability.json
 
-The servers need an environment with `transformers[serving]` and openai, as .ci/serve makes one: `--sections servers`
+The servers need an environment with the extra `serve` and openai, as .ci/serve makes one: `--sections servers`
 there. Sections that did not run stay in the JSON file as they are.
 """
 
@@ -595,15 +595,15 @@ class Campaign:
         section.hold(done.returncode == 0, done.stdout[-2000:])
 
     def servers(self, section: Section) -> None:
-        """Clients of `transformers serve`, of which every second one hangs up in the middle of its answer."""
+        """Clients of our server, of which every second one hangs up in the middle of its answer."""
         from tests.engines.clients import GOLDEN, ask, client_of, expected_answer, hang_up, request_of, stream
         from tests.engines.servers import free_port, running
 
         port, folder = free_port(), str(self.demo_hf)
-        options = ("--engine", "transformers", "--port", str(port), "--device", "cpu", "--dtype", "float32")
+        options = ("--engine", "transformers", "--port", str(port), "--device-map", "cpu", "--dtype", "float32")
         command = [sys.executable, "-m", "mistral_large_cli", "serve", folder, *options]
         chosen = list(GOLDEN.values())
-        with running("transformers serve", command, port=port, log_file=self.scratch / "log") as server:
+        with running("our server", command, port=port, log_file=self.scratch / "log") as server:
 
             def one(number: int) -> str | None:
                 golden = chosen[number % len(chosen)]
@@ -677,7 +677,7 @@ SECTIONS = {
     "hub": "connections to the hub that are cut, files that cannot be had, commands killed in a download, refusals",
     "answers": "answers with ids removed, added, repeated and shuffled, whole and streamed",
     "conversations": "random conversations, a third of them with control strings in every place, against the reference",
-    "servers": "requests to `transformers serve`, {clients at once} at once, of which every second one hangs up",
+    "servers": "requests to our server, {clients at once} at once, of which every second one hangs up",
 }
 
 
@@ -755,7 +755,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     if "servers" in options.sections and find_spec("openai") is None:
-        parser.error("the section servers needs transformers[serving] and openai; see .ci/serve")
+        parser.error("the section servers needs the extra `serve` and openai; see .ci/serve")
     # A name without a folder could be a repository's id; only the section on the hub may ask one, and it is here.
     os.environ["HF_HUB_OFFLINE"] = "1"
     results: dict[str, Any] = {}

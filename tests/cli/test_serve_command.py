@@ -274,7 +274,7 @@ def test_origins_that_are_none(origin: str) -> None:
 
 @pytest.mark.parametrize("name", ["kv", "max_batch"])
 def test_settings_of_batches_have_no_effect_with_drafts(name: str) -> None:
-    settings = ServerSettings(**{name: {"kv": "fp8", "max_batch": 4}[name]})
+    settings = ServerSettings(kv="fp8") if name == "kv" else ServerSettings(max_batch=4)
     settings.check(None)
     with pytest.raises(SettingError, match=f"^--{name.replace('_', '-')}: has no effect with --draft or --lookup"):
         settings.check(Drafting(None))

@@ -69,7 +69,7 @@ class Page:
         return self.browser.find_element(By.CSS_SELECTOR, selector)
 
     def all(self, selector: str) -> list[Any]:
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+        return list(self.browser.find_elements(By.CSS_SELECTOR, selector))
 
     def text(self, id: str) -> str:
         return str(self.find(f"#{id}").text).strip()

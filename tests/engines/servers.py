@@ -64,13 +64,14 @@ def running(
             start_new_session=True,
         )
     try:
-        _wait_until_healthy(server, process)
+        wait_until_healthy(server, process)
         yield server
     finally:
         _stop(process)
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+def wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+    """Wait for a server that has just been started; RuntimeError as in `running`."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:

@@ -1,7 +1,11 @@
 """The chat page in a real browser, used as its users do; run by `.ci/page`."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,7 +221,7 @@ def test_regenerate_asks_again_without_the_response(page: Page, chat: ScriptedCh
 def test_continue_has_the_model_go_on_after_its_text(page: Page, chat: ScriptedChat) -> None:
     chat.replies = [Reply(["half a"], finish_reason="length"), Reply([" sentence."])]
     page.say("Go")
-    assert "ended at the most tokens" in page.text("messages")
+    assert "stopped at max tokens" in page.text("messages")
     page.press("Continue", -1)
     page.until(lambda: page.messages() == ["Go", "half a sentence."])
     assert sent(chat)[-1] == {"role": "assistant", "content": "half a", "prefix": True}
@@ -321,7 +325,7 @@ def test_a_saved_conversation_is_one_of_the_chats_and_the_reverse(
         path = save_conversation(Conversation(rest, system), str(tmp_path / f"{golden.name}.json"))
         page.run("document.getElementById('new').click()")
         page.open_file(path)
-        page.until(lambda rest=rest: len(page.messages()) == len(rest))  # type: ignore[misc]
+        page.until(lambda rest=rest: len(page.messages()) == len(rest))
         saved = page.save()
         messages, tools = read_conversation(saved, "v3")
         assert tools is None
@@ -361,7 +365,7 @@ def test_a_file_that_is_no_conversation_is_refused_with_the_reason(
         path = tmp_path / "wrong.json"
         path.write_text(text)
         page.open_file(path)
-        page.until(lambda reason=reason: reason in page.text("error"))  # type: ignore[misc]
+        page.until(lambda reason=reason: reason in page.text("error"))
         assert page.messages() == ["Hi", "a"]
 
 
@@ -529,3 +533,53 @@ def test_the_policy_stops_what_the_markdown_would_let_through(
         alarms = page.alarms()
     assert {kind for kind, *_ in alarms} == {"violation"}
     assert ["violation", "https://evil.example/x"] in alarms
+
+
+def test_chat_web_opens_the_page_of_the_real_server(
+    browser: tuple[webdriver.Chrome, Path], demo_folder: Path, tmp_path: Path
+) -> None:
+    opener, opened = tmp_path / "browser.sh", tmp_path / "opened"
+    opener.write_text(f'#!/bin/sh\necho "$1" > {opened}.part && mv {opened}.part {opened}\n')
+    opener.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mistral_large_cli", "chat", str(demo_folder), "--web"],
+        env={**os.environ, "BROWSER": f"{opener} %s", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        first_line = process.stdout.readline()
+        end = time.monotonic() + 300
+        while not opened.exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        url = opened.read_text().strip()
+        assert first_line.startswith(f"The chat page is {url} ")
+        page = Page(browser[0], url, browser[1])
+        page.fill("#temperature", "0")
+        golden = golden_conversations()
+        page.say(golden["who_are_you"].messages[-1]["content"])
+        assert page.messages()[-1] == golden["who_are_you"].answer
+        page.press("Edit", 0)
+        page.settle_tools(json.dumps(golden["weather_call"].tools))
+        page.fill(".edit textarea", golden["weather_call"].messages[-1]["content"])
+        page.find(".edit textarea").send_keys(Keys.ENTER)
+        page.until(lambda: page.all(".results"))
+        page.find(".results textarea").send_keys("22", Keys.ENTER)
+        page.until(lambda: page.messages()[-1] == golden["weather_answer"].answer)
+        page.fill("#max_tokens", "5")
+        page.press("Regenerate", -1)
+        page.until(lambda: "stopped at max tokens" in page.text("messages"))
+        page.fill("#max_tokens", "")
+        page.press("Continue", -1)
+        page.until(lambda: page.messages()[-1] == golden["weather_answer"].answer)
+        page.fill("#temperature", "-1")
+        page.press("Regenerate", -1)
+        page.until(lambda: page.text("error").startswith("temperature: must be"))
+        assert page.alarms() == []
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0

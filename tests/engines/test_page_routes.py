@@ -251,7 +251,7 @@ def test_a_file_keeps_its_prompt(
 ) -> None:
     tokenizer = {"v3": demo_tokenizer, "v7": tokenizer_of_v7}[prompt_format]
     client = make_client(tokenizer)
-    unusual = [
+    unusual: list[dict[str, Any]] = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]},
         {"role": "user", "content": "a 👋"},
         {
@@ -265,7 +265,7 @@ def test_a_file_keeps_its_prompt(
         {"role": "function", "name": "f", "content": "22"},
     ]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x-weight": 1.0}}}]
-    conversations = [(unusual, tools), (unusual, None)]
+    conversations: list[tuple[Any, Any]] = [(unusual, tools), (unusual, None)]
     conversations += [(golden.messages, golden.tools) for golden in golden_conversations(prompt_format).values()]
     for messages, given_tools in conversations:
         text = json.dumps({"messages": messages, "tools": given_tools})

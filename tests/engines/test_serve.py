@@ -5,7 +5,11 @@ Run by `.ci/serve`, in an environment with what the server needs; its routes one
 
 import json
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +23,12 @@ import pytest
 from openai import OpenAI
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, convert_demo_checkpoint
+from mistral_large_cli.serve_here import ServerSettings, serve_here
 from mistral_large_conversion import convert_adapter, convert_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+from modeling_mistral_large.errors import SettingError
 from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id
+from modeling_mistral_large.serving.server import take_port
 from tests.support import folders
 from tests.support.adapters import save_peft_adapter
 
@@ -41,7 +48,7 @@ from .clients import (
     wire_messages,
     with_call_ids,
 )
-from .servers import Server, free_port, running
+from .servers import HOST, Server, free_port, running, wait_until_healthy
 
 OPTIONS = ("--engine", "transformers", "--device-map", "cpu", "--dtype", "float32")
 # Folders that are not ours, by the names of their builders; the weights are the demo's.
@@ -135,16 +142,18 @@ def test_an_adapter_answers_as_the_checkpoint_that_it_is_merged_into(served: Ser
         prompt = tokenizer.apply_chat_template(golden.messages, add_generation_prompt=True, return_tensors="pt")
         output = model.generate(**prompt, do_sample=False, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :]
         expected = tokenizer.decode(output, skip_special_tokens=True)
+        if tokenizer.prompt_format is not None:
+            # What is marked as tool calls and none is part of the text.
+            expected = tokenizer.parse_response(output.tolist())["content"]
         request = request_of(golden, served.model) | {"max_tokens": 12}
         answer = served.client.chat.completions.create(**request)
         content = answer.choices[0].message.content or ""
-        # Without a template for responses, the server leaves the space of the first piece.
-        assert (content.removeprefix(" "), answer.model) == (expected, served.model)
+        assert (content, answer.model) == (expected, served.model)
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == prompt["input_ids"].shape[1]
         chunks = list(served.client.chat.completions.create(**request, stream=True))
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert streamed.removeprefix(" ") == expected
+        assert streamed == expected
         assert {chunk.model for chunk in chunks} == {served.model}
         answers.append(expected)
         # Or the test could not tell an adapter that was left out.
@@ -373,3 +382,79 @@ def response_items(messages: list[dict[str, Any]]) -> list[Any]:
 def test_the_documented_client_gets_its_answer(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     exec(documented_client(served.server, served.model), {})
     assert capsys.readouterr().out == GOLDEN["weather_answer"].answer + "\n"
+
+
+def test_a_taken_port_is_said_before_weights_are_read(demo_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mistral_large_cli", "serve", str(demo_folder), *OPTIONS]
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run([*command, "--port", str(port)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"mistral-large: {HOST}:{port}: Address already in use; ")
+    with take_port(HOST, 0) as ours, pytest.raises(SettingError, match=r"Address already in use"):
+        # That of a server which is still reading its weights. This one would say that there are none.
+        serve_here(str(tmp_path), host=HOST, port=ours.getsockname()[1], names=["a"], settings=ServerSettings())
+    with pytest.raises(SettingError, match=r"^host nowhere\.invalid: .*; pass an address of this machine$"):
+        take_port("nowhere.invalid", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_what_it_generates(
+    demo_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "mistral_large_cli", "serve", str(demo_folder), *OPTIONS, "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        server = Server("to be ended", port, tmp_path / "log")
+        wait_until_healthy(server, process)
+        endless = request_of(GOLDEN["pirate"], str(demo_folder)) | {"max_tokens": 100_000, "logit_bias": {"2": -100}}
+        chunks = iter(client_of(server).chat.completions.create(**endless, stream=True))
+        for _ in range(3):
+            next(chunks)
+        with ThreadPoolExecutor(1) as threads:
+            whole = threads.submit(client_of(server).chat.completions.create, **endless)
+            time.sleep(0.5)
+            begin = time.monotonic()
+            process.send_signal(number)
+            with pytest.raises(openai.InternalServerError, match="the server is being stopped"):
+                whole.result()
+            assert time.monotonic() - begin < 5
+        with pytest.raises(openai.APIError, match="the server is being stopped"):
+            list(chunks)
+        assert process.wait(60) == (0 if number == signal.SIGINT else -signal.SIGTERM)
+        assert "Traceback" not in server.log()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_key_and_the_name_of_the_command(demo_folder: Path, tmp_path: Path) -> None:
+    port = free_port()
+    options = ("--served-model-name", "one", "--served-model-name", "two", "--max-batch", "2", "--kv", "fp8")
+    command = [sys.executable, "-m", "mistral_large_cli", "serve", str(demo_folder), "--port", str(port), *options]
+    environment = {"MISTRAL_LARGE_API_KEY": "right"}
+    with running(
+        "with a key", [*command, *OPTIONS], port=port, log_file=tmp_path / "log", environment=environment
+    ) as server:
+        client = client_of(server).with_options(api_key="right")
+        assert [model.id for model in client.models.list()] == ["one", "two"]
+        assert ask(client, request_of(GOLDEN["pirate"], "two")).content == GOLDEN["pirate"].answer
+        with pytest.raises(openai.AuthenticationError):
+            client_of(server).models.list()
+
+
+@pytest.mark.parametrize("options", [["--lookup"], ["--draft", "{demo}"]])
+def test_drafts_answer_as_the_model_does(demo_folder: Path, tmp_path: Path, options: list[str]) -> None:
+    port = free_port()
+    given = [option.format(demo=demo_folder) for option in options]
+    command = [sys.executable, "-m", "mistral_large_cli", "serve", str(demo_folder), "--port", str(port), *given]
+    with running("with drafts", [*command, *OPTIONS], port=port, log_file=tmp_path / "log") as server:
+        chosen = list(GOLDEN.values())[:8]
+        with ThreadPoolExecutor(len(chosen)) as threads:
+            requests = [request_of(golden, str(demo_folder)) for golden in chosen]
+            answers = list(threads.map(lambda request: stream(client_of(server), request), requests))
+        for golden, answer in zip(chosen, answers, strict=True):
+            assert (answer.content, answer.calls) == expected_answer(golden), golden.name

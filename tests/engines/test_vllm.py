@@ -4,10 +4,8 @@ Run by `.ci/vllm`, in an environment with vLLM. The oracle is `generate` of tran
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,8 +40,8 @@ from .clients import (
     wire_messages,
     with_call_ids,
 )
-from .servers import Server, free_port, running
-from .vllm_options import ENVIRONMENT, OPTIONS, SPACE
+from .servers import Server
+from .vllm_options import SPACE, serving
 
 CONSOLIDATED = ("--load-format", "mistral", "--config-format", "mistral", "--tokenizer-mode", "mistral")
 GUIDANCE = ("--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}')
@@ -128,27 +126,6 @@ SETUPS_OF_V7 = {
     "v7": Setup(lambda demo, folder: convert_demo_checkpoint(folder, "v7"), is_by_us=True),
     "v7 consolidated": Setup(lambda demo, folder: assemble_demo_checkpoint(folder, "v7"), is_by_us=True),
 }
-
-
-@contextmanager
-def serving(
-    name: str,
-    folder: Path,
-    log_file: Path,
-    options: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    *,
-    is_by_us: bool = False,
-) -> Iterator[Server]:
-    port = free_port()
-    scripts = Path(sys.executable).parent
-    program = (
-        [str(scripts / "mistral-large"), "serve", "--engine", "vllm"] if is_by_us else [str(scripts / "vllm"), "serve"]
-    )
-    command = [*program, str(folder), "--served-model-name", MODEL, *OPTIONS, "--port", str(port), *options]
-    environment = ENVIRONMENT | dict(environment or {})
-    with running(name, command, port=port, log_file=log_file, environment=environment) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +394,27 @@ def test_the_plugin_may_run_any_number_of_times_and_leaves_a_chosen_tokenizer_mo
         config: Any = SimpleNamespace(tokenizer_mode=given)
         vllm_plugin.MistralLargeDefaults.verify_and_update_model_config(config)
         assert config.tokenizer_mode == chosen
+
+
+@pytest.mark.parametrize("name", ["v3", "v7"])
+def test_no_control_token_is_text_to_the_grammar_library(name: str, tmp_path: Path) -> None:
+    import xgrammar
+
+    from modeling_mistral_large.integrations.vllm_renderer import VllmTokenizer
+
+    vendor_tokenizer(tmp_path, name).save_pretrained(tmp_path / "saved")
+    tokenizer = VllmTokenizer.from_pretrained(tmp_path / "saved")
+    controls = {token: index for token, index in tokenizer.vocabulary.control_tokens.items() if token[0] == "["}
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer))
+    grammar = xgrammar.GrammarCompiler(info).compile_json_schema({"enum": ["x", *controls]})
+    matcher = xgrammar.GrammarMatcher(grammar)
+    assert matcher.accept_string('"')
+    mask = xgrammar.allocate_token_bitmask(1, len(tokenizer))
+    matcher.fill_next_token_bitmask(mask)
+    allowed = {index for index in range(len(tokenizer)) if mask[0, index // 32] >> (index % 32) & 1}
+    assert allowed & {*controls.values()} <= {controls["[TOOL_CALLS]"]}
+    assert tokenizer.convert_tokens_to_ids("[") in allowed
+    assert tokenizer.get_vocab()["[TOOL_CALLS]"] == controls["[TOOL_CALLS]"]
 
 
 @pytest.mark.parametrize("name", ["v3", "v7"])

@@ -18,8 +18,12 @@ DOCS = ROOT / "docs"
 PACKAGES = ("modeling_mistral_large", "mistral_large_conversion", "mistral_large_cli")
 SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 # Facades that nobody imports from: what they hold is documented under another name, or is a plugin's.
-INTERNAL_FACADES = {"mistral_large_conversion.chat_templates", "modeling_mistral_large.transformers_api"}
-NO_FACADES = {"mistral_large_cli.serve", "modeling_mistral_large.integrations.vllm_plugin"}
+INTERNAL_FACADES = {
+    "mistral_large_conversion.chat_templates",
+    "modeling_mistral_large.serving.page",
+    "modeling_mistral_large.transformers_api",
+}
+NO_FACADES = {"modeling_mistral_large.integrations.vllm_plugin"}
 
 
 def templates(path: Path) -> Iterator[str]:

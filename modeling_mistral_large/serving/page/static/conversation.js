@@ -82,10 +82,16 @@ export class Response {
     const parts = [];
     const tokens = this.usage?.completion_tokens;
     if (tokens !== undefined) parts.push(`${tokens.toLocaleString('en')} token${tokens === 1 ? '' : 's'}`);
-    const seconds = (this.last - this.first) / 1000;
-    if (tokens > 1 && seconds > 0) parts.push(`${format((tokens - 1) / seconds)} tokens/s`);
-    if (this.first !== null) parts.push(`first token after ${format((this.first - this.started) / 1000)} s`);
-    if (this.finishReason === 'length') parts.push('ended at the most tokens');
+    const reading = (this.first - this.started) / 1000;
+    const writing = (this.last - this.first) / 1000;
+    if (writing > 0) {
+      if (tokens > 1) parts.push(`${format((tokens - 1) / writing)} tokens/s`);
+      parts.push(`first token after ${format(reading)} s`);
+    } else if (this.first !== null) {
+      // All at once, as calls come: when the first token was there is not known.
+      parts.push(`after ${format(reading)} s`);
+    }
+    if (this.finishReason === 'length') parts.push('stopped at max tokens');
     return parts.join(' · ');
   }
 }
