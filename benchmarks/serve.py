@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from operator import truediv
@@ -121,13 +121,12 @@ WAYS: dict[str, Callable[[Demo], list[list[int]]]] = {
 }
 
 
-def throughput(demo: Demo, runs: int) -> dict[str, Any]:
+def throughput(demo: Demo, runs: int, names: Sequence[str]) -> dict[str, Any]:
     """Seconds, tokens a second and wrong responses of each way."""
     times: dict[str, list[float]] = defaultdict(list)
     processor_times: dict[str, list[float]] = defaultdict(list)
     wrong: dict[str, int] = defaultdict(int)
     tokens: dict[str, int] = {}
-    names = list(WAYS)
     for turn in range(runs + 1):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
@@ -225,6 +224,7 @@ def delay(demo: Demo, length: int, others: int, chunk: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=ast.get_docstring(ast.parse(Path(__file__).read_text())))
     parser.add_argument("--requests", type=int, default=32, help="requests at once")
+    parser.add_argument("--ways", type=int, default=len(WAYS), help="how many of the ways; the last one is the slowest")
     parser.add_argument("--dtype", default="auto", help="of the model, as torch names it")
     parser.add_argument("--runs", type=int, default=5, help="turns of the throughput; 0 to leave it out")
     parser.add_argument("--long", type=int, default=100_000, help="tokens of the long prompt; 0 to leave it out")
@@ -243,7 +243,7 @@ def main() -> None:
         demo = load(Path(folder) / "demo", options.requests, options.dtype)
     result["dtype"] = str(demo.model.dtype)
     if options.runs:
-        result["throughput"] = throughput(demo, options.runs)
+        result["throughput"] = throughput(demo, options.runs, list(WAYS)[: options.ways])
     for name, ratio in result.get("throughput", {}).get("times as fast at once as", {}).items():
         by_processor = result["throughput"]["times as fast, by the processor's seconds"][name]
         print(f"at once {ratio:5.2f} × as fast as {name}, {by_processor:5.2f} × by the processor's seconds")

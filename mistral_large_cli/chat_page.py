@@ -2,9 +2,7 @@
 
 import sys
 import threading
-import webbrowser
 from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 import typer
@@ -74,6 +72,9 @@ def _open_when_up(port: int) -> None:
     sys.stdout.flush()
 
     def wait() -> None:
+        import webbrowser
+        from http.client import HTTPConnection, HTTPException
+
         # The socket listens before the model is loaded: the answer comes when it is.
         connection = HTTPConnection(HOST, port)
         try:
