@@ -218,7 +218,10 @@ class ServedModel:
         try:
             if request.continues_message:
                 # Whether the response can begin so is known with its first token, when a stream has been promised.
-                make()(torch.tensor([prompt]), torch.zeros(1, len(self.tokenizer)))
+                # transformers types ids as tensors of a kind that nothing makes.
+                ids: Any = torch.tensor([prompt])
+                scores: Any = torch.zeros(1, len(self.tokenizer))
+                make()(ids, scores)
             return make()
         except (ConversationError, SchemaError, MissingLibraryError) as error:
             raise RequestError(str(error), parameter) from error
