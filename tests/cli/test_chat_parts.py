@@ -351,7 +351,10 @@ def test_a_tool_with_a_definition_is_held_to_its_schema() -> None:
     ]
 
 
-def test_references_of_a_schema_are_not_fetched() -> None:
+def test_references_of_a_schema_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[Any] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, *_, **__: fetched.append(request))
+
     class Elsewhere(Adder):
         tool_definition = {
             "type": "function",
@@ -360,6 +363,7 @@ def test_references_of_a_schema_are_not_fetched() -> None:
 
     (result,) = results_of([Elsewhere()], ("add", {"a": 1}))
     assert json.loads(result)["error"].startswith("the schema of this tool cannot be read: ")
+    assert not fetched
 
 
 # MCP servers

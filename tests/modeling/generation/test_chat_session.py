@@ -82,7 +82,8 @@ def turns(count: int, seed: int = 0) -> list[list[dict[str, Any]]]:
     def text() -> str:
         return " ".join(rng.choices(words, k=rng.randint(1, 12)))
 
-    seen, messages = [], [SYSTEM, {"role": "user", "content": text()}]
+    seen: list[list[dict[str, Any]]] = []
+    messages: list[dict[str, Any]] = [SYSTEM, {"role": "user", "content": text()}]
     for _ in range(count):
         seen.append(copy.deepcopy(messages))
         action = rng.choice(["talk", "talk", "call", "edit", "forget", "drop"])
@@ -92,7 +93,8 @@ def turns(count: int, seed: int = 0) -> list[list[dict[str, Any]]]:
             function = {"name": "get_current_weather", "arguments": {"location": text()}}
             call = {"id": "abcdefgh1", "type": "function", "function": function}
             result = {"role": "tool", "tool_call_id": "abcdefgh1", "name": "get_current_weather", "content": "22"}
-            messages += [{"role": "assistant", "content": "", "tool_calls": [call]}, result]
+            response: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+            messages += [response, result]
         if action == "edit":
             rng.choice([each for each in messages if each["role"] == "user"])["content"] = text()
         if action == "forget" and messages[0]["role"] == "system":
@@ -198,7 +200,8 @@ def test_after_an_error_inside_of_a_forward_pass(
         with pytest.raises((BrokenError, KeyboardInterrupt)):
             session.respond(second, TOOLS, **CHUNKED)
         undo()
-        assert {int(each.get_seq_length()) for each in session.cache.layers} == {session.cached_tokens}
+        layers: list[Any] = list(session.cache.layers)
+        assert {int(each.get_seq_length()) for each in layers} == {session.cached_tokens}
         reference = Fp8Cache(model.config) if kind == "fp8" else None
         prompt = session.prompt(third, TOOLS)
         assert session.generate(prompt, **CHUNKED) == fresh(session, prompt, reference, **CHUNKED)
