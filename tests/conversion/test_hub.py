@@ -467,7 +467,7 @@ def test_an_adapter_of_the_hub_is_no_checkpoint(
             f"with `mistral-large convert BASE DESTINATION --adapter {REPOSITORY}`, "
         )
     # It is served on its base, by an engine that does.
-    assert run(monkeypatch, "serve", REPOSITORY) == 2
+    assert run(monkeypatch, "serve", REPOSITORY, "--engine", "vllm") == 2
     assert "serve: vLLM is not installed" in capsys.readouterr().err
 
 
