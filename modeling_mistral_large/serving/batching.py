@@ -91,7 +91,7 @@ class ContinuousBatching(EngineThread):
         self.drop_cancelled()
         self._place_waiting()
         self._read_prompts()
-        self._decode()
+        self._decode_rows()
 
     def _place_waiting(self) -> None:
         while self.waiting:
@@ -118,7 +118,7 @@ class ContinuousBatching(EngineThread):
             cost = max(min(slot.unread, chunk), chunk // LEAST_COST)
             if cost > left:
                 continue
-            logits = self._forward([slot], self._read_chunk)
+            logits = self._read_safely([slot], self._read_chunk)
             if logits is not None:
                 left -= cost
                 if not slot.unread:
@@ -137,10 +137,10 @@ class ContinuousBatching(EngineThread):
         slot.ids.extend(tokens)
         return logits
 
-    def _decode(self) -> None:
+    def _decode_rows(self) -> None:
         rows = [slot for slot in self._pool.busy if slot.unread == 1]
         if rows:
-            logits = self._forward(rows, self._read_tokens)
+            logits = self._read_safely(rows, self._read_tokens)
             if logits is not None:
                 self._choose(rows, logits)
 
@@ -162,7 +162,7 @@ class ContinuousBatching(EngineThread):
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
-    def _forward(self, slots: Sequence[Slot], read: Callable[[Sequence[Slot]], Tensor | None]) -> Tensor | None:
+    def _read_safely(self, slots: Sequence[Slot], read: Callable[[Sequence[Slot]], Tensor | None]) -> Tensor | None:
         """Read with some slots; None where it fails, which ends their jobs, or for lack of memory the largest one."""
         while True:
             try:
