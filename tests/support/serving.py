@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from modeling_mistral_large import MistralLargeConfig
-from modeling_mistral_large.serving.requests import Engine, FinishReason, GeneratedToken, GenerationRequest, TokenChoice
+from modeling_mistral_large.serving.engine_thread import EngineThread
+from modeling_mistral_large.serving.requests import (
+    Engine,
+    FinishReason,
+    GeneratedToken,
+    Generation,
+    GenerationRequest,
+    TokenChoice,
+)
 from tests.support.models import ours_only, random_ids
 
 GREEDY_CHOICE = TokenChoice(temperature=0)
@@ -54,7 +62,11 @@ def generated(model: Any, prompt: Sequence[int], tokens: int = 12, **options: An
 
 async def respond(engine: Engine, request: GenerationRequest) -> Response:
     """Follow a response to its end."""
-    generation = engine.submit(request)
+    return await followed(engine.submit(request))
+
+
+async def followed(generation: Generation) -> Response:
+    """What a generation ends as."""
     tokens = []
     error = None
     try:
@@ -66,10 +78,13 @@ async def respond(engine: Engine, request: GenerationRequest) -> Response:
 
 
 def at_once(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Response]:
-    """The responses to requests that come at once."""
+    """The responses to requests that come at once: the engine begins with none of them before it has all."""
 
     async def run() -> list[Response]:
-        return await asyncio.gather(*(respond(engine, request) for request in requests))
+        assert isinstance(engine, EngineThread)
+        with engine._changed:
+            generations = [engine.submit(request) for request in requests]
+        return await asyncio.gather(*map(followed, generations))
 
     return asyncio.run(run())
 
