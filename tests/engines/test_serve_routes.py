@@ -293,21 +293,21 @@ OTHER_TOOL = {"type": "function", "function": {"name": "other", "parameters": {"
 @pytest.mark.parametrize(
     ("choice", "names"),
     [
-        ("required", {"get_current_weather", "other"}),
-        ("any", {"get_current_weather", "other"}),
-        ({"type": "function", "function": {"name": "other"}}, {"other"}),
+        ("required", ("get_current_weather", "other")),
+        ("any", ("get_current_weather", "other")),
+        ({"type": "function", "function": {"name": "other"}}, ("other",)),
         (
             {
                 "type": "allowed_tools",
                 "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "other"}}]},
             },
-            {"other"},
+            ("other",),
         ),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("how", [ask, stream])
-def test_a_tool_has_to_be_called(served: InProcess, choice: Any, names: set[str], how: Any) -> None:
+def test_a_tool_has_to_be_called(served: InProcess, choice: Any, names: tuple[str, ...], how: Any) -> None:
     for question in ("Who are you?", "What's the weather like in Paris?"):
         messages = [{"role": "user", "content": question}]
         request = {**GREEDY, "messages": messages, "tools": [*(TOOLS or []), OTHER_TOOL], "tool_choice": choice}
