@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_mistral_large.errors import ConversationError, SettingError
+from modeling_mistral_large.inference.common_prefix import common_length
 from modeling_mistral_large.inference.speculative_decoding import Speculation, current_speculation
 from modeling_mistral_large.instruct.answer import AnswerEvent, AnswerStream
 from modeling_mistral_large.recorded_steps.automatic import session_cache
@@ -235,7 +236,7 @@ class ChatSession:
         # Its own tokens, or none if somebody else has used it.
         known = self._cached if int(self.cache.get_seq_length()) == len(self._cached) else []
         # The last token of a prompt is always read, as its logits are wanted.
-        common = min(_common_length(known, prompt), len(prompt) - 1)
+        common = min(common_length(known, prompt), len(prompt) - 1)
         keep_first(self.cache, common)
         self._cached = prompt[:common]
         self.prompt_tokens, self.reused_tokens, self.response_tokens = len(prompt), common, 0
@@ -297,10 +298,3 @@ class _Response(BaseStreamer):
     def end(self) -> None:
         if self._streamer is not None:
             self._streamer.end()
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return next(
-        (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
-        min(len(first), len(second)),
-    )

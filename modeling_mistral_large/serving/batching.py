@@ -22,7 +22,7 @@ from modeling_mistral_large.serving.slots import Slot, SlotPool
 from modeling_mistral_large.serving.token_choice import choose_tokens
 from modeling_mistral_large.transformers_api import attention_implementation, cache_argument
 
-# A forward of few tokens takes as long as one of so many more: the time goes into reading the weights.
+# A forward of few tokens takes as long as one of a sixteenth of a chunk: the time goes into reading the weights.
 LEAST_COST = 16
 ATTENTION = ("sdpa", "eager")
 

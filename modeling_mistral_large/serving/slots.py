@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+from modeling_mistral_large.inference.common_prefix import common_length
 from modeling_mistral_large.inference.growing_cache import GrowingCache
 from modeling_mistral_large.serving.engine_thread import Job
 
@@ -127,19 +128,3 @@ class SlotPool:
         lengths = [common_length(slot.ids, tokens) for slot in self.slots]
         longest = max(lengths)
         return (self.slots[lengths.index(longest)] if longest else None), longest
-
-
-def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens at the start of two lists that are the same, by comparisons of slices."""
-    low, high = 0, min(len(first), len(second))
-    step = 16
-    # The first slices are short, as most lists differ early.
-    while low < high:
-        end = min(high, low + step)
-        if first[low:end] == second[low:end]:
-            low, step = end, step * 4
-        elif end - low == 1:
-            return low
-        else:
-            high, step = end, (end - low) // 2
-    return low

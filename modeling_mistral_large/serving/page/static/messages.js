@@ -86,7 +86,7 @@ export class RunningView {
   }
 }
 
-// A form in the place of a message; `onDone` gets the changed message.
+// A form instead of a message; `onDone` gets the changed message.
 export function editView(message, onDone, onCancel) {
   const calls = message.tool_calls ?? [];
   const fields = [[`Text of the ${message.role} message`, message.content]];
