@@ -10,11 +10,11 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_mistral_large.errors import SettingError
+from modeling_mistral_large.inference.common_prefix import common_length
 from modeling_mistral_large.recorded_steps.automatic import session_cache
 from modeling_mistral_large.serving.batching import end_ids
 from modeling_mistral_large.serving.engine_thread import EngineThread, Job
 from modeling_mistral_large.serving.requests import TokenChoice
-from modeling_mistral_large.serving.slots import common_length
 from modeling_mistral_large.serving.token_choice import described, is_greedy, no_choice
 from modeling_mistral_large.transformers_api import cache_argument
 
