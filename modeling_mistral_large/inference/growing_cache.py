@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,10 +138,13 @@ class GrowingCache(Cache):
         for layer, source in zip(self.layers, other.layers, strict=True):
             layer.copy_from(source, end)
 
-    @property
-    def allocated_bytes(self) -> int:
+    def bytes_by_device(self) -> Counter[torch.device]:
         """The memory of the cache."""
-        return sum(layer.states.nbytes for layer in self.layers if layer.states is not None)
+        memory: Counter[torch.device] = Counter()
+        for layer in self.layers:
+            if layer.states is not None:
+                memory[layer.states.device] += layer.states.nbytes
+        return memory
 
 
 class RaggedLayer(DynamicLayer):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+import psutil
+import torch
 
 from modeling_mistral_large.inference.common_prefix import common_length
 from modeling_mistral_large.inference.growing_cache import GrowingCache
@@ -104,16 +108,28 @@ class SlotPool:
             job.stream.cached_tokens += slot.share(source, common)
 
     def release(self, slot: Slot) -> None:
-        """Take the job from a slot; its tokens stay."""
+        """Take the job from a slot; its tokens stay, if the free slots then hold no more memory than is free."""
         self._uses += 1
         slot.job, slot.last_use = None, self._uses
+        idle = sorted(self._idle, key=lambda slot: slot.last_use)
+        held = sum((slot.cache.bytes_by_device() for slot in idle), Counter())
+        limits = {device: (held[device] + free_memory(device)) / 2 for device in held}
+        for oldest in idle:
+            if all(held[device] <= limit for device, limit in limits.items()):
+                return
+            held -= oldest.cache.bytes_by_device()
+            oldest.crop(0)
 
     def drop_idle(self) -> bool:
         """Free the memory of all free slots; return whether there was any."""
-        idle = [slot for slot in self.slots if slot.job is None and slot.ids]
+        idle = self._idle
         for slot in idle:
             slot.crop(0)
         return bool(idle)
+
+    @property
+    def _idle(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.job is None and slot.ids]
 
     def _room_beside(self, job: Job) -> int | None:
         """How many tokens may stay cached in free slots if a job is taken; below 0 if it has to wait."""
@@ -128,3 +144,11 @@ class SlotPool:
         lengths = [common_length(slot.ids, tokens) for slot in self.slots]
         longest = max(lengths)
         return (self.slots[lengths.index(longest)] if longest else None), longest
+
+
+def free_memory(device: torch.device) -> float:
+    """The bytes that a device has left; infinity where it does not say."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved - allocated
+    return psutil.virtual_memory().available if device.type == "cpu" else float("inf")

@@ -57,7 +57,7 @@ def test_memory_grows_by_an_eighth_and_is_given_back(tiny_config: MistralLargeCo
     cache.reserve(300)
     assert layer.capacity == 300
     cache.crop_to(0)
-    assert cache.allocated_bytes == 0
+    assert cache.bytes_by_device() == {}
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, 
 from modeling_mistral_large.errors import GenerationError, SettingError
 from modeling_mistral_large.generation import constrain
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
+from modeling_mistral_large.serving import slots
 from modeling_mistral_large.serving.batching import ContinuousBatching
 from modeling_mistral_large.serving.requests import GenerationRequest, TokenChoice
 from modeling_mistral_large.transformers_api import cache_argument
@@ -375,7 +377,7 @@ def test_lack_of_memory_drops_idle_prefixes_first(tiny_config: MistralLargeConfi
 
 def cached_elements(engine: ContinuousBatching) -> list[int]:
     caches = [slot.cache for slot in engine._pool]
-    return [cache.allocated_bytes // torch.float32.itemsize for cache in caches]
+    return [cache.bytes_by_device().total() // torch.float32.itemsize for cache in caches]
 
 
 def test_no_slot_has_memory_for_the_tokens_of_another(tiny_config: MistralLargeConfig) -> None:
@@ -389,6 +391,30 @@ def test_no_slot_has_memory_for_the_tokens_of_another(tiny_config: MistralLargeC
     for held, prompt in zip(elements[1:], sorted(prompts, key=len), strict=True):
         tokens = len(prompt) + 9
         assert tokens * of_token <= held <= (tokens + max(32, tokens // 8)) * of_token
+
+
+@pytest.mark.parametrize(("free_tokens", "kept"), [(0, []), (300, [0]), (480, [0, 2]), (10_000, [0, 1, 2])])
+def test_idle_prefixes_take_no_more_memory_than_is_free(
+    tiny_config: MistralLargeConfig, monkeypatch: pytest.MonkeyPatch, free_tokens: int, kept: list[int]
+) -> None:
+    """Free are, without any cache, `free_tokens`; the prefixes are 69, 79 and 109 tokens, with room to grow."""
+    model = endless(tiny_config)
+    of_token = 8 * tiny_config.num_hidden_layers * tiny_config.num_key_value_heads * tiny_config.head_dim
+    prompts = prompts_of(tiny_config, [60, 70, 100])
+    with running(ContinuousBatching(model)) as engine:
+
+        def free(_: torch.device) -> float:
+            return free_tokens * of_token - 4 * sum(cached_elements(engine))
+
+        monkeypatch.setattr(slots, "free_memory", free)
+        one_by_one(engine, [greedy(prompts[number], 10) for number in (1, 2, 0)])
+        held = [slot.ids for slot in engine._pool if slot.ids]
+    assert sorted(prompts.index(ids[:-9]) for ids in held) == kept
+
+
+def test_the_free_memory_of_a_device() -> None:
+    assert 0 < slots.free_memory(torch.device("cpu")) < psutil.virtual_memory().total
+    assert slots.free_memory(torch.device("meta")) == float("inf")
 
 
 def test_idle_prefixes_are_dropped_for_room(tiny_config: MistralLargeConfig) -> None:
