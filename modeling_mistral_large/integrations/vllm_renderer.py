@@ -8,21 +8,30 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.tokenizers.hf import CachedHfTokenizer, get_cached_tokenizer
 
+from mistral_large_conversion.vocabulary import piece_bytes
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.instruct.answer import TOOL_CALLS_ID
+
+# Control characters that texts have none of, and JSON may not have.
+UNWRITTEN = frozenset(range(32)) - set(b"\t\n\r")
 
 
 class ServedTokenizer(MistralLargeTokenizer):
     """Our tokenizer with a vocabulary in which grammar libraries find no control token as text.
 
     By their spelling, xgrammar would take them for text: a schema with the word `[INST]` in it could be answered by the
-    token, which detokenizing drops. vLLM looks `[TOOL_CALLS]` up to read calls, so that one stays.
+    token, which detokenizing drops. vLLM looks `[TOOL_CALLS]` up to read calls, so that one stays. Control characters
+    are left out, too: xgrammar 0.2.8 takes all but line ends for characters of a JSON string with a `maxLength`.
     """
 
     def get_vocab(self) -> dict[str, int]:
-        """Return ids by piece, those of control tokens left out."""
+        """Return ids by piece, those of control tokens and of control characters but tab and line ends left out."""
         hidden = {*self.vocabulary.control_ids} - {TOOL_CALLS_ID}
-        return {piece: index for piece, index in super().get_vocab().items() if index not in hidden}
+        return {
+            piece: index
+            for piece, index in super().get_vocab().items()
+            if index not in hidden and UNWRITTEN.isdisjoint(piece_bytes(piece))
+        }
 
 
 class VllmTokenizer(CachedHfTokenizer):  # type: ignore[misc, unused-ignore]

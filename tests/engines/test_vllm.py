@@ -20,6 +20,7 @@ from openai import OpenAI
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, convert_demo_checkpoint
 from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion.vocabulary import piece_bytes
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.support import folders
 from tests.support.checkpoints import tokenizer_model_file, vendor_tokenizer, write_consolidated
@@ -396,25 +397,33 @@ def test_the_plugin_may_run_any_number_of_times_and_leaves_a_chosen_tokenizer_mo
         assert config.tokenizer_mode == chosen
 
 
-@pytest.mark.parametrize("name", ["v3", "v7"])
-def test_no_control_token_is_text_to_the_grammar_library(name: str, tmp_path: Path) -> None:
+def allowed_in_a_string(tokenizer: Any, schema: dict[str, Any]) -> set[int]:
+    """The tokens that the grammar library lets follow the quote that begins a value of a schema."""
     import xgrammar
 
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer))
+    matcher = xgrammar.GrammarMatcher(xgrammar.GrammarCompiler(info).compile_json_schema(schema))
+    assert matcher.accept_string('"')
+    mask = xgrammar.allocate_token_bitmask(1, len(tokenizer))
+    matcher.fill_next_token_bitmask(mask)
+    return {index for index in range(len(tokenizer)) if mask[0, index // 32] >> (index % 32) & 1}
+
+
+@pytest.mark.parametrize("name", ["v3", "v7"])
+def test_the_grammar_library_finds_no_control_token_or_character(name: str, tmp_path: Path) -> None:
     from modeling_mistral_large.integrations.vllm_renderer import VllmTokenizer
 
     vendor_tokenizer(tmp_path, name).save_pretrained(tmp_path / "saved")
     tokenizer = VllmTokenizer.from_pretrained(tmp_path / "saved")
     controls = {token: index for token, index in tokenizer.vocabulary.control_tokens.items() if token[0] == "["}
-    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer))
-    grammar = xgrammar.GrammarCompiler(info).compile_json_schema({"enum": ["x", *controls]})
-    matcher = xgrammar.GrammarMatcher(grammar)
-    assert matcher.accept_string('"')
-    mask = xgrammar.allocate_token_bitmask(1, len(tokenizer))
-    matcher.fill_next_token_bitmask(mask)
-    allowed = {index for index in range(len(tokenizer)) if mask[0, index // 32] >> (index % 32) & 1}
+    allowed = allowed_in_a_string(tokenizer, {"enum": ["x", *controls]})
     assert allowed & {*controls.values()} <= {controls["[TOOL_CALLS]"]}
     assert tokenizer.convert_tokens_to_ids("[") in allowed
     assert tokenizer.get_vocab()["[TOOL_CALLS]"] == controls["[TOOL_CALLS]"]
+    allowed = allowed_in_a_string(tokenizer, {"type": "string", "maxLength": 5})
+    written = {piece_bytes(piece) for piece in tokenizer.convert_ids_to_tokens(sorted(allowed))}
+    assert {byte for piece in written for byte in piece if byte < 32} == {*b"\t"}
+    assert b"a" in written
 
 
 @pytest.mark.parametrize("name", ["v3", "v7"])

@@ -59,8 +59,8 @@ def test_random_schemas_are_kept_to(server: Server) -> None:
         form = {"type": "json_schema", "json_schema": {"name": "value", "schema": schema}}
         answer = ask(client, request_with(response_format=form, seed=seed))
         try:
-            # Not strict: in strings of a most length, xgrammar 0.2.8 lets control characters through unescaped.
-            jsonschema.validate(json.loads(answer.content, strict=False), schema)
+            # In strings of a most length, xgrammar 0.2.8 lets tabs through unescaped.
+            jsonschema.validate(json.loads(answer.content.replace("\t", " ")), schema)
         except (ValueError, jsonschema.ValidationError) as error:
             return f"{seed}: {schema}: {answer}: {error}"
         return None if answer.finish_reason == "stop" else f"{seed}: {answer}"
