@@ -136,13 +136,13 @@ class PrefillHook(GenerationMixin):
         raise NotImplementedError
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(  # type: ignore[override]  # wraps keeps the signature
+    def prepare_inputs_for_generation(  # type: ignore[override, unused-ignore]  # wraps keeps the signature
         self, *args: Any, **keywords: Any
     ) -> Any:
         """Leave out the tokenizers that `generate` takes for `stop_strings` and hands on; no `forward` knows them."""
         for name in ("tokenizer", "assistant_tokenizer"):
             keywords.pop(name, None)
-        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]  # typed for whole models
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc, unused-ignore]  # typed for whole models
         return prepare(*args, **keywords)
 
     def _prefill(
@@ -160,7 +160,7 @@ class PrefillHook(GenerationMixin):
             )
             generation_config = copy(generation_config)
             generation_config.prefill_chunk_size = None
-        read: Any = super()._prefill  # type: ignore[misc]  # typed for whole models
+        read: Any = super()._prefill  # type: ignore[misc, unused-ignore]  # typed for whole models
         return read(input_ids, generation_config, model_kwargs, is_first_iteration)
 
 
@@ -201,7 +201,7 @@ class CacheHook(GenerationMixin):
             if own is not None:
                 model_kwargs[CACHE_NAME] = own
                 return None
-        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]  # typed for whole models
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc, unused-ignore]  # typed for whole models
         return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
 

@@ -219,7 +219,6 @@ def last_query_attention(module: Any, query: Tensor, *inputs: Any, **options: An
 
 
 @pytest.mark.slow
-@pytest.mark.large
 def test_131072_tokens_have_stock_mistrals_completion_in_the_planned_memory(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

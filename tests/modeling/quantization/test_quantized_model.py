@@ -350,7 +350,6 @@ def test_another_dtype_leaves_the_codes_alone(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.large
 @pytest.mark.parametrize(
     ("quantization", "dtype", "tolerance"),
     # The kernel for int4 is compiled for BF16 only; compiled code rounds less often to it.
