@@ -37,12 +37,12 @@ CONVERTER_TYPES = {"BF16": 16.0, "F16": 16.0, "F32": 32.0, "Q8_0": 8.5}
 QUANTIZER_TYPES = {
     "Q2_K": 2.95,
     "Q3_K_S": 3.45,
-    "Q3_K_M": 3.87,
-    "Q3_K_L": 4.23,
+    "Q3_K_M": 3.86,
+    "Q3_K_L": 4.21,
     "Q4_K_S": 4.54,
-    "Q4_K_M": 4.79,
-    "Q5_K_S": 5.51,
-    "Q5_K_M": 5.66,
+    "Q4_K_M": 4.78,
+    "Q5_K_S": 5.5,
+    "Q5_K_M": 5.64,
     "Q6_K": 6.56,
 }
 GGUF_TYPES = {**CONVERTER_TYPES, **QUANTIZER_TYPES}
