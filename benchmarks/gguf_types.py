@@ -157,6 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict[str, Any] = {
         "text": Path(arguments.text).name,
+        "sequences": SAMPLES,
         "length": LENGTH,
         "types": {},
         "sizes": sizes(arguments.llama_cpp),

@@ -113,9 +113,12 @@ class GgufConversion:
         Raises:
             DestinationError: such a destination.
         """
+        self._refuse_taken_name()
+        check_destination(self.conversion.source, self.destination, self.needed_bytes)
+
+    def _refuse_taken_name(self) -> None:
         if os.path.lexists(self.destination):
             raise DestinationError(f"{self.destination}: is there already; choose a new name, or remove it first")
-        check_destination(self.conversion.source, self.destination, self.needed_bytes)
 
     def run(self, progress: Progress) -> None:
         """Write the file, whole or not at all; what is temporary is next to it and is removed in any case.
@@ -133,7 +136,8 @@ class GgufConversion:
             # The tools run in it and get no other name: the converter takes braces in a name for a template.
             with TemporaryDirectory(prefix=f"{name}.partial-", dir=folder) as work:
                 self._run_tools(Path(work), progress)
-                self.check_destination()
+                # The tools run for hours: someone else may have taken it.
+                self._refuse_taken_name()
                 commit_file(self.destination, Path(work, "written.gguf"))
         except MistralLargeError:
             raise

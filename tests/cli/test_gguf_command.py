@@ -104,7 +104,8 @@ def test_weights_of_the_hf_layout_are_linked_unless_they_change(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = folders.fine_tune(tmp_path / "source", added=("<|im_start|>",))
+    # Its files are links themselves, to blobs without names.
+    source = folders.into_hub_cache(folders.fine_tune(tmp_path / "source", added=("<|im_start|>",)), tmp_path / "hub")
     assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--json", *options) == 0
     report, found = json.loads(capsys.readouterr().out), json.loads((out / "m.gguf").read_text())
     assert report["tools"] == [f"convert_hf_to_gguf.py --outtype {'f16' if options else 'bf16'}"]
@@ -244,6 +245,13 @@ def test_a_disk_without_room_is_refused(
     assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 2
     assert f"needs {needed:,} bytes, the disk has {needed - 1:,} free" in capsys.readouterr().err
     assert not [*out.iterdir()]
+    # What the steps write fills it, and that is no reason to throw the file away.
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1 if full.exists() else needed})
+    )
+    full = llama_cpp / "full"
+    write_quantizer(llama_cpp, f"{QUANTIZER}touch {full}\n")
+    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 0
 
 
 @pytest.mark.slow
