@@ -105,7 +105,7 @@ class GgufConversion:
     def _estimated_bytes(self, gguf_type: str) -> int:
         plan = self.conversion.plan
         weights = plan.tensor_bytes // BYTES_OF[plan.dtype]
-        return int(weights * GGUF_TYPES[gguf_type] / 8) + sum(map(len, self.conversion.small_files.values()))
+        return int(weights * GGUF_TYPES[gguf_type] / 8) + len(self.conversion.small_files.get(TOKENIZER_STEM, b""))
 
     def check_destination(self) -> None:
         """Refuse, before anything is written, a name that is taken, a place in the source, or a disk without room.

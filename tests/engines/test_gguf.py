@@ -181,8 +181,8 @@ def test_added_tokens_are_control_tokens(tmp_path: Path) -> None:
     [
         # Rows of the demo that are no multiples of 256 fall back to types with blocks of 32.
         ("q8_0", {"Q8_0": 23, "F32": 7}),
-        ("Q6_K", {}),
-        ("Q4_K_M", {}),
+        ("Q6_K", {"Q8_0": 20, "Q6_K": 3, "F32": 7}),
+        ("Q4_K_M", {"Q5_0": 18, "Q4_K": 2, "Q8_0": 2, "Q6_K": 1, "F32": 7}),
     ],
 )
 def test_quantized_files_answer(
