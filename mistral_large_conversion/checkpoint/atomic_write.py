@@ -21,9 +21,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     commit_file(path)
 
 
-def commit_file(path: Path) -> None:
-    """Flush what was written next to the place of a file, then rename it into its place."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+def commit_file(path: Path, partial: Path | None = None) -> None:
+    """Flush what was written next to the place of a file, or as `partial`, then rename it into its place."""
+    partial = partial or path.with_name(path.name + PARTIAL_SUFFIX)
     with partial.open("r+b") as stream:
         os.fsync(stream.fileno())
     partial.replace(path)

@@ -1,42 +1,62 @@
-"""A GGUF file of the demo, written by llama.cpp's converter and run by llama.cpp, for the same ids, logits and answers.
+"""GGUF files of the demo, written by `mistral-large convert --to gguf` and run by llama.cpp: ids, logits and answers.
 
 Run by `.ci/gguf`, which builds llama.cpp and names its folder in LLAMA_CPP.
 """
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from llama_cpp import Llama
 
-from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
+from mistral_large_cli.demo import golden_conversations
 from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.support.conversations import conversations
+from tests.support.folders import (
+    CHATML_TEMPLATE,
+    CHATML_TOKENS,
+    demo_weights,
+    fine_tune,
+    fine_tune_with_model_file,
+    hf_demo_weights,
+    ours,
+    vendor,
+    vendor_whole,
+)
 
-ROOT = Path(__file__).parents[2]
 LLAMA_CPP = Path(os.environ["LLAMA_CPP"])
 GOLDEN = golden_conversations()
 EOS_ID = 2
 
 
-@pytest.fixture(scope="module")
-def mistral_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint as stock Mistral."""
-    folder = tmp_path_factory.mktemp("gguf")
-    convert_checkpoint(assemble_demo_checkpoint(folder / "demo"), folder / "mistral", model_type="mistral")
-    return folder / "mistral"
+def write_gguf(source: Path, file: Path, *options: str) -> dict[str, Any]:
+    """Run the command as it is typed, and return what it reports."""
+    command = [sys.executable, "-m", "mistral_large_cli", "convert", str(source), str(file), "--to", "gguf"]
+    command += ["--llama-cpp", str(LLAMA_CPP), "--json", *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    # Nothing of what was temporary stays.
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
 
 
-def write_gguf(folder: Path, file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "examples/gguf/to_gguf.py")
-    command = [sys.executable, script, str(folder), str(file), "--llama-cpp", str(LLAMA_CPP), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def folder_for(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def tensors(file: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
 
 def load(file: Path) -> Llama:
@@ -44,10 +64,14 @@ def load(file: Path) -> Llama:
 
 
 @pytest.fixture(scope="module")
-def model(mistral_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
+def vendor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vendor(tmp_path_factory.mktemp("vendor") / "demo")
+
+
+@pytest.fixture(scope="module")
+def model(vendor_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
     file = tmp_path_factory.mktemp("model") / "demo.gguf"
-    result = write_gguf(mistral_folder, file, "--outtype", "f32")
-    assert result.returncode == 0, result.stderr
+    write_gguf(vendor_folder, file, "--gguf-type", "F32")
     llama = load(file)
     yield llama
     llama.close()
@@ -68,7 +92,9 @@ def test_rendered_prompts_have_the_same_ids(model: Llama, demo_tokenizer: Mistra
         assert ids_of(model, text) == expected
 
 
-def test_the_converter_alone_takes_control_tokens_for_text(mistral_folder: Path, tmp_path: Path) -> None:
+def test_the_converter_alone_takes_control_tokens_for_text(vendor_folder: Path, tmp_path: Path) -> None:
+    mistral_folder = tmp_path / "mistral"
+    convert_checkpoint(vendor_folder, mistral_folder, model_type="mistral")
     file = tmp_path / "alone.gguf"
     command = [sys.executable, str(LLAMA_CPP / "convert_hf_to_gguf.py"), str(mistral_folder), "--outfile", str(file)]
     subprocess.run(command, check=True, capture_output=True)
@@ -112,8 +138,67 @@ def test_chat_completions_are_the_golden_answers(
     assert text == f" {golden.answer.removeprefix('[TOOL_CALLS]').strip()}"
 
 
-def test_our_own_layout_is_refused(demo_folder: Path, tmp_path: Path) -> None:
-    result = write_gguf(demo_folder, tmp_path / "demo.gguf")
-    assert result.returncode == 1
-    assert "model type mistral_large; llama.cpp reads what `--as mistral` writes" in result.stderr
-    assert not (tmp_path / "demo.gguf").exists()
+# Also: whether the weights are linked, and not written anew.
+@pytest.mark.parametrize("build", [vendor, vendor_whole, ours, fine_tune, fine_tune_with_model_file])
+def test_every_kind_of_source_becomes_the_same_weights_and_ids(
+    build: Any, model: Llama, demo_tokenizer: MistralLargeTokenizer, tmp_path: Path
+) -> None:
+    source, file = build(tmp_path / "source"), folder_for(tmp_path / "out" / "demo.gguf")
+    report = write_gguf(source, file)
+    assert (report["gguf_type"], report["tensors"], report["bytes"]) == ("BF16", 30, file.stat().st_size)
+    assert abs(report["bytes"] / report["estimated_bytes"] - 1) < 0.1
+    written = tensors(file)
+    assert len(written) == 30
+    # Its rows of q and k are in the order of the consolidated layout.
+    expected = demo_weights()
+    for name, own in (("blk.1.attn_q", "layers.1.attention.wq"), ("output", "output"), ("blk.2.ffn_down", None)):
+        tensor = expected[f"{own}.weight"] if own else hf_demo_weights()["model.layers.2.mlp.down_proj.weight"]
+        assert written[f"{name}.weight"].data.tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+    llama = load(file)
+    for conversation in conversations("plain", seed=7, count=20):
+        text = demo_tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)
+        assert ids_of(llama, text) == ids_of(model, text)
+    llama.close()
+
+
+def test_added_tokens_are_control_tokens(tmp_path: Path) -> None:
+    source = fine_tune(tmp_path / "source", added=CHATML_TOKENS, template=CHATML_TEMPLATE)
+    file = folder_for(tmp_path / "out" / "chatml.gguf")
+    write_gguf(source, file)
+    tokenizer = MistralLargeTokenizer.from_pretrained(source)
+    llama = load(file)
+    for content in ("Hello, how are you?", "  two spaces, ünïcödé 你好", "\nA line"):
+        messages = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expected = tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
+        assert expected[0] == 32768
+        assert ids_of(llama, text) == expected
+    llama.close()
+
+
+@pytest.mark.parametrize(
+    ("gguf_type", "types"),
+    [
+        # Rows of the demo that are no multiples of 256 fall back to types with blocks of 32.
+        ("q8_0", {"Q8_0": 23, "F32": 7}),
+        ("Q6_K", {"Q8_0": 20, "Q6_K": 3, "F32": 7}),
+        ("Q4_K_M", {"Q5_0": 18, "Q4_K": 2, "Q8_0": 2, "Q6_K": 1, "F32": 7}),
+    ],
+)
+def test_quantized_files_answer(
+    gguf_type: str, types: dict[str, int], vendor_folder: Path, demo_tokenizer: MistralLargeTokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "demo.gguf"
+    report = write_gguf(vendor_folder, file, "--gguf-type", gguf_type)
+    assert report["gguf_type"] == gguf_type.upper()
+    assert Counter(tensor.tensor_type.name for tensor in tensors(file).values()) == types
+    llama = load(file)
+    golden = GOLDEN["who_are_you"]
+    ids = demo_tokenizer.apply_chat_template(golden.messages, tools=golden.tools, return_dict=False)
+    answer = []
+    for token in llama.generate(ids, top_k=1, temp=0.0):
+        if token == EOS_ID:
+            break
+        answer.append(token)
+    assert demo_tokenizer.decode(answer) == golden.answer
+    llama.close()
