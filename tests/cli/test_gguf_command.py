@@ -246,11 +246,9 @@ def test_a_disk_without_room_is_refused(
     assert f"needs {needed:,} bytes, the disk has {needed - 1:,} free" in capsys.readouterr().err
     assert not [*out.iterdir()]
     # What the steps write fills it, and that is no reason to throw the file away.
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1 if full.exists() else needed})
-    )
     full = llama_cpp / "full"
     write_quantizer(llama_cpp, f"{QUANTIZER}touch {full}\n")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - full.exists()}))
     assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 0
 
 
