@@ -247,10 +247,8 @@ def test_a_disk_without_room_is_refused(
     assert not [*out.iterdir()]
     # What the steps write fills it, and that is no reason to throw the file away.
     full = llama_cpp / "full"
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1 if full.exists() else needed})
-    )
     write_quantizer(llama_cpp, f"{QUANTIZER}touch {full}\n")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - full.exists()}))
     assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 0
 
 
