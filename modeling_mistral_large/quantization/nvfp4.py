@@ -39,7 +39,9 @@ class Nvfp4Linear(QuantizedLinear):
     def after_loading_(self) -> None:
         for name, tensor in list(self.named_parameters()):
             if isinstance(tensor, DTensor):
-                setattr(self, name, nn.Parameter(tensor.to_local(), requires_grad=False))
+                # The global scale is one number, which the first rank has.
+                local = tensor.full_tensor() if tensor.ndim == 1 else tensor.to_local()
+                setattr(self, name, nn.Parameter(local, requires_grad=False))
         columns = self.weight_packed.shape[1] * CODES_PER_BYTE
         if columns != self.weight_scale.shape[1] * GROUP_SIZE:
             raise ValueError(

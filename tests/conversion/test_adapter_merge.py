@@ -121,7 +121,7 @@ def test_another_dtype_is_that_in_which_peft_loads_the_base(
     )
 
 
-@pytest.mark.parametrize(("scheme", "count"), [("fp8", 51), ("int4", 72)])
+@pytest.mark.parametrize(("scheme", "count"), [("fp8", 51), ("int4", 72), ("nvfp4", 72)])
 def test_quantized_codes_are_those_of_the_merged_weights(
     tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None, scheme: Any, count: int
 ) -> None:

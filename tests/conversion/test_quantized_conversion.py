@@ -4,9 +4,10 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from mistral_large_conversion import (
     convert_checkpoint,
     export_checkpoint,
     inspect_checkpoint,
+    planned_tensor,
     prepare_conversion,
     read_manifest,
     retag_checkpoint,
@@ -39,6 +41,7 @@ from mistral_large_conversion.checkpoint.quantization import (
     quantization_of,
     quantized_entries,
 )
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import MANIFEST_NAME
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
@@ -50,6 +53,8 @@ QUANTIZATIONS: list[Scheme] = ["fp8", "int4", "nvfp4"]
 GROUPS: dict[Scheme, int] = {"fp8": 128, "int4": 32, "nvfp4": 16}
 # What vLLM multiplies with at once, with one global scale.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+LAYER_PARTS = [*(f"self_attn.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
+NVFP4_PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
 
@@ -130,6 +135,46 @@ def test_codes_and_scales_are_those_of_compressed_tensors(
         for part, tensor in wanted.items():
             assert same_bits(found.pop(name.removesuffix("weight") + part), tensor), (name, part)
     assert not found
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**20])
+def test_fused_layers_have_one_global_scale_and_are_read_ahead_once(
+    source: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", block_bytes)
+    # The greatest of all is in another weight of each fused layer.
+    change(source, "layers.0.attention.wv.weight", lambda weight: weight[5, 6].fill_(9.0))
+    change(source, "layers.0.feed_forward.w1.weight", lambda weight: weight[7, 8].fill_(-21.0))
+    opened: Counter[str] = Counter()
+    open_ = FileTensor.open
+
+    def counted(tensor: FileTensor) -> BinaryIO:
+        opened[tensor.name] += 1
+        return open_(tensor)
+
+    monkeypatch.setattr(FileTensor, "open", counted)
+    found = weights_of(converted(source, "quantized", quantize="nvfp4"))
+    scale_of = {name: found[f"model.layers.0.{name}_proj.weight_global_scale"] for name in LAYER_PARTS}
+    attention = [scale_of[f"self_attn.{name}"] for name in "qkv"]
+    assert {tuple(scale.tolist()) for scale in attention} == {
+        tuple(generate_gparam(torch.tensor(-9.0), torch.tensor(9.0)).tolist())
+    }
+    assert scale_of["mlp.gate"] == scale_of["mlp.up"] == generate_gparam(torch.tensor(-21.0), torch.tensor(21.0))
+    assert len({float(scale) for scale in scale_of.values()}) == 4
+    # Once for the global scale, once for the codes; what is not quantized once.
+    assert {count for name, count in opened.items() if "attention.w" in name or "feed_forward" in name} == {2}
+    assert {count for name, count in opened.items() if "norm" in name or "embed" in name} == {1}
+
+
+def test_weights_too_small_for_a_global_scale_have_1(source: Path) -> None:
+    for name in ("wq", "wk", "wv"):
+        change(source, f"layers.1.attention.{name}.weight", lambda weight: weight.zero_())
+    change(source, "layers.1.attention.wo.weight", lambda weight: weight.fill_(1e-37))
+    found = weights_of(converted(source, "quantized", quantize="nvfp4"))
+    for name in "qkvo":
+        parts = {part: found[f"model.layers.1.self_attn.{name}_proj.{part}"] for part in NVFP4_PARTS}
+        assert parts["weight_global_scale"].tolist() == [1]
+        assert not expand(parts, "nvfp4").any()
 
 
 @every_quantization
@@ -295,7 +340,7 @@ def test_any_number_of_threads_and_an_interruption_give_the_same_bytes(
     whole = contents(converted(source, "one", jobs=1, **options))
     assert len([name for name in whole if name.endswith(".safetensors")]) > 3
     assert contents(converted(source, "four", jobs=4, **options)) == whole
-    monkeypatch.setattr("mistral_large_conversion.planned_tensor.BLOCK_BYTES", 999)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 999)
     assert contents(converted(source, "small blocks", **options)) == whole
     written = 0
 
