@@ -13,6 +13,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]  # it has no types
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # type: ignore[import-untyped]  # it has no types
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam  # type: ignore[import-untyped]  # it has no types
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -299,6 +300,8 @@ def test_the_config_says_what_compressed_tensors_understands(source: Path, quant
     if quantization == "nvfp4":
         kind = (scheme.weights.num_bits, scheme.weights.type, scheme.weights.strategy, scheme.weights.group_size)
         assert kind == (4, "float", "tensor_group", 16)
+        # What llm-compressor writes for the scheme of this name.
+        assert scheme.weights == preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
         assert (scheme.weights.scale_dtype, scheme.input_activations) == (torch.float8_e4m3fn, None)
     elif quantization == "int4":
         assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.input_activations) == (4, 32, None)
