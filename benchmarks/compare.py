@@ -43,6 +43,7 @@ PATTERN = 2**22 + 1
 # The first of them is evaluated by whole models, too.
 FORMATS: dict[str, dict[str, Any]] = {
     "int4, rounded to the nearest": {"quantize": "int4"},
+    "nvfp4, rounded to the nearest": {"quantize": "nvfp4"},
     "fp8, rounded to the nearest": {"quantize": "fp8"},
     "bf16": {"dtype": "bf16"},
 }

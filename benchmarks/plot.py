@@ -8,6 +8,7 @@ Bars are medians, dots the single turns.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -125,7 +126,7 @@ def plot_compare() -> None:
     """KL by format on the small model with real weights, and where in the depth of it the difference arises."""
     formats = read("compare-formats.json")["formats"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    names = list(formats)
+    names = [fill(name, 14) for name in formats]
     left.bar(names, [figures["kl_mean"] for figures in formats.values()], label="mean")
     left.plot(
         names, [figures["kl_p99"] for figures in formats.values()], "_", color="black", markersize=30, label="p99"

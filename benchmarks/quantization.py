@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mistral_large_conversion.checkpoint.quantization import GROUP_SIZE, Scheme
-from mistral_large_conversion.quantize import Quantize
+from mistral_large_conversion.checkpoint.quantization import GROUP_SIZES, Scheme
+from mistral_large_conversion.quantize import Quantize, global_scale_bytes, largest_magnitude
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear, QuantizedLinear
+from modeling_mistral_large.quantization.nvfp4 import Nvfp4Linear
 
 ROOT = Path(__file__).resolve().parent.parent
-QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
+QUANTIZATIONS: list[Scheme] = ["fp8", "int4", "nvfp4"]
 HIDDEN, INTERMEDIATE = 12288, 28672
 # Rows of the matrices: errors are by row or group, so that more of them tell nothing new.
 ROWS = 1024
@@ -114,16 +115,28 @@ def matrix_errors() -> dict[str, Any]:
 
 
 def quantized_layer(weight: Tensor, quantization: Scheme) -> QuantizedLinear:
-    codes, scales = (
-        torch.from_numpy(part) for part in Quantize("BF16", quantization)(weight.view(torch.uint8).numpy())
-    )
+    stored = weight.view(torch.uint8).numpy()
+    factor = torch.ones(1)
+    if quantization == "nvfp4":
+        factor = torch.frombuffer(bytearray(global_scale_bytes(largest_magnitude(stored, "BF16"))), dtype=torch.float32)
+    quantize = Quantize("BF16", quantization, GROUP_SIZES[quantization][0], factor=factor.item())
+    codes, scales = (torch.from_numpy(part) for part in quantize(stored))
     rows, columns = weight.shape
+    if quantization == "nvfp4":
+        layer: QuantizedLinear = Nvfp4Linear(columns, rows)
+        parts = {
+            "weight_packed": codes,
+            "weight_scale": scales.view(torch.float8_e4m3fn),
+            "weight_global_scale": factor,
+        }
+        layer.load_state_dict(parts)
+        return layer
     numbers = scales.view(torch.bfloat16)
     if quantization == "fp8":
-        layer: QuantizedLinear = Fp8Linear(columns, rows)
+        layer = Fp8Linear(columns, rows)
         layer.load_state_dict({"weight": codes.view(torch.float8_e4m3fn), "weight_scale": numbers.float()})
     else:
-        layer = Int4Linear(columns, rows, group_size=GROUP_SIZE)
+        layer = Int4Linear(columns, rows)
         layer.load_state_dict({"weight_packed": codes.view(torch.int32), "weight_scale": numbers})
     return layer
 

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 HELP = "Folder of either layout, or repository on the hub (owner/name)"
 # What a quantized linear layer does with activations.
-ACTIVATIONS = {"fp8": "rounded to FP8 token by token (W8A8)", "int4": "not rounded (W4A16)"}
+ACTIVATIONS = {
+    "fp8": "rounded to FP8 token by token (W8A8)",
+    "int4": "not rounded (W4A16)",
+    "nvfp4": "not rounded (W4A16)",
+}
 
 
 def compare(

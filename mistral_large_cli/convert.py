@@ -56,7 +56,7 @@ def convert(
     ] = DEFAULT_SHARD_SIZE,
     dtype: Annotated[Dtype | None, typer.Option(help="Round the weights; without it, every bit is kept.")] = None,
     quantize: Annotated[
-        Literal["fp8", "int4"] | None,
+        Literal["fp8", "int4", "nvfp4"] | None,
         typer.Option(
             help="Quantize the linear layers to 8 or 4 bits; round to nearest, if no --calibration chooses the codes."
         ),
@@ -198,7 +198,7 @@ def convert(
     hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion import prepare_conversion
     from mistral_large_conversion.checkpoint.hub import resolve_conversion_source
-    from mistral_large_conversion.quantize import ConstantTensor
+    from mistral_large_conversion.quantize import MadeTensor
 
     # With JSON, people read standard error.
     console = safe_console(soft_wrap=True, stderr=as_json)
@@ -221,7 +221,7 @@ def convert(
         )
     state = conversion.check_destination()
     plan = conversion.plan
-    tensors = sum(not isinstance(tensor.source, ConstantTensor) for file in plan.files for tensor in file.tensors)
+    tensors = sum(not isinstance(tensor.source, MadeTensor) for file in plan.files for tensor in file.tensors)
     dtypes = ", ".join(plan.source_dtypes)
     rounded = f", rounded to {plan.dtype}" if plan.cast else ""
     if quantize is not None:

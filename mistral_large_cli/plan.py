@@ -85,9 +85,10 @@ def plan(
     context: Annotated[int, typer.Option(min=1, help="Context length: tokens of prompt and completion.")] = 8192,
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     weights: Annotated[
-        Literal[Dtype, "fp8", "int4"] | None,
+        Literal[Dtype, "fp8", "int4", "nvfp4"] | None,
         typer.Option(
-            help="Dtype of the weights; default: the folder's, or bf16. fp8, int4: as convert --quantize writes them."
+            help="Dtype of the weights; default: the folder's, or bf16. fp8, int4, nvfp4: as convert --quantize "
+            "writes them."
         ),
     ] = None,
     kv: Kv = "auto",
@@ -119,8 +120,11 @@ def plan(
         raise PlanError(f"--host with {dtype} weights: quantized weights are not offloaded; leave --host out")
     if host_memory and devices[0].kind != "cuda":
         raise PlanError(f"--host with {devices[0].name}: its memory is the host's; leave --host out")
-    if devices[0].kind == "mps" and "fp8" in (dtype, kv):
-        raise PlanError(f"fp8 on {devices[0].name}: torch has no FP8 on Apple GPUs; take --weights int4 and --kv auto")
+    fp8 = next((each for each in (dtype, kv) if each in ("fp8", "nvfp4")), None)
+    if devices[0].kind == "mps" and fp8:
+        raise PlanError(
+            f"{fp8} on {devices[0].name}: torch has no FP8 on Apple GPUs; take --weights int4 and --kv auto"
+        )
     drafting = None if draft is None else read_draft(draft, {**hub, "revision": None})
     options = PlanOptions(context, batch, dtype, kv, prefill_chunk, host_memory, drafting)
     plans = options.plans(geometry, devices)

@@ -7,7 +7,8 @@ from mistral_large_conversion.checkpoint.atomic_write import json_bytes
 from mistral_large_conversion.checkpoint.source_files import file_problem
 from mistral_large_conversion.errors import DestinationError
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
-from mistral_large_conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
+from mistral_large_conversion.plan import ConversionPlan, PlannedFile
+from mistral_large_conversion.planned_tensor import PlannedTensor
 from mistral_large_conversion.progress import Progress
 from mistral_large_conversion.stream import checksums_of, file_checksum, run_threads
 

@@ -263,7 +263,7 @@ def _quantization(config: dict[str, Any] | None, layouts: Sequence[Layout]) -> s
     ours = quantization_of(settings)
     if ours is None:
         return method if isinstance(method, str) and method else "by an unknown method"
-    groups = f", groups of {ours.group_size}" if ours.scheme == "int4" else ""
+    groups = "" if ours.scheme == "fp8" else f", groups of {ours.group_size}"
     return f"{ours.scheme}{groups} ({method}, {FORMATS[ours.scheme]})"
 
 

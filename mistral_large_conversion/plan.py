@@ -1,6 +1,5 @@
 """What a conversion will read and write, decided from file headers before anything is written."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from mistral_large_conversion.checkpoint.quantization import (
     Quantization,
     Scheme,
     choose_group_size,
+    fused_layer,
     is_quantized,
     quantization_of,
     quantized_entries,
@@ -46,10 +46,12 @@ from mistral_large_conversion.checkpoint.safetensors_header import (
     encode_header,
 )
 from mistral_large_conversion.errors import CheckpointError, SettingError
-from mistral_large_conversion.merge import MergeLora, merge_step
+from mistral_large_conversion.global_scale import FusedWeights
+from mistral_large_conversion.merge import merge_step
 from mistral_large_conversion.options import check_option, parse_size
-from mistral_large_conversion.quantize import Quantize, shape_tensor
-from mistral_large_conversion.transforms import Cast, RegroupRopePairs, Rows, Step
+from mistral_large_conversion.planned_tensor import PlannedTensor
+from mistral_large_conversion.quantize import MadeTensor, Quantize, shape_tensor
+from mistral_large_conversion.transforms import Cast, RegroupRopePairs, Step
 
 if TYPE_CHECKING:
     import torch
@@ -58,40 +60,6 @@ OutputDtype = Literal["bf16", "fp16", "fp32"]
 
 OUTPUT_DTYPES: dict[OutputDtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 DEFAULT_SHARD_SIZE = "5GB"
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor on its way: its rows go through the steps, a few at a time, and become those of the outputs.
-
-    quantize: makes the rows of several outputs of what comes out of the steps.
-    """
-
-    source: StoredTensor
-    steps: tuple[Step, ...]
-    outputs: tuple[TensorEntry, ...]
-    quantize: Quantize | None = None
-
-    @property
-    def rows_at_once(self) -> int:
-        """The number of rows of which the steps take multiples."""
-        return math.lcm(*(step.rows_at_once for step in self.steps))
-
-    @property
-    def size(self) -> int:
-        """Bytes to be written."""
-        return sum(output.size for output in self.outputs)
-
-    def begin(self) -> "PlannedTensor":
-        """The same for one run through all rows, from the first on; what its steps need is read."""
-        steps = tuple(step.begin() if isinstance(step, MergeLora) else step for step in self.steps)
-        return replace(self, steps=steps)
-
-    def transform(self, rows: Rows) -> tuple[Rows, ...]:
-        """The rows of each output that come of these rows of the source."""
-        for step in self.steps:
-            rows = step(rows)
-        return (rows,) if self.quantize is None else self.quantize(rows)
 
 
 @dataclass(frozen=True)
@@ -302,6 +270,7 @@ def planned_tensors(
     dtype: of what is not quantized, as safetensors names it.
     """
     planned = []
+    fused: dict[str, FusedWeights] = {}
     for expected in expected_tensors(geometry):
         source, name = stored[getattr(expected, layout)], getattr(expected, to)
         has_codes = quantization is not None and is_quantized(name)
@@ -317,9 +286,16 @@ def planned_tensors(
             after = [RegroupRopePairs("consolidated", head_dim)] if pairs and to == "consolidated" else []
             steps += [*before, merge, *after]
         if has_codes and quantization is not None:
-            codes, scales, *shapes = quantized_entries(name, expected.shape, *quantization)
-            planned.append(PlannedTensor(source, tuple(steps), (codes, scales), Quantize(source.dtype, *quantization)))
-            planned += [PlannedTensor(shape_tensor(entry, expected.shape), (), (entry,)) for entry in shapes]
+            codes, scales, *others = quantized_entries(name, expected.shape, *quantization)
+            tensor = PlannedTensor(source, tuple(steps), (codes, scales), Quantize(source.dtype, *quantization))
+            made: list[MadeTensor]
+            if quantization.scheme == "nvfp4":
+                weights = fused.setdefault(fused_layer(name), FusedWeights())
+                made = [weights.add(tensor, entry) for entry in others]
+                tensor = tensor.with_global_scale(made[0])
+            else:
+                made = [shape_tensor(entry, expected.shape) for entry in others]
+            planned += [tensor, *(PlannedTensor(each, (), (entry,)) for each, entry in zip(made, others, strict=True))]
             continue
         size = source.size // BYTES_OF[source.dtype] * BYTES_OF[dtype]
         planned.append(PlannedTensor(source, tuple(steps), (TensorEntry(name, dtype, source.shape, size),)))

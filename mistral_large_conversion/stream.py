@@ -1,7 +1,7 @@
 """Moving of the weights: a few blocks of a few tensors in memory at a time, several threads."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +12,14 @@ import numpy
 
 from mistral_large_conversion.checkpoint.atomic_write import PARTIAL_SUFFIX, commit_file
 from mistral_large_conversion.checkpoint.calibration import Calibration
-from mistral_large_conversion.checkpoint.safetensors_header import StoredTensor, TensorEntry
+from mistral_large_conversion.checkpoint.safetensors_header import TensorEntry
 from mistral_large_conversion.destination import Journal
-from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import new_checksum
-from mistral_large_conversion.plan import ConversionPlan, PlannedFile, PlannedTensor
+from mistral_large_conversion.plan import ConversionPlan, PlannedFile
+from mistral_large_conversion.planned_tensor import BLOCK_BYTES, PlannedTensor, transformed
 from mistral_large_conversion.progress import Progress
 from mistral_large_conversion.transforms import Rows
 
-# A block is read, transformed, summed up and written while it is in the processor's cache.
-BLOCK_BYTES = 2**20
 # For larger writes, Linux looks for as large pieces of free memory: five times the work once that is fragmented.
 WRITE_BYTES = 2**17
 # So much is written before the disk is told to begin with it: all at the end would be waited for.
@@ -211,25 +209,6 @@ def checksums_of(tensor: PlannedTensor, progress: Progress) -> dict[str, str]:
     return {output.name: checksum.hexdigest() for output, checksum in zip(tensor.outputs, checksums, strict=True)}
 
 
-def transformed(tensor: PlannedTensor) -> Iterator[tuple[Rows, ...]]:
-    """The rows of the outputs of a tensor, block by block; they are valid until the next block is asked for."""
-    tensor = tensor.begin()
-    source = tensor.source
-    row_bytes = source.size // source.shape[0]
-    unit_bytes = tensor.rows_at_once * row_bytes
-    step = max(1, BLOCK_BYTES // unit_bytes) * unit_bytes
-    buffer = bytearray(min(step, source.size))
-    with source.open() as stream:
-        for start in range(0, source.size, step):
-            chunk = memoryview(buffer)[: source.size - start]
-            _read_exactly(stream, chunk, source)
-            rows: Rows = numpy.frombuffer(chunk, numpy.uint8).reshape(-1, row_bytes)
-            try:
-                yield tensor.transform(rows)
-            except ValueError as error:
-                raise CheckpointError(f"tensor {source.name!r} {error}") from error
-
-
 def file_checksum(path: Path, offset: int, size: int) -> str | None:
     """The checksum of a part of a file, or None if it ends before."""
     checksum = new_checksum()
@@ -243,22 +222,6 @@ def file_checksum(path: Path, offset: int, size: int) -> str | None:
             checksum.update(memoryview(buffer)[:count])
             size -= count
     return checksum.hexdigest()
-
-
-def _read_exactly(stream: BinaryIO, chunk: memoryview, source: StoredTensor) -> None:
-    filled = 0
-    while filled < len(chunk):
-        try:
-            count = stream.readinto(chunk[filled:])  # type: ignore[attr-defined]  # every stream of ours is raw or BytesIO
-        except OSError as error:
-            raise CheckpointError(
-                f"tensor {source.name!r} cannot be read: {error}; fix that and run it again"
-            ) from error
-        if not count:
-            raise CheckpointError(
-                f"tensor {source.name!r} ends early: its file has changed since it was checked; run again"
-            )
-        filled += count
 
 
 def _write(stream: BinaryIO, data: memoryview, offset: int) -> None:

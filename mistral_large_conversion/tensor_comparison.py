@@ -10,8 +10,8 @@ import numpy
 from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import Manifest, ManifestTensor
-from mistral_large_conversion.plan import PlannedTensor
-from mistral_large_conversion.stream import file_checksum, transformed
+from mistral_large_conversion.planned_tensor import PlannedTensor, transformed
+from mistral_large_conversion.stream import file_checksum
 from mistral_large_conversion.transforms import Rows
 
 if TYPE_CHECKING:

@@ -43,7 +43,8 @@ from mistral_large_conversion.folder_tokenizer import read_folder_tokenizer
 from mistral_large_conversion.hf_files import consolidated_files, hf_files
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mistral_large_conversion.model_card import licence_files
-from mistral_large_conversion.plan import PlannedTensor, planned_tensors
+from mistral_large_conversion.plan import planned_tensors
+from mistral_large_conversion.planned_tensor import PlannedTensor
 from mistral_large_conversion.progress import Progress, progress_calls
 from mistral_large_conversion.stream import DEFAULT_JOBS
 from mistral_large_conversion.tensor_comparison import (

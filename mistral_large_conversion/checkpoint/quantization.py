@@ -3,13 +3,16 @@
 The weights of the linear layers of the decoder are quantized, each rounded to the nearest or, of int4, by calibration;
 embeddings, norms and head are BF16.
 
-| | fp8, `float-quantized` | int4, `pack-quantized` |
-| --- | --- | --- |
-| codes of [out, in] | `weight` F8_E4M3 [out, in] | `weight_packed` I32 [out, in / 8], first code in the lowest bits |
-| scales | `weight_scale` BF16 [out, 1] | `weight_scale` BF16 [out, in / group] |
-| besides | | `weight_shape` I64 [2] |
-| a weight is | code * scale | (code - 8) * scale |
-| activations | rounded to FP8 for each token | as they are |
+| | fp8, `float-quantized` | int4, `pack-quantized` | nvfp4, `nvfp4-pack-quantized` |
+| --- | --- | --- | --- |
+| codes | `weight` F8_E4M3 [out, in] | `weight_packed` I32 [out, in / 8] | `weight_packed` U8 [out, in / 2] |
+| `weight_scale` | BF16 [out, 1] | BF16 [out, in / group] | F8_E4M3 [out, in / 16] |
+| besides | | `weight_shape` I64 [2] | `weight_global_scale` F32 [1] |
+| a weight is | code * scale | (code - 8) * scale | code * (scale / global scale) |
+| activations | rounded to FP8 for each token | as they are | as they are |
+
+The first code is in the lowest bits; codes of nvfp4 are FP4 (E2M1). Layers that engines multiply with at once, see
+`fused_layer`, have the same global scale: engines take one for all of them.
 """
 
 import math
@@ -20,45 +23,59 @@ from typing import Any, Literal, NamedTuple
 from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TensorEntry
 from mistral_large_conversion.errors import CheckpointError
 
-Scheme = Literal["fp8", "int4"]
+Scheme = Literal["fp8", "int4", "nvfp4"]
 
 
 class Quantization(NamedTuple):
-    """How the weights of a checkpoint are quantized; `group_size` weights in a row share a scale, in int4."""
+    """How the weights of a checkpoint are quantized; `group_size` weights in a row share a scale, but in fp8."""
 
     scheme: Scheme
     group_size: int
 
 
 QUANT_METHOD = "compressed-tensors"
-FORMATS: dict[Scheme, str] = {"fp8": "float-quantized", "int4": "pack-quantized"}
+FORMATS: dict[Scheme, str] = {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
 
 # What people are told of a checkpoint.
 DESCRIPTIONS: dict[Scheme, str] = {
     "fp8": "to FP8 (E4M3) with one scale for each output channel, for activations in FP8",
     "int4": "to 4 bits with one scale for each group of {group_size} weights",
+    "nvfp4": "to FP4 (E2M1) with one FP8 (E4M3) scale for each group of {group_size} weights",
 }
 
-# Weights in a row that share a scale. The smaller ones are for models that are too narrow for the first.
-GROUP_SIZES = (128, 64, 32)
+# Weights in a row that share a scale. The smaller ones are for models that are too narrow for the first. fp8 has no
+# groups, for which the first of int4 stands.
+GROUP_SIZES: dict[Scheme, tuple[int, ...]] = {"fp8": (128,), "int4": (128, 64, 32), "nvfp4": (16,)}
 
-GROUP_SIZE = GROUP_SIZES[0]
+GROUP_SIZE = GROUP_SIZES["int4"][0]
 
 # Rows and columns that the kernels for FP8 need.
 FP8_TILE = 16
 
+# What holds several codes: a word of int4 and a byte of nvfp4.
 CODES_PER_WORD = 8
+CODES_PER_BYTE = 2
 
 # Keys of a `quantization_config` that say how it came about, and what other keys may say without changing anything.
 REMARKS = ("version", "global_compression_ratio", "observer", "observer_kwargs")
 
 NOTHING: tuple[object, ...] = (None, False, {})
 
-MEANINGLESS = {"format": (None, *FORMATS.values())}
+FLOAT8 = "torch.float8_e4m3fn"
+
+MEANINGLESS = {"format": (None, *FORMATS.values()), "zp_dtype": (None, FLOAT8)}
 
 QUANTIZED_NAME = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.weight")
 
-PART_ENDINGS = ("_packed", "_scale", "_shape")
+PART_ENDINGS = ("_packed", "_global_scale", "_scale", "_shape")
+
+FUSED_LAYERS = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 CANNOT_UNDO = (
     "its weights are quantized, and nothing brings back what rounding took away; take the checkpoint it was made of"
@@ -76,8 +93,14 @@ def is_part(name: str) -> bool:
     return is_quantized(name.removesuffix(ending))
 
 
+def fused_layer(name: str) -> str:
+    """The name of the layer that engines make of this weight and those that have the same inputs."""
+    prefix, layer, _ = name.rsplit(".", 2)
+    return f"{prefix}.{FUSED_LAYERS.get(layer, layer)}"
+
+
 def quantized_entries(
-    name: str, shape: tuple[int, ...], scheme: Scheme, group_size: int = GROUP_SIZE
+    name: str, shape: tuple[int, ...], scheme: Scheme, group_size: int | None = None
 ) -> tuple[TensorEntry, ...]:
     """What the weight `name` [out, in] becomes in the file.
 
@@ -86,6 +109,13 @@ def quantized_entries(
     rows, columns = shape
     if scheme == "fp8":
         return _entry(name, "F8_E4M3", rows, columns), _entry(f"{name}_scale", "BF16", rows, 1)
+    group_size = group_size or GROUP_SIZES[scheme][0]
+    if scheme == "nvfp4":
+        return (
+            _entry(f"{name}_packed", "U8", rows, columns // CODES_PER_BYTE),
+            _entry(f"{name}_scale", "F8_E4M3", rows, columns // group_size),
+            _entry(f"{name}_global_scale", "F32", 1),
+        )
     return (
         _entry(f"{name}_packed", "I32", rows, columns // CODES_PER_WORD),
         _entry(f"{name}_scale", "BF16", rows, columns // group_size),
@@ -111,17 +141,19 @@ def choose_group_size(shapes: Iterable[tuple[int, ...]], scheme: Scheme) -> int:
                 "--quantize out"
             )
         return GROUP_SIZE
-    for group_size in GROUP_SIZES:
+    group_sizes = GROUP_SIZES[scheme]
+    for group_size in group_sizes:
         if all(columns % group_size == 0 for _, columns in shapes):
             return group_size
-    columns = next(columns for _, columns in shapes if columns % GROUP_SIZES[-1])
+    columns = next(columns for _, columns in shapes if columns % group_sizes[-1])
+    way_out = "take fp8 or leave" if columns % FP8_TILE == 0 else "leave"
     raise CheckpointError(
-        f"weights with rows of {columns} cannot be quantized to int4: groups have {', '.join(map(str, GROUP_SIZES))} "
-        "weights; take fp8 or leave --quantize out"
+        f"weights with rows of {columns} cannot be quantized to {scheme}: groups have "
+        f"{', '.join(map(str, group_sizes))} weights; {way_out} --quantize out"
     )
 
 
-def quantization_config(scheme: Scheme, group_size: int = GROUP_SIZE) -> dict[str, Any]:
+def quantization_config(scheme: Scheme, group_size: int | None = None) -> dict[str, Any]:
     """The `quantization_config` of a config.json, as transformers and vLLM read it."""
     settings: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
@@ -129,7 +161,7 @@ def quantization_config(scheme: Scheme, group_size: int = GROUP_SIZE) -> dict[st
         # Any other status makes the weights expanded or wrong.
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": _scheme(scheme, group_size)},
+        "config_groups": {"group_0": _scheme(scheme, group_size or GROUP_SIZES[scheme][0])},
     }
     if scheme == "fp8":
         # Without it, transformers' own classes expand all weights to BF16. Others do not know it.
@@ -145,10 +177,14 @@ def _scheme(scheme: Scheme, group_size: int) -> dict[str, Any]:
             "weights": {**numbers, "strategy": "channel", "dynamic": False},
             "input_activations": {**numbers, "strategy": "token", "dynamic": True},
         }
-    numbers = {"num_bits": 4, "type": "int", "symmetric": True}
+    numbers = (
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "scale_dtype": FLOAT8}
+        if scheme == "nvfp4"
+        else {"num_bits": 4, "type": "int", "strategy": "group"}
+    )
     return {
         "targets": ["Linear"],
-        "weights": {**numbers, "strategy": "group", "group_size": group_size, "dynamic": False},
+        "weights": {**numbers, "symmetric": True, "group_size": group_size, "dynamic": False},
     }
 
 
@@ -160,7 +196,7 @@ def quantization_of(settings: object) -> Quantization | None:
     if not isinstance(settings, Mapping):
         return None
     for scheme in FORMATS:
-        for group_size in GROUP_SIZES:
+        for group_size in GROUP_SIZES[scheme]:
             if _says(settings, quantization_config(scheme, group_size), optional=("use_optimized_inference",)):
                 return Quantization(scheme, group_size)
     return None

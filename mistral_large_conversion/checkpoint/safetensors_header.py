@@ -23,11 +23,12 @@ TORCH_NAMES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "U8": "uint8",
     "I32": "int32",
     "I64": "int64",
 }
 # Bytes of one number. Weights are of the first five; the integers are codes of quantized ones.
-BYTES_OF = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I32": 4, "I64": 8}
+BYTES_OF = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I32": 4, "I64": 8}
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # The limit of the safetensors library.
 LARGEST_HEADER = 100_000_000

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 
 from mistral_large_conversion.checkpoint.geometry import ModelSizes
 from mistral_large_conversion.checkpoint.names import expected_tensors
-from mistral_large_conversion.checkpoint.quantization import GROUP_SIZE, Scheme, choose_group_size, is_quantized
+from mistral_large_conversion.checkpoint.quantization import (
+    FORMATS,
+    GROUP_SIZES,
+    Scheme,
+    choose_group_size,
+    is_quantized,
+)
 
 GIB = 2**30
 # Tokens of a prompt that `generate` reads at once.
@@ -19,22 +25,24 @@ PREFILL_CHUNK = 2048
 DEQUANTIZED_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 
 
-def run_time_bytes(shape: tuple[int, ...], scheme: Scheme, group_size: int = GROUP_SIZE) -> int:
+def run_time_bytes(shape: tuple[int, ...], scheme: Scheme, group_size: int | None = None) -> int:
     """Bytes in memory of a linear layer with a weight [out, in], once the model is loaded by our classes.
 
     fp8: a byte for each weight, and an FP32 scale for each row.
     int4: half a byte for each weight, and a BF16 scale and a BF16 zero for each group.
+    nvfp4: half a byte for each weight, an FP8 scale for each group, and an FP32 one.
     """
     rows, columns = shape
     if scheme == "fp8":
         return rows * columns + rows * 4
-    return rows * columns // 2 + rows * columns // group_size * 4
+    groups = rows * columns // (group_size or GROUP_SIZES[scheme][0])
+    return rows * columns // 2 + (groups + 4 if scheme == "nvfp4" else groups * 4)
 
 
 # Weights of a dtype, which activations and cache have too, and quantized ones, with activations in bf16.
-BYTES_OF_NUMBER = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2, "int4": 2}
+BYTES_OF_NUMBER = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 2, "int4": 2, "nvfp4": 2}
 
-QUANTIZED: tuple[Scheme, ...] = ("fp8", "int4")
+QUANTIZED = tuple(FORMATS)
 
 CACHES = ("auto", "fp8")
 
@@ -49,7 +57,7 @@ CUT_COLUMNS = ("o_proj.weight", "down_proj.weight")
 class Workload:
     """What is to be run: positions and sequences at once.
 
-    weights: bf16, fp16, fp32, fp8 or int4; the last two are those of `mistral-large convert --quantize`.
+    weights: bf16, fp16, fp32, fp8, int4 or nvfp4; the last three are those of `mistral-large convert --quantize`.
     kv: the cache's numbers, "auto" for those of the activations or "fp8".
     """
 
@@ -167,7 +175,7 @@ def activation_bytes(config: ModelSizes, workload: Workload, *, ranks: int = 1) 
         # What goes into the last product, in fp32 and then as codes.
         feed_forward = max(feed_forward, (2 * hidden + intermediate) * chunk + 5 * intermediate * chunk // number)
     expanded = 0
-    if workload.weights == "int4":
+    if workload.weights in ("int4", "nvfp4"):
         # At most, while some rows are expanded and those before are still there.
         expanded = 8 * min(DEQUANTIZED_AT_ONCE["cuda"], hidden * intermediate)
     # The last position's logits, in fp32 too.

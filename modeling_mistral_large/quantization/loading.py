@@ -17,7 +17,6 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mistral_large_conversion.checkpoint.quantization import (
-    GROUP_SIZE,
     QUANT_METHOD,
     Scheme,
     quantization_of,
@@ -25,31 +24,31 @@ from mistral_large_conversion.checkpoint.quantization import (
 from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from modeling_mistral_large.configuration_mistral_large import OPTIONS_OF_FILES
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear, QuantizedLinear
+from modeling_mistral_large.quantization.nvfp4 import Nvfp4Linear
 from modeling_mistral_large.transformers_api import QuantizerHook, ignore_unexpected_keys, is_sharded
 
 # Under this name transformers finds the classes below; in files it is compressed-tensors.
 LOADED_METHOD = "mistral_large"
+
+LAYERS: dict[Scheme, type[QuantizedLinear]] = {"fp8": Fp8Linear, "int4": Int4Linear, "nvfp4": Nvfp4Linear}
 
 LINEAR_NAME = re.compile(r"(?:.*\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj")
 
 LINEAR_PART = re.compile(r"(?:.*\.)?(layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\..+")
 
 
-def quantize_modules_(model: nn.Module, scheme: Scheme, group_size: int = GROUP_SIZE) -> None:
+def quantize_modules_(model: nn.Module, scheme: Scheme, group_size: int | None = None) -> None:
     """Replace the linears of all decoder layers by quantized ones in the packed layout of the file, without values yet.
 
     They are on the devices of those they replace, `meta` too. Next come `to_empty`, values for `weight` (fp8) or
-    `weight_packed` (int4) and for `weight_scale`, and then `use_kernels_`.
+    `weight_packed`, for `weight_scale` and for `weight_global_scale` (nvfp4), and then `use_kernels_`.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and LINEAR_NAME.fullmatch(name):
-            sizes, device = (module.in_features, module.out_features), module.weight.device
-            model.set_submodule(
-                name,
-                Fp8Linear(*sizes, device=device)
-                if scheme == "fp8"
-                else Int4Linear(*sizes, group_size=group_size, device=device),
-            )
+            options: dict[str, Any] = {"device": module.weight.device}
+            if scheme == "int4" and group_size is not None:
+                options["group_size"] = group_size
+            model.set_submodule(name, LAYERS[scheme](module.in_features, module.out_features, **options))
 
 
 def use_kernels_(model: nn.Module) -> None:

@@ -38,6 +38,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
             ["--calibration", "default", "--quantize", "fp8"],
             "--calibration default with --quantize fp8: only int4 is calibrated; add --quantize int4",
         ),
+        (
+            ["--calibration", "default", "--quantize", "nvfp4"],
+            "--calibration default with --quantize nvfp4: only int4 is calibrated; add --quantize int4",
+        ),
     ],
 )
 def test_an_option_without_effect_is_refused(

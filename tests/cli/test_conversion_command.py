@@ -173,7 +173,7 @@ def test_options_without_effect_or_meaning_are_one_line(
     [
         ({"to": "hff"}, "to 'hff': must be one of 'consolidated', 'hf'"),
         ({"dtype": "bfloat16"}, "dtype 'bfloat16': must be one of None, 'bf16', 'fp16', 'fp32'"),
-        ({"quantize": "fp4"}, "quantize 'fp4': must be one of None, 'fp8', 'int4'"),
+        ({"quantize": "fp4"}, "quantize 'fp4': must be one of None, 'fp8', 'int4', 'nvfp4'"),
         ({"model_type": "llama"}, "model_type 'llama': must be one of 'mistral_large', 'mistral'"),
         ({"jobs": True}, "jobs True: must be a whole number from 1 to 1024"),
     ],

@@ -20,6 +20,7 @@ from mistral_large_conversion import (
     convert_adapter,
     convert_checkpoint,
     plan_conversion,
+    planned_tensor,
     read_manifest,
     verify_checkpoint,
 )
@@ -27,7 +28,7 @@ from mistral_large_conversion.checkpoint.adapter import read_adapter
 from mistral_large_conversion.destination import UNFINISHED_NAME
 from mistral_large_conversion.errors import CheckpointError, DestinationError, SettingError
 from mistral_large_conversion.merge import MergeLora
-from mistral_large_conversion.stream import transformed
+from mistral_large_conversion.planned_tensor import transformed
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.adapters import merged_by_peft, save_peft_adapter, write_vendors_adapter
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
@@ -120,7 +121,7 @@ def test_another_dtype_is_that_in_which_peft_loads_the_base(
     )
 
 
-@pytest.mark.parametrize(("scheme", "count"), [("fp8", 51), ("int4", 72)])
+@pytest.mark.parametrize(("scheme", "count"), [("fp8", 51), ("int4", 72), ("nvfp4", 72)])
 def test_quantized_codes_are_those_of_the_merged_weights(
     tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None, scheme: Any, count: int
 ) -> None:
@@ -150,7 +151,7 @@ def test_the_bits_do_not_depend_on_the_blocks(
     merge = merge_of(tmp_path / "x.safetensors", scaling=0.3)
     expected = weight.clone()
     expected += (up @ down) * 0.3
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", block_bytes)
     blocks = [block.copy() for (block,) in transformed(merge)]
     found = torch.cat([torch.from_numpy(block).view(torch.float32) for block in blocks])
     assert torch.equal(found, expected)
@@ -160,7 +161,7 @@ def merge_of(file: Path, scaling: float) -> Any:
     """The way of tensor w with LoRA a and b in a file."""
     from mistral_large_conversion.checkpoint.adapter import LoraPair
     from mistral_large_conversion.checkpoint.safetensors_header import read_header
-    from mistral_large_conversion.plan import PlannedTensor
+    from mistral_large_conversion.planned_tensor import PlannedTensor
 
     stored = {tensor.name: tensor for tensor in read_header(file)[0]}
     step = MergeLora(LoraPair(stored["a"], stored["b"], scaling), stored["w"].dtype)
@@ -174,7 +175,7 @@ def test_memory_does_not_grow_with_the_weight(tmp_path: Path, monkeypatch: pytes
         tmp_path / "x.safetensors",
     )
     merge = merge_of(tmp_path / "x.safetensors", scaling=2.0)
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 2**16)
     with PeakMemory() as memory:
         for _ in transformed(merge):
             pass

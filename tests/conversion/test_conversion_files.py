@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, MistralForCausalLM
 from xxhash import xxh3_128_hexdigest
 
-import mistral_large_conversion.stream as stream_module
 from mistral_large_conversion import (
     ConversionPlan,
     ManifestTensor,
     convert_checkpoint,
     export_checkpoint,
+    planned_tensor,
     read_manifest,
 )
 from mistral_large_conversion.checkpoint.geometry import PUBLISHED
@@ -31,7 +31,8 @@ from mistral_large_conversion.checkpoint.names import TO_HF
 from mistral_large_conversion.checkpoint.safetensors_header import MemoryTensor, TensorEntry
 from mistral_large_conversion.destination import OUTPUT_PATTERNS, UNFINISHED_NAME, unfinished
 from mistral_large_conversion.errors import CheckpointError, DestinationError, TokenizerFileError
-from mistral_large_conversion.plan import OutputDtype, PlannedFile, PlannedTensor
+from mistral_large_conversion.plan import OutputDtype, PlannedFile
+from mistral_large_conversion.planned_tensor import PlannedTensor
 from mistral_large_conversion.sentencepiece_bpe import TextEncoder
 from mistral_large_conversion.stream import write_weights
 from mistral_large_conversion.transforms import Rows
@@ -121,7 +122,7 @@ def test_every_bit_arrives_where_it_belongs_and_goes_back(
 ) -> None:
     params, weights = write_consolidated(tmp_path / "source", tiny_config, dtype, shards=3)
     # A buffer of one byte would take minutes for the rest; for rotary pairs it means one head at a time.
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", buffer_bytes if buffer_bytes > 1 else 1000)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", buffer_bytes if buffer_bytes > 1 else 1000)
     convert_checkpoint(tmp_path / "source", tmp_path / "hf", max_shard_size="100KB")
     converted = read_weights(tmp_path / "hf")
     assert len(converted) == len(weights)
@@ -297,7 +298,7 @@ class Halves(PlannedTensor):
 
 
 def test_one_tensor_can_become_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 100)
     weight = torch.rand(40, 6)
     outputs = tuple(TensorEntry(name, "F32", (40, 3), 480) for name in ("left", "right"))
     file = PlannedFile("halves.safetensors", (Halves(MemoryTensor.of("whole", weight), (), outputs),))
@@ -464,7 +465,7 @@ def test_the_bytes_are_the_same_on_every_run_and_for_every_way_to_split_the_sour
 def test_progress_counts_every_byte_of_the_tensors_once(
     small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 10_000)
     counts: list[int] = []
     plan = convert_checkpoint(small_source, tmp_path / "hf", progress=counts.append)
     assert sum(counts) == plan.tensor_bytes
@@ -477,7 +478,7 @@ def test_memory_does_not_grow_with_the_tensors(
     tiny_config.num_attention_heads = 200
     tiny_config.num_hidden_layers = 1
     write_consolidated(tmp_path / "source", tiny_config, torch.bfloat16)
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 2**14)
     tracemalloc.start()
     plan = convert_checkpoint(tmp_path / "source", tmp_path / "hf")
     peak = tracemalloc.get_traced_memory()[1]

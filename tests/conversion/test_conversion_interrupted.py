@@ -21,7 +21,7 @@ import torch
 
 import mistral_large_conversion.convert as convert_module
 import mistral_large_conversion.stream as stream_module
-from mistral_large_conversion import convert_checkpoint, prepare_conversion, read_manifest
+from mistral_large_conversion import convert_checkpoint, planned_tensor, prepare_conversion, read_manifest
 from mistral_large_conversion.checkpoint.geometry import Geometry
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
 from mistral_large_conversion.destination import UNFINISHED_NAME, check_destination, unfinished
@@ -73,7 +73,7 @@ def expected(small_source: Path, tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 50_000)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 50_000)
 
 
 @pytest.fixture

@@ -1,17 +1,20 @@
 """`mistral-large convert --quantize`: the bits of compressed-tensors, and all that other conversions can."""
 
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]  # it has no types
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme  # type: ignore[import-untyped]  # it has no types
-from compressed_tensors.quantization.utils import calculate_qparams  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam  # type: ignore[import-untyped]  # it has no types
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +25,7 @@ from mistral_large_conversion import (
     convert_checkpoint,
     export_checkpoint,
     inspect_checkpoint,
+    planned_tensor,
     prepare_conversion,
     read_manifest,
     retag_checkpoint,
@@ -38,14 +42,20 @@ from mistral_large_conversion.checkpoint.quantization import (
     quantization_of,
     quantized_entries,
 )
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import MANIFEST_NAME
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from tests.support.checkpoints import contents, write_consolidated
 from tests.support.errors import raises_exactly
 
-QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
-GROUPS = 32
+QUANTIZATIONS: list[Scheme] = ["fp8", "int4", "nvfp4"]
+# Of what stands for no groups, too.
+GROUPS: dict[Scheme, int] = {"fp8": 128, "int4": 32, "nvfp4": 16}
+# What vLLM multiplies with at once, with one global scale.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+LAYER_PARTS = [*(f"self_attn.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
+NVFP4_PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 
 
@@ -76,18 +86,27 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def by_compressed_tensors(weight: Tensor, quantization: Scheme, group_size: int) -> dict[str, Tensor]:
-    """What its own compressor makes of a weight, in FP32 with a BF16 scale."""
-    settings = quantization_config(quantization, group_size)["config_groups"]["group_0"]
+def by_compressed_tensors(weight: Tensor, quantization: Scheme, fused: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What its own compressor makes of a weight, in FP32, with a BF16 scale or one of its own.
+
+    fused: the weights of a layer that engines fuse, whose least global scale each of them gets.
+    """
+    settings = quantization_config(quantization, GROUPS[quantization])["config_groups"]["group_0"]
     scheme = QuantizationScheme(**settings)
     arguments = scheme.weights
     assert isinstance(arguments, QuantizationArgs)
     wide = weight.float()
-    groups = wide if quantization == "fp8" else wide.unflatten(-1, (-1, group_size))
+    groups = wide if quantization == "fp8" else wide.unflatten(-1, (-1, GROUPS[quantization]))
     kept = quantization == "fp8"
-    scales, zeros = calculate_qparams(groups.amin(-1, keepdim=kept), groups.amax(-1, keepdim=kept), arguments)
+    extremes = groups.amin(-1, keepdim=kept), groups.amax(-1, keepdim=kept)
     compressor = BaseCompressor.get_value_from_registry(FORMATS[quantization])
-    state = {"weight": wide, "weight_scale": scales.bfloat16(), "weight_zero_point": zeros}
+    if quantization == "nvfp4":
+        least = torch.stack([generate_gparam(each.float().amin(), each.float().amax()) for each in fused]).amin(0)
+        scales, _ = calculate_qparams(*extremes, arguments, global_scale=least)
+        state = {"weight": wide, "weight_scale": scales, "weight_global_scale": least}
+    else:
+        scales, zeros = calculate_qparams(*extremes, arguments)
+        state = {"weight": wide, "weight_scale": scales.bfloat16(), "weight_zero_point": zeros}
     parts: dict[str, Tensor] = compressor.compress(state, scheme)
     return parts
 
@@ -111,10 +130,52 @@ def test_codes_and_scales_are_those_of_compressed_tensors(
         if not is_quantized(name):
             assert same_bits(found.pop(name), weight.bfloat16())
             continue
-        wanted = by_compressed_tensors(weight, quantization, GROUPS)
+        fused = next((names for names in FUSED if any(each in name for each in names)), None)
+        weights = [plain[re.sub(r"\w+_proj", each, name)] for each in fused] if fused else [weight]
+        wanted = by_compressed_tensors(weight, quantization, weights)
         for part, tensor in wanted.items():
             assert same_bits(found.pop(name.removesuffix("weight") + part), tensor), (name, part)
     assert not found
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**20])
+def test_fused_layers_have_one_global_scale_and_are_read_ahead_once(
+    source: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", block_bytes)
+    # The greatest of all is in another weight of each fused layer.
+    change(source, "layers.0.attention.wv.weight", lambda weight: weight[5, 6].fill_(9.0))
+    change(source, "layers.0.feed_forward.w1.weight", lambda weight: weight[7, 8].fill_(-21.0))
+    opened: Counter[str] = Counter()
+    open_ = FileTensor.open
+
+    def counted(tensor: FileTensor) -> BinaryIO:
+        opened[tensor.name] += 1
+        return open_(tensor)
+
+    monkeypatch.setattr(FileTensor, "open", counted)
+    found = weights_of(converted(source, "quantized", quantize="nvfp4"))
+    scale_of = {name: found[f"model.layers.0.{name}_proj.weight_global_scale"] for name in LAYER_PARTS}
+    attention = [scale_of[f"self_attn.{name}"] for name in "qkv"]
+    assert {tuple(scale.tolist()) for scale in attention} == {
+        tuple(generate_gparam(torch.tensor(-9.0), torch.tensor(9.0)).tolist())
+    }
+    assert scale_of["mlp.gate"] == scale_of["mlp.up"] == generate_gparam(torch.tensor(-21.0), torch.tensor(21.0))
+    assert len({float(scale) for scale in scale_of.values()}) == 4
+    # Once for the global scale, once for the codes; what is not quantized once.
+    assert {count for name, count in opened.items() if "attention.w" in name or "feed_forward" in name} == {2}
+    assert {count for name, count in opened.items() if "norm" in name or "embed" in name} == {1}
+
+
+def test_weights_too_small_for_a_global_scale_have_1(source: Path) -> None:
+    for name in ("wq", "wk", "wv"):
+        change(source, f"layers.1.attention.{name}.weight", lambda weight: weight.zero_())
+    change(source, "layers.1.attention.wo.weight", lambda weight: weight.fill_(1e-37))
+    found = weights_of(converted(source, "quantized", quantize="nvfp4"))
+    for name in "qkvo":
+        parts = {part: found[f"model.layers.1.self_attn.{name}_proj.{part}"] for part in NVFP4_PARTS}
+        assert parts["weight_global_scale"].tolist() == [1]
+        assert not expand(parts, "nvfp4").any()
 
 
 @every_quantization
@@ -131,11 +192,11 @@ def test_zeros_stay_zeros(source: Path, quantization: Scheme) -> None:
     assert not expanded[5].any()
     assert not expanded[3, :64].any() or quantization == "fp8"
     assert expanded[4].any()
-    assert (found["weight_scale"][5] == 2**-7).all()
+    assert (found["weight_scale"][5].float() == (2**-3 if quantization == "nvfp4" else 2**-7)).all()
 
 
 def expand(parts: dict[str, Tensor], quantization: Scheme) -> Tensor:
-    scheme = QuantizationScheme(**quantization_config(quantization, GROUPS)["config_groups"]["group_0"])
+    scheme = QuantizationScheme(**quantization_config(quantization, GROUPS[quantization])["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(FORMATS[quantization])
     weight: Tensor = compressor.decompress(parts, scheme)["weight"]
     return weight
@@ -188,6 +249,12 @@ def test_the_groups_fit_the_geometry_or_it_is_refused() -> None:
     ):
         choose_group_size([(128, 128), (128, 80)], "int4")
     assert choose_group_size([(80, 112)], "fp8")
+    assert choose_group_size([(12288, 28672), (256, 80)], "nvfp4") == 16
+    with raises_exactly(
+        CheckpointError,
+        "weights with rows of 24 cannot be quantized to nvfp4: groups have 16 weights; leave --quantize out",
+    ):
+        choose_group_size([(128, 24)], "nvfp4")
     for shape in ((80, 24), (24, 80)):
         with raises_exactly(
             CheckpointError,
@@ -204,7 +271,7 @@ def test_the_full_geometry_has_the_known_sizes() -> None:
         "key_rows": config.num_key_value_heads * config.head_dim,
         **config.to_dict(),
     }
-    totals: dict[Scheme, int] = {"fp8": 123_434_491_904, "int4": 64_419_432_064}
+    totals: dict[Scheme, int] = {"fp8": 123_434_491_904, "int4": 64_419_432_064, "nvfp4": 70_128_920_992}
     for quantization, total in totals.items():
         found = 0
         for name, shape_names in SHAPES.items():
@@ -230,8 +297,14 @@ def test_the_config_says_what_compressed_tensors_understands(source: Path, quant
     scheme = parsed.config_groups["group_0"]
     assert isinstance(scheme, QuantizationScheme)
     assert scheme.weights is not None
-    if quantization == "int4":
-        assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.input_activations) == (4, GROUPS, None)
+    if quantization == "nvfp4":
+        kind = (scheme.weights.num_bits, scheme.weights.type, scheme.weights.strategy, scheme.weights.group_size)
+        assert kind == (4, "float", "tensor_group", 16)
+        # What llm-compressor writes for the scheme of this name.
+        assert scheme.weights == preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
+        assert (scheme.weights.scale_dtype, scheme.input_activations) == (torch.float8_e4m3fn, None)
+    elif quantization == "int4":
+        assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.input_activations) == (4, 32, None)
     else:
         assert (scheme.weights.num_bits, scheme.weights.strategy) == (8, "channel")
         assert scheme.input_activations is not None
@@ -240,9 +313,10 @@ def test_the_config_says_what_compressed_tensors_understands(source: Path, quant
 
 @every_quantization
 def test_what_other_programs_make_of_the_config_is_still_known(quantization: Scheme) -> None:
-    settings = quantization_config(quantization, 64)
+    size = 64 if quantization == "int4" else GROUPS[quantization]
+    settings = quantization_config(quantization, size)
     saved = QuantizationConfig.model_validate(settings).model_dump(mode="json")
-    assert quantization_of(saved) == quantization_of(settings) == (quantization, 64 if quantization == "int4" else 128)
+    assert quantization_of(saved) == quantization_of(settings) == (quantization, size)
     group = settings["config_groups"]["group_0"]
     for other in (
         {**settings, "quant_method": "fp8"},
@@ -269,7 +343,7 @@ def test_any_number_of_threads_and_an_interruption_give_the_same_bytes(
     whole = contents(converted(source, "one", jobs=1, **options))
     assert len([name for name in whole if name.endswith(".safetensors")]) > 3
     assert contents(converted(source, "four", jobs=4, **options)) == whole
-    monkeypatch.setattr("mistral_large_conversion.stream.BLOCK_BYTES", 999)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 999)
     assert contents(converted(source, "small blocks", **options)) == whole
     written = 0
 
@@ -325,10 +399,10 @@ def test_verify_names_one_changed_bit(source: Path, quantization: Scheme) -> Non
     folder = converted(source, "quantized", quantize=quantization)
     for origin in (source, converted(source, "hf"), folder, None):
         assert tensor_check(folder, origin).is_ok
-    parts = quantized_entries("model.layers.1.mlp.up_proj.weight", (160, 96), quantization, GROUPS)
+    parts = quantized_entries("model.layers.1.mlp.up_proj.weight", (160, 96), quantization, GROUPS[quantization])
     for part in parts:
         damaged = Path(shutil.copytree(folder, folder.with_name("damaged"), dirs_exist_ok=True))
-        change(damaged, part.name, lambda tensor: tensor.view(torch.uint8).flatten()[5:6].bitwise_xor_(1))
+        change(damaged, part.name, lambda tensor: tensor.view(torch.uint8).flatten()[3:4].bitwise_xor_(1))
         for origin in (source, folder, None):
             found = tensor_check(damaged, origin)
             assert (found.is_ok, f"first {part.name}" in found.detail) == (False, True)
@@ -351,9 +425,10 @@ def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Sch
     (path,) = folder.glob("*.safetensors")
     weights = load_file(path)
     name = "model.layers.0.self_attn.k_proj.weight"
-    part = f"{name}_packed" if quantization == "int4" else name
+    part = name if quantization == "fp8" else f"{name}_packed"
+    stored = "F8_E4M3" if quantization == "nvfp4" else "BF16"
     save_file({**weights, f"{name}_scale": weights[f"{name}_scale"].float()}, path)
-    assert f"tensor '{name}_scale' has dtype F32, must be one of BF16" in str(inspect_checkpoint(folder).problems)
+    assert f"tensor '{name}_scale' has dtype F32, must be one of {stored}" in str(inspect_checkpoint(folder).problems)
     save_file({**weights, part: weights[part][:, :-1].clone()}, path)
     assert f"tensor '{part}' has shape" in str(inspect_checkpoint(folder).problems)
     save_file({key: weights[key] for key in weights if key != part}, path)
@@ -362,7 +437,7 @@ def test_a_damaged_quantized_folder_is_described(source: Path, quantization: Sch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantization", "bits"), [("fp8", 8 + 16 / 116.57), ("int4", 4 + 16 / 32)])
+@pytest.mark.parametrize(("quantization", "bits"), [("fp8", 8 + 16 / 116.57), ("int4", 4 + 16 / 32), ("nvfp4", 4.5)])
 def test_inspect_tells_format_and_bits(source: Path, quantization: Scheme, bits: float) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     inspection = inspect_checkpoint(folder)
@@ -419,6 +494,7 @@ def test_there_is_no_way_back(source: Path, quantization: Scheme) -> None:
     [
         ("fp8", torch.bfloat16, ["to FP8 (E4M3)", "without any calibration", "No other value was changed"]),
         ("int4", torch.bfloat16, ["to 4 bits", "group of 32 weights", "without any calibration"]),
+        ("nvfp4", torch.bfloat16, ["to FP4 (E2M1)", "group of 16 weights", "without any calibration"]),
         ("int4", torch.float32, ["All other values were rounded from F32 to BF16"]),
     ],
 )

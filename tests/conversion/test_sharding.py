@@ -128,6 +128,7 @@ def test_plans_are_those_worked_out_by_hand(
 # 3 * 12288 + 2 * 1024 + 2 * 28672 = 96,256 rows or 1,384,120,320 / 128 = 10,813,440 groups; its norms: 49,152 bytes.
 #   fp8   1,384,120,320 + 4 * 96,256 + 49,152 = 1,384,554,496 bytes a layer
 #   int4  1,384,120,320 / 2 + 4 * 10,813,440 + 49,152 = 735,363,072 bytes a layer
+#   nvfp4 1,384,120,320 / 2 + 1,384,120,320 / 16 + 7 * 4 + 49,152 = 778,616,860 bytes a layer
 # An 8-bit cache has 2 bytes of scale for each vector: 88 * 2 * 8 * (128 + 2) = 183,040 bytes a token.
 @pytest.mark.parametrize(
     ("text", "weights", "kv", "context", "weight_bytes", "cache_bytes", "room"),
@@ -137,6 +138,7 @@ def test_plans_are_those_worked_out_by_hand(
         ("141GB", "fp8", "fp8", 131072, 123451432960, 183040, 87),
         ("141GB", "int4", "auto", 131072, 66322587648, 360448, 114),
         ("80GB", "int4", "auto", 8192, 66322587648, 360448, 105),
+        ("80GB", "nvfp4", "auto", 8192, 70128920992, 360448, 99),
         ("2x80GB", "fp8", "auto", 8192, 123451432960, 360448, 114),
         ("4x24GB", "int4", "auto", 4096, 66322587648, 360448, 118),
     ],
@@ -144,7 +146,7 @@ def test_plans_are_those_worked_out_by_hand(
 def test_plans_of_quantized_weights_are_those_worked_out_by_hand(
     text: str, weights: str, kv: str, context: int, weight_bytes: int, cache_bytes: int, room: int
 ) -> None:
-    layer = {"fp8": 1384554496, "int4": 735363072}[weights]
+    layer = {"fp8": 1384554496, "int4": 735363072, "nvfp4": 778616860}[weights]
     assert Sizes.of(CONFIG, weights).weights == weight_bytes == 88 * layer + 2 * 805306368 + 24576
     assert 88 * cache_bytes_of_layer(CONFIG, Workload(1, weights=weights, kv=kv)) == cache_bytes
     plans = by_way(plan_sharding(CONFIG, parse_devices(text), context=context, weights=weights, kv=kv))
@@ -338,28 +340,29 @@ def quantized_model(quantization: Scheme) -> Any:
     return model
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+@pytest.mark.parametrize("quantization", ["fp8", "int4", "nvfp4"])
 def test_planned_quantized_weights_are_the_allocated_ones(quantization: Scheme) -> None:
     model = quantized_model(quantization)
     config = model.config
     assert sum(tensor.nbytes for tensor in model.parameters()) == Sizes.of(config, quantization).weights
     ranks = [Sizes.of(config, quantization, ranks=2).weights] * 2
     shared = sum(ranks) - 1024 * 256 * 2 - 7 * 256 * 2
-    # Each rank has the embedding, the norms, and the scales of the rows it reads a part of.
-    again = 3 * 2 * 256 * 4 if quantization == "fp8" else 0
+    # Each rank has the embedding, the norms, the scales of the rows it reads a part of, and global scales.
+    again = {"fp8": 3 * 2 * 256 * 4, "int4": 0, "nvfp4": 3 * 7 * 4}[quantization]
     assert shared == Sizes.of(config, quantization).weights + again
 
 
-def test_int4_takes_no_more_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantization", ["int4", "nvfp4"])
+def test_4_bits_take_no_more_than_planned(quantization: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(DEQUANTIZED_AT_ONCE, device, 2**14)
-    model = quantized_model("int4")
+    model = quantized_model(quantization)
     config = model.config
     cache: Any = DynamicCache(config=config)
     memory = PeakMemory()
     with torch.no_grad(), memory:
         model(torch.randint(0, 1000, (1, 256)), past_key_values=cache, logits_to_keep=1)
-    workload = Workload(256, weights="int4")
+    workload = Workload(256, weights=quantization)
     planned = config.num_hidden_layers * cache_bytes_of_layer(config, workload) + activation_bytes(config, workload)
     assert planned * 0.75 < memory.peak < planned * 1.1
 
@@ -409,7 +412,7 @@ def test_what_names_no_devices(text: str) -> None:
         ({"context": 1, "batch": 0}, f"batch 0: must be at least 1, and at most {2**62}"),
         ({"context": 1, "prefill_chunk": 0}, f"prefill_chunk 0: must be at least 1, and at most {2**62}"),
         ({"context": 1, "host_memory": -1}, f"host_memory -1: must be 0 or more bytes, and at most {2**62}"),
-        ({"context": 1, "weights": "int3"}, "weights 'int3': must be one of bf16, fp16, fp32, fp8, int4"),
+        ({"context": 1, "weights": "int3"}, "weights 'int3': must be one of bf16, fp16, fp32, fp8, int4, nvfp4"),
         ({"context": 1, "kv": "int3"}, "kv 'int3': must be one of auto, fp8"),
         ({"context": True}, f"context True: {CONTEXT}"),
         ({"context": 8.5}, f"context 8.5: {CONTEXT}"),
@@ -677,6 +680,7 @@ def test_errors_of_the_command_are_one_line(
         ["--gpus", "24GB", "--weights", "int4", "--host", "999GB"],
         ["--gpus", "cpu-512GB", "--host", "999GB"],
         ["--gpus", "mac-192GB", "--weights", "fp8"],
+        ["--gpus", "mac-192GB", "--weights", "nvfp4"],
         ["--gpus", "mac-192GB", "--kv", "fp8"],
         ["--gpus", "2xmac-192GB"],
         ["--gpus", "80GB+cpu"],

@@ -13,11 +13,10 @@ from typing import Any, BinaryIO
 import pytest
 from safetensors.torch import load_file, save_file
 
-import mistral_large_conversion.stream as stream_module
 import mistral_large_conversion.verify as verify_module
 from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion import convert_checkpoint, planned_tensor
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.verify import Check, verify_checkpoint
@@ -164,7 +163,7 @@ def test_the_place_of_a_difference_is_right_beyond_the_first_block(folder: Path,
 def test_small_buffers_find_the_same(folder: Path, demo_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip_bit(folder, "model.layers.1.self_attn.q_proj.weight", 2 * (100 * 64 + 9))
     expected = verify_checkpoint(folder, demo_source)
-    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 1000)
     assert verify_checkpoint(folder, demo_source) == expected
     assert "q_proj.weight at [100, 9]: " in wrong(expected)["tensors"]
 
@@ -402,7 +401,7 @@ def test_memory_does_not_grow_with_the_tensors(demo_folder: Path, demo_source: P
     verify_checkpoint(demo_folder, demo_source)
     tracemalloc.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_module, "BLOCK_BYTES", 2**14)
+        patch.setattr(planned_tensor, "BLOCK_BYTES", 2**14)
         patch.setattr(verify_module, "_tokenizer_problems", lambda *_: [])
         assert wrong(verify_checkpoint(demo_folder, demo_source)) == {}
     _, peak = tracemalloc.get_traced_memory()

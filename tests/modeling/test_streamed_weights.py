@@ -44,7 +44,7 @@ CONFIG = MistralLargeConfig(
 )
 MODULES = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-FORMS = ["consolidated", "one consolidated file", "hf", "one hf file", "fp8", "int4"]
+FORMS = ["consolidated", "one consolidated file", "hf", "one hf file", "fp8", "int4", "nvfp4"]
 DEVICES = [
     "cpu",
     pytest.param(
@@ -69,7 +69,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("params.json", "tokenizer.model.v3"):
         shutil.copy(found["consolidated"] / name, found["one consolidated file"])
     convert_checkpoint(found["one consolidated file"], found["one hf file"])
-    for quantization in ("fp8", "int4"):
+    for quantization in ("fp8", "int4", "nvfp4"):
         convert_checkpoint(found["hf"], found[quantization], quantize=quantization)
     save_peft_adapter(found["hf"], found["adapter"])
     return found

@@ -23,6 +23,7 @@ from mistral_large_cli.sampling import Sampling
 from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer, pipeline
 from modeling_mistral_large.generation import RecordedCache, constrain, record_decoding, release_recording
+from modeling_mistral_large.quantization import Nvfp4Linear
 from modeling_mistral_large.recorded_steps import automatic, decoding, obstacles
 from modeling_mistral_large.transformers_api import cache_argument, cache_in
 from tests.support import torch_kernels
@@ -483,6 +484,13 @@ def adapted(model: Any) -> None:
     model.model.layers[0].self_attn.q_proj.__class__ = Adapted
 
 
+def in_nvfp4(model: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Nvfp4Linear(attention.q_proj.in_features, attention.q_proj.out_features)
+    for tensor in attention.q_proj.parameters():
+        tensor.fill_(1)
+
+
 def of_another_class(model: Any) -> None:
     class Other(type(model.model.layers[2])):  # type: ignore[misc]
         pass
@@ -499,6 +507,10 @@ FALLBACKS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "hooks": (hooked, {}, "model.layers.1.mlp has hooks, which a recorded step would skip"),
     "adapters": (
         adapted, {}, "model.layers.0.self_attn.q_proj is Adapted, not a BF16, FP8 or int4 linear layer without bias",
+    ),
+    "nvfp4": (
+        in_nvfp4, {},
+        "model.layers.0.self_attn.q_proj is Nvfp4Linear, not a BF16, FP8 or int4 linear layer without bias",
     ),
     "another class": (of_another_class, {}, "model.layers.2 is Other, whose forward may be another"),
     "another forward": (with_another_forward, {}, "model.layers.0 has a forward of its own, or a compiled one"),

@@ -1,6 +1,7 @@
 """Quantized checkpoints in transformers: loaded with no flag, right, and quantized as long as they are in memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,16 @@ import pytest
 import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8  # type: ignore[import-untyped]  # it has no types
 from compressed_tensors.quantization import QuantizationScheme  # type: ignore[import-untyped]  # it has no types
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize  # type: ignore[import-untyped]  # it has no types
+from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize  # type: ignore[import-untyped]  # it has no types
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp  # type: ignore[import-untyped]  # it has no types
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, MistralForCausalLM
 
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
-from mistral_large_conversion import convert_checkpoint
+from mistral_large_conversion import convert_checkpoint, retag_checkpoint
 from mistral_large_conversion.checkpoint.quantization import FORMATS, Scheme, is_quantized, quantization_config
 from mistral_large_conversion.errors import MissingLibraryError
 from mistral_large_conversion.sharding.memory import DEQUANTIZED_AT_ONCE, run_time_bytes
@@ -36,13 +38,16 @@ from modeling_mistral_large.quantization.linear import (
     round_to_fp8,
 )
 from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
+from modeling_mistral_large.quantization.nvfp4 import Nvfp4Linear, dequantize_fp4
 from tests.support.checkpoints import write_consolidated
 from tests.support.errors import raises_exactly
 from tests.support.models import GREEDY, stock_config
 from tests.support.tensor_parallel import PROMPT as RANKS_PROMPT
 from tests.support.warm_python import WarmPython
 
-QUANTIZATIONS: list[Scheme] = ["fp8", "int4"]
+QUANTIZATIONS: list[Scheme] = ["fp8", "int4", "nvfp4"]
+# Of the demo; of fp8 it stands for no groups.
+GROUPS: dict[Scheme, int] = {"fp8": 128, "int4": 64, "nvfp4": 16}
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
 ROOT = Path(__file__).parents[3]
 # A share of each row is a whole number of groups, for two ranks.
@@ -91,17 +96,25 @@ def bytes_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def dequantized_weights(folder: Path, quantization: Scheme, group_size: int = 64) -> dict[str, Tensor]:
+def dequantized_weights(folder: Path, quantization: Scheme) -> dict[str, Tensor]:
     """All weights of a folder, expanded to FP32 by compressed-tensors."""
-    scheme = QuantizationScheme(**quantization_config(quantization, group_size)["config_groups"]["group_0"])
+    scheme = QuantizationScheme(**quantization_config(quantization, GROUPS[quantization])["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(FORMATS[quantization])
     stored = load_file(folder / "model.safetensors")
     expanded = {}
-    for name in [name for name in stored if name.endswith("_scale")]:
+    for name in [name for name in stored if name.endswith("weight_scale")]:
         prefix = name.removesuffix("weight_scale")
         parts = {key.removeprefix(prefix): stored.pop(key) for key in list(stored) if key.startswith(prefix)}
         parts["weight_scale"] = parts["weight_scale"].float()
-        expanded[f"{prefix}weight"] = compressor.decompress(parts, scheme)["weight"]
+        if quantization == "nvfp4":
+            # Its compressor rounds to BF16.
+            packed = parts["weight_packed"]
+            codes = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], torch.float32)
+            expanded[f"{prefix}weight"] = dequantize(
+                codes, parts["weight_scale"], args=scheme.weights, global_scale=parts["weight_global_scale"]
+            )
+        else:
+            expanded[f"{prefix}weight"] = compressor.decompress(parts, scheme)["weight"]
     return {name: tensor.float() for name, tensor in (expanded | stored).items()}
 
 
@@ -136,10 +149,9 @@ def test_it_stays_quantized_after_the_first_forward(
     assert logits(model).dtype == dtype
     found = linears(model)
     assert len(found) == 7 * model.config.num_hidden_layers
-    group_size = 64 if quantization == "int4" else 128
     for linear in found.values():
         shape = (linear.out_features, linear.in_features)
-        assert bytes_of(linear) == run_time_bytes(shape, quantization, group_size)
+        assert bytes_of(linear) == run_time_bytes(shape, quantization, GROUPS[quantization])
         # No copy is kept anywhere else in the layer.
         assert not any(isinstance(value, Tensor) for value in vars(linear).values())
     whole = load(demo_folder, dtype=dtype)
@@ -149,11 +161,11 @@ def test_it_stays_quantized_after_the_first_forward(
 
 
 @pytest.mark.slow
-def test_int4_logits_are_those_of_the_dequantized_weights(quantized_demos: dict[Scheme, Path]) -> None:
-    folder = quantized_demos["int4"]
+@pytest.mark.parametrize("quantization", ["int4", "nvfp4"])
+def test_logits_are_those_of_the_dequantized_weights(folder: Path, quantization: Scheme) -> None:
     model = load(folder, dtype=torch.float32)
     stock: Any = MistralForCausalLM._from_config(stock_config(model.config), dtype=torch.float32).eval()
-    stock.load_state_dict(dequantized_weights(folder, "int4"))
+    stock.load_state_dict(dequantized_weights(folder, quantization))
     for ids in (PROMPT, PROMPT.repeat(1, 8)):
         assert (ids.shape[1] > MOST_TOKENS_OF_KERNEL) == (ids.shape[1] != PROMPT.shape[1])
         torch.testing.assert_close(logits(model, ids), logits(stock, ids), rtol=1e-4, atol=1e-4)
@@ -183,6 +195,40 @@ def test_all_fp8_codes_are_dequantized_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     wanted = codes.float()
     assert torch.equal(dequantize_fp8(codes).float()[~wanted.isnan()], wanted[~wanted.isnan()])
+
+
+def test_nvfp4_rows_have_the_bits_of_compressed_tensors(quantized_demos: dict[Scheme, Path]) -> None:
+    scheme = QuantizationScheme(**quantization_config("nvfp4")["config_groups"]["group_0"])
+    compressor = BaseCompressor.get_value_from_registry(FORMATS["nvfp4"])
+    model = load(quantized_demos["nvfp4"])
+    for name, linear in linears(model).items():
+        wanted = compressor.decompress(linear.file_tensors(), scheme)["weight"]
+        found = torch.cat(list(linear.dequantized_rows(torch.bfloat16)))
+        assert found.dtype == wanted.dtype == torch.bfloat16
+        assert torch.equal(found.view(torch.int16), wanted.view(torch.int16)), name
+
+
+def test_nvfp4_groups_are_not_cut() -> None:
+    """As two ranks would cut 48 columns."""
+    linear = Nvfp4Linear(48, 8)
+    linear.after_loading_()
+    linear.weight_packed = nn.Parameter(linear.weight_packed[:, :12].clone(), requires_grad=False)
+    for groups in (1, 2):
+        scales = torch.zeros(8, groups).to(torch.float8_e4m3fn)
+        linear.weight_scale = nn.Parameter(scales, requires_grad=False)
+        with raises_exactly(
+            ValueError,
+            "tensor parallelism: 24 columns for a rank are no whole number of groups of 16; use fewer ranks, or "
+            "device_map instead",
+        ):
+            linear.after_loading_()
+
+
+def test_all_fp4_codes_are_dequantized_exactly() -> None:
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    found = dequantize_fp4(torch.arange(16, dtype=torch.uint8))
+    assert found.tolist() == [*values, *(-value for value in values)]
+    assert found.signbit().tolist() == [False] * 8 + [True] * 8
 
 
 def test_zeros_are_no_trouble() -> None:
@@ -287,11 +333,11 @@ def test_int4_stays_packed_where_triton_is(
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 300])
-@pytest.mark.parametrize("quantization", ["fp8", "int4"])
+@every_quantization
 def test_the_number_of_tokens_does_not_change_what_is_computed(quantization: Scheme, rows: int) -> None:
-    """Activations are rounded by one rule: W8A8 with FP8 weights, W4A16 with int4. The rest is BF16's rounding."""
+    """Activations are rounded by one rule: W8A8 with FP8 weights, W4A16 with 4 bits. The rest is BF16's rounding."""
     torch.manual_seed(0)
-    layer: Any = Fp8Linear(128, 64) if quantization == "fp8" else Int4Linear(128, 64, group_size=64)
+    layer: Any = {"fp8": Fp8Linear, "int4": Int4Linear, "nvfp4": Nvfp4Linear}[quantization](128, 64)
     hidden = torch.randn(300, 128).bfloat16()
     if quantization == "fp8":
         layer.weight.copy_(torch.randn(64, 128))
@@ -299,8 +345,10 @@ def test_the_number_of_tokens_does_not_change_what_is_computed(quantization: Sch
         codes, scales = round_to_fp8(hidden)
         weight, taken = layer.weight.double() * layer.weight_scale.double(), codes.double() * scales.double()
     else:
-        layer.weight_packed.random_(-(2**31), 2**31 - 1)
-        layer.weight_scale.copy_(torch.rand(64, 2))
+        layer.weight_packed.view(torch.uint8).random_(0, 256)
+        layer.weight_scale.copy_(torch.rand(layer.weight_scale.shape))
+        if quantization == "nvfp4":
+            layer.weight_global_scale.fill_(3)
         weight, taken = torch.cat(list(layer.dequantized_rows(torch.float32))).double(), hidden.double()
     layer.after_loading_()
     found = torch.cat([layer(some) for some in hidden.split(rows)]).double()
@@ -312,7 +360,7 @@ def test_saving_gives_the_same_checkpoint(folder: Path, quantization: Scheme, tm
     model = load(folder)
     model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved/config.json").read_text())
-    assert config["quantization_config"] == quantization_config(quantization, 64 if quantization == "int4" else 128)
+    assert config["quantization_config"] == quantization_config(quantization, GROUPS[quantization])
     wanted, saved = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved/model.safetensors")
     assert wanted.keys() == saved.keys()
     assert all(tensor.dtype == saved[name].dtype for name, tensor in wanted.items())
@@ -353,7 +401,7 @@ def test_another_dtype_leaves_the_codes_alone(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "dtype", "tolerance"),
     # The kernel for int4 is compiled for BF16 only; compiled code rounds less often to it.
-    [("fp8", torch.float32, 1e-4), ("int4", torch.bfloat16, 3e-2)],
+    [("fp8", torch.float32, 1e-4), ("int4", torch.bfloat16, 3e-2), ("nvfp4", torch.float32, 1e-4)],
 )
 def test_the_whole_graph_compiles(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
     model = load(folder, dtype=dtype, num_hidden_layers=1)
@@ -364,7 +412,7 @@ def test_the_whole_graph_compiles(folder: Path, dtype: torch.dtype, tolerance: f
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
-@pytest.mark.parametrize(("quantization", "tolerance"), [("fp8", 0.1), ("int4", 1e-5)])
+@pytest.mark.parametrize(("quantization", "tolerance"), [("fp8", 0.1), ("int4", 1e-5), ("nvfp4", 1e-5)])
 def test_two_ranks_say_the_same_as_one(
     quantization: Scheme, tolerance: float, tmp_path: Path, known_tokenizer: None, warm_python: WarmPython
 ) -> None:
@@ -376,7 +424,7 @@ def test_two_ranks_say_the_same_as_one(
     result = run_ranks(warm_python, tmp_path / "quantized", tmp_path / "result")
     assert result["key_rows"] == NARROW.head_dim
     assert (result["logits"] - wanted).norm() / wanted.norm() < tolerance
-    if quantization == "int4":
+    if quantization != "fp8":
         assert torch.equal(result["tokens"], model.generate(torch.tensor(RANKS_PROMPT), **GREEDY))
 
 
@@ -440,6 +488,23 @@ def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Scheme
             torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-2, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int4", "nvfp4"])
+def test_transformers_own_classes_have_the_same_weights(folder: Path, quantization: Scheme, tmp_path: Path) -> None:
+    """As `convert --as mistral` writes it: expanded to BF16 at the first forward."""
+    shutil.copytree(folder, tmp_path / "stock")
+    retag_checkpoint(tmp_path / "stock", "mistral")
+    model = load(tmp_path / "stock", dtype=torch.bfloat16)
+    assert type(model) is MistralForCausalLM
+    found = logits(model)
+    weights = {name: tensor.bfloat16() for name, tensor in dequantized_weights(folder, quantization).items()}
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(name), weight), name
+    ours = MistralForCausalLM._from_config(stock_config(load(folder).config), dtype=torch.bfloat16).eval()
+    ours.load_state_dict(weights)
+    assert torch.equal(found, logits(ours))
+
+
 @every_quantization
 def test_compressed_tensors_is_needed_for_other_formats_only(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -453,7 +518,7 @@ def test_compressed_tensors_is_needed_for_other_formats_only(
     ):
         load(folder, quantization_config=CompressedTensorsConfig.__new__(CompressedTensorsConfig))
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format"] = "nvfp4-pack-quantized"
+    config["quantization_config"]["format"] = "mxfp4-pack-quantized"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with raises_exactly(
         MissingLibraryError,
@@ -484,6 +549,10 @@ def test_a_model_can_be_built_empty_and_filled(quantization: Scheme) -> None:
             if isinstance(linear, Int4Linear):
                 linear.weight_packed.random_(-(2**31), 2**31)
                 linear.weight_scale.fill_(0.01)
+            elif isinstance(linear, Nvfp4Linear):
+                linear.weight_packed.random_(0, 256)
+                linear.weight_scale.fill_(2)
+                linear.weight_global_scale.fill_(100)
             elif isinstance(linear, Fp8Linear):
                 linear.weight.copy_(torch.randn(linear.weight.shape))
                 linear.weight_scale.fill_(0.01)

@@ -235,7 +235,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["fp8", "int4"])
+@pytest.mark.parametrize("scheme", ["fp8", "int4", "nvfp4"])
 def test_a_quantized_folder_is_compared_as_it_runs(scheme: Any, demo: Path, tmp_path: Path) -> None:
     from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
     from modeling_mistral_large.streamed import tokenize_samples

@@ -85,7 +85,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*FOLDERS, "fp8", "int4"])
+@pytest.mark.parametrize("kind", [*FOLDERS, "fp8", "int4", "nvfp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_bit_for_bit_those_of_the_whole_model(
     kind: str, dtype: torch.dtype | None, tmp_path_factory: pytest.TempPathFactory
