@@ -35,7 +35,7 @@ from mistral_large_conversion.checkpoint import expected_tensors
 from mistral_large_conversion.checkpoint.geometry import PUBLISHED
 from mistral_large_conversion.gguf import GGUF_TYPES, QUANTIZER_TYPES
 
-MEASURED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+MEASURED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M")
 SAMPLES = 2
 # As many as fill blocks of 256, with the model's three query heads for one of keys and values.
 WIDTH, HEADS, KV_HEADS = 768, 12, 4
