@@ -357,6 +357,9 @@ class _Pieces:
             *(index for index in BYTE_IDS if self.tokens[index] in known),
             *(index for index, token in added if index >= VOCAB_SIZE and token.special),
         ]
+        # llguidance takes a special token that is spelled `[`, as `<0x5B>` would be, for the beginning of any other.
+        for index in self.special_token_ids:
+            self.tokens[index] = b"<%d>" % index
 
     def __call__(self, text: str) -> list[int]:
         raise NotImplementedError("a grammar without forced tokens encodes no text")

@@ -5,11 +5,14 @@ oracles are jsonschema and, for single steps, a regular expression over the byte
 """
 
 import json
+import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import llguidance
+import numpy as np
 import pytest
 import regex  # type: ignore[import-untyped]
 import torch
@@ -400,6 +403,38 @@ def test_calls_are_what_the_reference_writes(tokenizer: MistralLargeTokenizer) -
     processors = constrain(tokenizer, tools=TOOLS, tool_choice="required")
     for length, token in enumerate(ids):
         assert token in allowed(step(processors, PROMPT + ids[:length])[0])
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "auto": {"tools": TOOLS},
+    "required": {"tools": TOOLS, "tool_choice": "required"},
+    "JSON": {"response_format": {"type": "json_object"}},
+    "schema or calls": {"tools": TOOLS, "response_format": schema_format(SCHEMAS["nested"])},
+}
+
+
+@pytest.mark.parametrize("name", ["v3", "v7"])
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_every_token_that_is_allowed_can_follow(tmp_path: Path, name: str, request_: str) -> None:
+    """Also where a token is spelled like the beginning of how the library names another, as the byte of `[` is."""
+    tokenizer = checkpoints.vendor_tokenizer(tmp_path, name)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[", "[5", "<5>"]})
+    constraint: Any = constrain(tokenizer, **REQUESTS[request_])[0]
+    rng = random.Random(1)
+    for _ in range(3):
+        matcher, written = constraint._start.deep_copy(), 0
+        while written < 12 and not matcher.is_stopped():
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            allowed_ids = np.flatnonzero(bits).tolist()
+            # All that are no pieces of text, and some that are.
+            odd = [index for index in allowed_ids if index < 1027 or index >= 32768]
+            tried = odd + rng.sample(allowed_ids, min(20, len(allowed_ids)))
+            refused = [index for index in tried if matcher.deep_copy().try_consume_tokens([index]) != 1]
+            assert refused == []
+            matcher.consume_token(rng.choice([index for index in tried if index != EOS] or [EOS]))
+            written += 1
+        assert written > 0
 
 
 # Tools
