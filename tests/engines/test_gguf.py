@@ -20,6 +20,7 @@ from llama_cpp import Llama
 from mistral_large_cli.demo import golden_conversations
 from mistral_large_conversion import convert_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+from tests.support.adapters import save_peft_adapter
 from tests.support.conversations import conversations
 from tests.support.folders import (
     CHATML_TEMPLATE,
@@ -159,6 +160,19 @@ def test_every_kind_of_source_becomes_the_same_weights_and_ids(
         text = demo_tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, tokenize=False)
         assert ids_of(llama, text) == ids_of(model, text)
     llama.close()
+
+
+def test_an_adapter_is_merged(vendor_folder: Path, tmp_path: Path) -> None:
+    save_peft_adapter(vendor_folder, tmp_path / "lora")
+    convert_checkpoint(vendor_folder, tmp_path / "merged", adapter=tmp_path / "lora")
+    file, expected = folder_for(tmp_path / "out" / "demo.gguf"), folder_for(tmp_path / "expected" / "demo.gguf")
+    write_gguf(vendor_folder, file, "--adapter", str(tmp_path / "lora"))
+    write_gguf(tmp_path / "merged", expected)
+    written, wanted, before = tensors(file), tensors(expected), demo_weights()["layers.1.attention.wq.weight"]
+    assert {name: tensor.data.tobytes() for name, tensor in written.items()} == {
+        name: tensor.data.tobytes() for name, tensor in wanted.items()
+    }
+    assert written["blk.1.attn_q.weight"].data.tobytes() != before.view(torch.uint8).numpy().tobytes()
 
 
 def test_added_tokens_are_control_tokens(tmp_path: Path) -> None:
