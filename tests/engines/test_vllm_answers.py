@@ -117,5 +117,7 @@ def test_an_adapter_answers_as_the_checkpoint_that_it_is_merged_into(demo_folder
             expected = tokenizer.decode(output, skip_special_tokens=True)
             # Or the test could not tell an adapter that was left out.
             assert not golden.answer.startswith(expected)
-            assert ask(client, request_of(golden, "tuned") | {"max_tokens": 12}).content == SPACE + expected
+            # What this adapter writes begins with a space or without one; `decode` drops it.
+            tuned = ask(client, request_of(golden, "tuned") | {"max_tokens": 12}).content
+            assert (tuned or "").removeprefix(SPACE) == expected
             assert ask(client, request_of(golden)).content == SPACE + golden.answer
