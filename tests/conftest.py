@@ -5,6 +5,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 # when torch is imported, also in the processes that tests start.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+# A shell starts what runs in the background with ctrl-C ignored, and so would be what tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # What the ground floor does without, see the marker `ground_floor`.

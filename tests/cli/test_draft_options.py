@@ -326,7 +326,7 @@ def test_the_command_plans_a_draft(demo_folder: Path) -> None:
         (
             Draft(PUBLISHED_7B, "nf4"),
             {},
-            "draft's weights 'nf4': must be one of bf16, fp16, fp32, fp8, int4",
+            "draft's weights 'nf4': must be one of bf16, fp16, fp32, fp8, int4, nvfp4",
         ),
     ],
 )
