@@ -485,7 +485,8 @@ def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Scheme
     assert not linears(model)
     for name, weight in dequantized_weights(folder, quantization).items():
         if is_quantized(name):
-            torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-2, atol=0)
+            # With 5.17, nvfp4 becomes BF16 whatever the dtype.
+            torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-2, atol=0, check_dtype=False)
 
 
 @pytest.mark.slow
