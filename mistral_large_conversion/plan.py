@@ -25,7 +25,7 @@ from mistral_large_conversion.checkpoint.quantization import (
     Quantization,
     Scheme,
     choose_group_size,
-    fused_layer,
+    fused_weights,
     is_quantized,
     quantization_of,
     quantized_entries,
@@ -270,7 +270,7 @@ def planned_tensors(
     dtype: of what is not quantized, as safetensors names it.
     """
     planned = []
-    fused: dict[str, FusedWeights] = {}
+    fused: dict[tuple[str, ...], FusedWeights] = {}
     for expected in expected_tensors(geometry):
         source, name = stored[getattr(expected, layout)], getattr(expected, to)
         has_codes = quantization is not None and is_quantized(name)
@@ -290,7 +290,7 @@ def planned_tensors(
             tensor = PlannedTensor(source, tuple(steps), (codes, scales), Quantize(source.dtype, *quantization))
             made: list[MadeTensor]
             if quantization.scheme == "nvfp4":
-                weights = fused.setdefault(fused_layer(name), FusedWeights())
+                weights = fused.setdefault(fused_weights(name), FusedWeights())
                 made = [weights.add(tensor, entry) for entry in others]
                 tensor = tensor.with_global_scale(made[0])
             else:

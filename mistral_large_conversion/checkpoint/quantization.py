@@ -11,8 +11,8 @@ embeddings, norms and head are BF16.
 | a weight is | code * scale | (code - 8) * scale | code * (scale / global scale) |
 | activations | rounded to FP8 for each token | as they are | as they are |
 
-The first code is in the lowest bits; codes of nvfp4 are FP4 (E2M1). Layers that engines multiply with at once, see
-`fused_layer`, have the same global scale: engines take one for all of them.
+The first code is in the lowest bits; codes of nvfp4 are FP4 (E2M1). Weights that engines fuse, see `fused_weights`,
+have the same global scale: engines take one for all of them.
 """
 
 import math
@@ -69,13 +69,8 @@ QUANTIZED_NAME = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.w
 
 PART_ENDINGS = ("_packed", "_global_scale", "_scale", "_shape")
 
-FUSED_LAYERS = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+# Linear layers with the same inputs, which engines multiply with at once.
+FUSED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 CANNOT_UNDO = (
     "its weights are quantized, and nothing brings back what rounding took away; take the checkpoint it was made of"
@@ -93,10 +88,11 @@ def is_part(name: str) -> bool:
     return is_quantized(name.removesuffix(ending))
 
 
-def fused_layer(name: str) -> str:
-    """The name of the layer that engines make of this weight and those that have the same inputs."""
-    prefix, layer, _ = name.rsplit(".", 2)
-    return f"{prefix}.{FUSED_LAYERS.get(layer, layer)}"
+def fused_weights(name: str) -> tuple[str, ...]:
+    """The names of the weights, this one among them, that engines fuse into one layer."""
+    prefix, layer, ending = name.rsplit(".", 2)
+    layers = next((layers for layers in FUSED_LAYERS if layer in layers), (layer,))
+    return tuple(f"{prefix}.{each}.{ending}" for each in layers)
 
 
 def quantized_entries(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mistral_large_conversion.checkpoint.quantization import FUSED_LAYERS
 from modeling_mistral_large.inference.chunked_prefill import ChunkedPrefillGenerationMixin
 from modeling_mistral_large.quantization.gpu_int4 import GROUP_SIZES
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
@@ -18,8 +19,6 @@ from modeling_mistral_large.transformers_api import attention_implementation, ha
 
 # Set to 0, it turns recorded steps off for the process.
 SWITCH = "MISTRAL_LARGE_USE_CUDA_GRAPH"
-# Linear layers with one input, whose weights one product reads.
-READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Modules whose arithmetic a step repeats; a class from elsewhere may compute something else.
 KNOWN_MODULES = ("modeling_mistral_large.", "torch.nn.modules.")
 # Attention that computes what a step does; flash attention has several versions.
@@ -100,7 +99,7 @@ def _obstacle_of_modules(model: nn.Module) -> str | None:
         if isinstance(module, Int4Linear) and module.group_size not in GROUP_SIZES:
             return f"{name} has int4 groups of {module.group_size}, not of 64 or 128"
     for name, module in model.named_modules():
-        for names in READ_TOGETHER:
+        for names in FUSED_LAYERS:
             inner = [module._modules.get(each) for each in names]
             if len({(type(each), getattr(each, "group_size", None)) for each in inner}) > 1:
                 return f"{', '.join(names)} of {name} are not quantized alike"
