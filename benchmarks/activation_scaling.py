@@ -102,7 +102,7 @@ def main() -> None:
     scaled = options.work / "scaled"
     figures = write_scaled(options.source, scaled, json.loads((options.work / TOKENS_NAME).read_text()))
     samples = read_samples(options.work / TEXT_NAME)
-    for name, folder in (("as it is", options.source), ("scaled", scaled)):
+    for name, folder in (("unchanged", options.source), ("scaled", scaled)):
         for method in ("nearest", "calibrated"):
             made = options.work / f"{name}, {method}"
             if method == "nearest":

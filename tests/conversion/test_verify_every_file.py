@@ -23,7 +23,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, 
 from tests.support.checkpoints import tokenizer_model_file
 
 MANIFEST = "conversion.manifest.json"
-# Of a file: changed settings, and changed bytes beside its first and its last.
+# Of a file: changed settings, and changed bytes besides its first and its last.
 VARIANTS = int(os.environ.get("MISTRAL_LARGE_CHANGED_SETTINGS", "24"))
 PLACES = int(os.environ.get("MISTRAL_LARGE_CHANGED_BYTES", "2"))
 

@@ -209,7 +209,7 @@ def test_nvfp4_rows_have_the_bits_of_compressed_tensors(quantized_demos: dict[Sc
 
 
 def test_nvfp4_groups_are_not_cut() -> None:
-    """As two ranks would cut 48 columns."""
+    """As two ranks would shard 48 columns."""
     linear = Nvfp4Linear(48, 8)
     linear.after_loading_()
     linear.weight_packed = nn.Parameter(linear.weight_packed[:, :12].clone(), requires_grad=False)
@@ -492,7 +492,7 @@ def test_it_expands_the_weights_when_asked_to(folder: Path, quantization: Scheme
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int4", "nvfp4"])
 def test_transformers_own_classes_have_the_same_weights(folder: Path, quantization: Scheme, tmp_path: Path) -> None:
-    """As `convert --as mistral` writes it: expanded to BF16 at the first forward."""
+    """As `convert --as mistral` writes it: dequantized to BF16 at the first forward."""
     shutil.copytree(folder, tmp_path / "stock")
     retag_checkpoint(tmp_path / "stock", "mistral")
     model = load(tmp_path / "stock", dtype=torch.bfloat16)
