@@ -540,6 +540,7 @@ def test_at_a_terminal(demo_folder: Path, tmp_path: Path) -> None:
         terminal.send("/system")
         terminal.type('"""\r/nonsense\r"""\r//etc\r')
         terminal.wait_for("> //etc")
+        terminal.wait_for_prompt()
         shown = terminal.send("/prompt")
         assert "[INST] /nonsense [/INST]" in shown
         assert "[INST] /etc [/INST]" in shown

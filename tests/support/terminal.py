@@ -67,6 +67,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
 
+    @property
+    def takes_keys(self) -> bool:
+        """Whether the program reads single keys, as it does while a line is edited."""
+        return not termios.tcgetattr(self._descriptor)[3] & termios.ICANON
+
     def paste(self, text: str) -> None:
         """What a terminal sends for a paste where the program has asked for bracketed pastes."""
         self.type(f"\x1b[200~{text}\x1b[201~")
@@ -91,6 +96,8 @@ class Terminal:
 
     def send(self, text: str) -> str:
         """Type a line, wait for the next prompt and return what was printed in between."""
+        # What is typed earlier comes to a prompt that is already drawn, so the wait would end before the line is read.
+        assert self.takes_keys, f"a line would be typed while the program is busy:\n{self.text}"
         before = len(self.lines_so_far())
         self.type(f"{text}\r")
         self.wait_until(lambda: self.last_line == ">" and len(self.lines_so_far()) > before)
