@@ -197,12 +197,10 @@ def convert(
     model_type = as_ or "mistral_large"
     hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion import prepare_conversion
-    from mistral_large_conversion.checkpoint.hub import resolve_conversion_source
     from mistral_large_conversion.quantize import MadeTensor
 
     # With JSON, people read standard error.
     console = safe_console(soft_wrap=True, stderr=as_json)
-    folder = resolve_conversion_source(source, to=to, **hub)
     options: dict[str, Any] = {
         "model_type": model_type,
         "to": to,
@@ -210,14 +208,15 @@ def convert(
         "max_shard_size": max_shard_size,
         "adapter": adapter,
         "prompt_format": prompt_format,
+        **hub,
     }
     if calibration is None:
-        conversion = prepare_conversion(folder, destination, quantize=quantize, **options)
+        conversion = prepare_conversion(source, destination, quantize=quantize, **options)
     else:
         from modeling_mistral_large.calibration import prepare_calibrated_conversion
 
         conversion = prepare_calibrated_conversion(
-            folder, destination, calibration=calibration, **data_options, **options
+            source, destination, calibration=calibration, **data_options, **options
         )
     state = conversion.check_destination()
     plan = conversion.plan

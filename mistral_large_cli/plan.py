@@ -8,29 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .options import DTYPES, TORCH_DTYPES, AsJson, CacheDir, Dtype, Kv, PrefillChunk, Revision, Token, hub_options
+from .plan_view import bar, gib, parts_of, strategies_table, strategy_report
 from .terminal import console, one_line, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rich.text import Text
-
     from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
     from mistral_large_conversion.checkpoint.quantization import Quantization
     from mistral_large_conversion.sharding.devices import Device
     from mistral_large_conversion.sharding.memory import Draft
-    from mistral_large_conversion.sharding.plan import DeviceLoad, ShardingPlan
+    from mistral_large_conversion.sharding.plan import ShardingPlan
 
 PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
-# The parts of a bar, and how they look.
-PARTS = {
-    "weights": ("weight_bytes", "█", "blue"),
-    "cache": ("cache_bytes", "▓", "green"),
-    "activations": ("activation_bytes", "▒", "yellow"),
-    "reserve": ("reserve_bytes", "░", "magenta"),
-    "draft": ("draft_bytes", "▞", "cyan"),
-}
-BAR_WIDTH = 40
 CONVERT = "mistral-large convert {model} {folder} --quantize {weights}"
 CHAT = "mistral-large chat {model} --device-map {device}{chat_options}"
 PARALLEL = "torchrun --nproc-per-node {count} --no-python mistral-large chat {model}{chat_options}"
@@ -186,33 +176,6 @@ def plan(
     raise typer.Exit(not best.fits)
 
 
-def strategy_report(plan: "ShardingPlan") -> dict[str, Any]:
-    """Return a plan as JSON has it: every number of bytes with its unit in the name."""
-    return {
-        "strategy": plan.strategy,
-        "weights": plan.weights,
-        "fits": plan.fits,
-        "shortfall_bytes": plan.shortfall_bytes,
-        "tokens_per_second": plan.tokens_per_second,
-        "host_weight_bytes": plan.host_weight_bytes,
-        "devices": [
-            {
-                "name": load.device.name,
-                "memory_bytes": load.device.memory_bytes,
-                "bandwidth_bytes_per_second": load.device.bandwidth,
-                "weight_bytes": load.weight_bytes,
-                "cache_bytes": load.cache_bytes,
-                "activation_bytes": load.activation_bytes,
-                "reserve_bytes": load.reserve_bytes,
-                **({"draft_bytes": load.draft_bytes} if load.draft_bytes else {}),
-                "free_bytes": load.free_bytes,
-            }
-            for load in plan.loads
-        ],
-        "device_map": plan.device_map,
-    }
-
-
 def read_model_geometry(model: str | None, hub: dict[str, Any]) -> "tuple[Geometry, Quantization | None]":
     """Return the geometry and quantization of a folder or repository, or those of the published one.
 
@@ -357,48 +320,3 @@ def how_to_run(
             code = f"from modeling_mistral_large.inference.kv_cache import Fp8Cache\n{code}"
         steps.append(code)
     return "\n\n".join(steps)
-
-
-def strategies_table(plans: "Sequence[ShardingPlan]") -> Any:
-    from rich.table import Table
-
-    table = Table("strategy", "weights", "devices", "fits", "tokens/s", "fullest device", box=None, pad_edge=False)
-    for plan in plans:
-        fullest = min(plan.loads, key=lambda load: load.free_bytes)
-        rate = "?" if plan.tokens_per_second is None and plan.fits else f"{plan.tokens_per_second or 0:.3g}"
-        table.add_row(
-            plan.strategy,
-            plan.weights,
-            str(len(plan.loads)),
-            "yes" if plan.fits else f"no, by {gib(plan.shortfall_bytes)}",
-            rate if plan.fits else "",
-            f"{fullest.total_bytes / 2**30:.1f} of {gib(fullest.device.memory_bytes)}",
-        )
-    return table
-
-
-def parts_of(load: "DeviceLoad") -> dict[str, tuple[str, str, str]]:
-    """Return the parts of a device's bar; a draft is one where there is one."""
-    return {part: look for part, look in PARTS.items() if part != "draft" or load.draft_bytes}
-
-
-def bar(number: int, load: "DeviceLoad") -> "Text":
-    """Return a device as a bar of its parts, as long as its memory."""
-    from rich.text import Text
-
-    scale = BAR_WIDTH / max(load.device.memory_bytes, load.total_bytes)
-    text = Text(f"{number:<3} {load.device.name:8.8} ")
-    end = drawn = 0
-    parts = parts_of(load).values()
-    for name, mark, colour in parts:
-        end += getattr(load, name)
-        width = round(end * scale) - drawn
-        text.append(mark * width, style=colour)
-        drawn += width
-    text.append("·" * (BAR_WIDTH - drawn), style="dim")
-    sizes = " + ".join(f"{getattr(load, name) / 2**30:.1f}" for name, _, _ in parts)
-    return text.append(f" {sizes} = {gib(load.total_bytes)} of {gib(load.device.memory_bytes)}")
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"

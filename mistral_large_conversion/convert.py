@@ -158,6 +158,9 @@ def prepare_conversion(
     adapter: Path | str | None = None,
     prompt_format: PromptFormat | None = None,
     calibrator: Calibrator | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
 ) -> Conversion:
     """Check a source and make ready all that `convert_checkpoint` does with it; nothing is written.
 
@@ -170,7 +173,7 @@ def prepare_conversion(
     check_option("model_type", model_type, ARCHITECTURES)
     if to == "consolidated" and model_type != "mistral_large":
         raise CheckpointError(f"model type {model_type!r}: the consolidated layout has none; leave it out")
-    folder = resolve_conversion_source(source, to=to)
+    folder = resolve_conversion_source(source, to=to, revision=revision, token=token, cache_dir=cache_dir)
     plan = plan_conversion(
         folder,
         to=to,
@@ -233,6 +236,9 @@ def convert_checkpoint(
     prompt_format: PromptFormat | None = None,
     jobs: int | None = None,
     progress: Progress | bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
 ) -> ConversionPlan:
     """Convert the checkpoint in `source`, a folder or a hub repository, to layout `to` in `destination`, bit for bit.
 
@@ -255,6 +261,7 @@ def convert_checkpoint(
     jobs: threads; the bytes are the same with any number.
     progress: shows a bar at a terminal and in a notebook, as huggingface_hub's downloads do; False shows none. A
         function is called with the bytes of tensors to be written as they come, by one thread at a time.
+    revision, token, cache_dir: of a source on the hub, as in `from_pretrained`.
 
     Raises:
         CheckpointError: a source that is not a complete, sound checkpoint, or options that do not fit together.
@@ -271,6 +278,9 @@ def convert_checkpoint(
         max_shard_size=max_shard_size,
         adapter=adapter,
         prompt_format=prompt_format,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
     )
     conversion.run(jobs=jobs, progress=progress)
     return conversion.plan

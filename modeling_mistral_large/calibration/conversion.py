@@ -131,6 +131,9 @@ def prepare_calibrated_conversion(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     adapter: Path | str | None = None,
     prompt_format: PromptFormat | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
 ) -> Conversion:
     """Check a source and the data, and make ready all that `convert_calibrated` does; nothing is written.
 
@@ -142,7 +145,7 @@ def prepare_calibrated_conversion(
     # What takes no time comes first.
     _check_numbers(samples, length)
     where = _device(device)
-    folder = resolve_conversion_source(source, to="hf")
+    folder = resolve_conversion_source(source, to="hf", revision=revision, token=token, cache_dir=cache_dir)
     options: dict[str, Any] = {
         "to": to,
         "dtype": dtype,

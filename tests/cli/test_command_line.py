@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app
 from mistral_large_cli.demo import assemble_demo_checkpoint
+from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.errors import MistralLargeError
 from tests.repository.command_line import COMMANDS, reference
 from tests.support.errors import raises_exactly
@@ -110,6 +111,10 @@ def test_dtypes_have_short_and_long_names(name: str, places: dict[str, str]) -> 
 ON_THE_HUB: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", REPOSITORY),
     "convert": ("convert", REPOSITORY, "{new}", "--dry-run"),
+    "convert, calibrated": (
+        *("convert", REPOSITORY, "{new}", "--dry-run", "--quantize", "int4"),
+        *("--calibration", "default", "--samples", "1", "--length", "16"),
+    ),
     "verify": ("verify", "{demo}", REPOSITORY),
     "compare": ("compare", REPOSITORY, "{demo}", "--text", "{conversation}", "--all-tokens"),
     "plan": ("plan", REPOSITORY, "--gpus", "80GB"),
@@ -143,12 +148,22 @@ def test_revision_token_and_cache_arrive_at_the_hub(
     options = ["--revision", TAG, "--token", "hf_secret", "--cache-dir", str(tmp_path / "cache")]
     result = CliRunner().invoke(app, [*arguments, *options], input="", catch_exceptions=False)
     assert result.exit_code == 0, result.output
+    assert_asked_with_them(hub, tmp_path)
+
+
+def test_a_conversion_in_python_takes_them_too(hub: LoopbackHub, tmp_path: Path) -> None:
+    where: dict[str, Any] = {"revision": TAG, "token": "hf_secret", "cache_dir": tmp_path / "cache"}
+    convert_checkpoint(REPOSITORY, tmp_path / "new", progress=False, **where)
+    assert_asked_with_them(hub, tmp_path)
+
+
+def assert_asked_with_them(hub: LoopbackHub, folder: Path) -> None:
     asked = [path for path in hub.asked if "/resolve/" in path or "/revision/" in path or "/tree/" in path]
     assert any(f"/{TAG}" in path for path in asked)
     assert not any("/main" in path for path in asked)
     assert "Bearer hf_secret" in hub.authorizations
-    assert not (tmp_path / "usual-cache").exists()
-    assert (tmp_path / "cache").is_dir()
+    assert not (folder / "usual-cache").exists()
+    assert (folder / "cache").is_dir()
 
 
 def test_a_revision_that_is_not_there_is_one_error(hub: LoopbackHub) -> None:
