@@ -1,11 +1,11 @@
-"""How fast prompts are built, answers are read and answers are constrained, against the alternatives, in one run.
+"""How fast prompts are built and responses are parsed and constrained, against the alternatives, in one run.
 
 Prompts: mistral-common (`encode_chat_completion`, from messages and from requests made before), and transformers on the
 same tokenizer with the v3 template that mistral-common generates, with and without `sanitize_control_tokens`. The ways
 take turns on texts that none has seen before; the table gives medians, and the median of the ratios.
 
-Answers: the parser's time a token, and the grammar's time a token, compared with a decoding step of the bundled demo's
-geometry, while `generate` writes a given answer under a schema of middling size.
+Responses: the parser's and the grammar's time a token, compared with a decoding step of the bundled demo's
+geometry, while `generate` writes a given response under a schema of middling size.
 
     python -m benchmarks.chat --write benchmarks/results/chat.json
 """
@@ -293,7 +293,7 @@ def measure_parser(folder: Path, repeat: int) -> dict[str, float]:
 
 
 class Script(LogitsProcessor):
-    """Makes `generate` write a given answer, so that every step does the same work in every run."""
+    """Makes `generate` write a given response, so that every step does the same work in every run."""
 
     def __init__(self, ids: Sequence[int], start: int) -> None:
         self.ids, self.start = ids, start

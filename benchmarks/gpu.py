@@ -1,7 +1,7 @@
 """Checks and speed of everything this package runs on one GPU, within the few minutes that one may be borrowed for.
 
-One process runs stage after stage, each with a deadline, and writes what it has found at once. Checks come first:
-every product, attention and cache against float64, then the demo's golden answers by every strategy. Then figures, with
+One process runs stage after stage, each with a deadline, and writes what it has found at once. Checks come first: every
+product, attention and cache against float64, then the demo's golden responses by every strategy. Then figures, with
 random weights of the published geometry that are made on the GPU; nothing is downloaded. A share is that of the read
 bandwidth measured in the same run: what a step must read are all weights but the embeddings, and the filled cache.
 
@@ -387,7 +387,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
 
 
 def answers(bench: Bench) -> dict[str, Any]:
-    """The golden answers of the demo by every strategy, and recorded steps next to the model's own."""
+    """The golden responses of the demo by every strategy, and recorded steps next to the model's own."""
     from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
     from mistral_large_conversion import convert_checkpoint
     from modeling_mistral_large import MistralLargeTokenizer
@@ -410,7 +410,7 @@ def answers(bench: Bench) -> dict[str, Any]:
             ]
 
         def wrong(complete: Callable[[Any], Tensor], batch: int = 1) -> float:
-            """How many answers are not the golden ones."""
+            """How many responses are not the golden ones."""
             count = 0
             for start in range(0, len(golden), batch):
                 inputs = tokenizer.pad({"input_ids": prompts[start : start + batch]}, return_tensors="pt")

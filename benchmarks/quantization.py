@@ -2,8 +2,8 @@
 
     python -m benchmarks.quantization --json benchmarks/results/quantization.json
 
-The demo model reads its own conversations, answers included, in FP32 arithmetic; KL is in nats, of the distribution of
-BF16 weights to that of quantized ones, and the mean over all positions, as is how often both hold the same token for
+The demo model reads its own conversations, responses included, in FP32 arithmetic; KL is in nats, of the distribution
+of BF16 weights to that of quantized ones, and the mean over all positions, as is how often both hold the same token for
 the most likely one. It is a toy with rows of 64 to 256 weights: its figures are no forecast for the 123 B model.
 The matrices are random, of normal and of long-tailed numbers; error is the norm of the difference by the norm. Outputs
 are those of the layers this package runs, for normal inputs.
@@ -54,7 +54,7 @@ print(idle, peak())
 
 
 def demo_divergence(folder: Path) -> dict[str, Any]:
-    """KL, top-1 agreement and golden answers of the quantized demo model."""
+    """KL, top-1 agreement and golden responses of the quantized demo model."""
     from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
     from mistral_large_conversion import convert_checkpoint
 

@@ -46,7 +46,7 @@ GREEDY = TokenChoice(temperature=0)
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo model and what it is asked; `golden` are the answers."""
+    """The demo model and what it is asked; `golden` are the responses."""
 
     model: Any
     tokenizer: MistralLargeTokenizer

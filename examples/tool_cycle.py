@@ -1,4 +1,4 @@
-"""The complete cycle that the card leaves out: calls, results under the ids of their calls, answer.
+"""The complete cycle that the card leaves out: calls, results under the ids of their calls, response.
 
 Run `python examples/tool_cycle.py [MODEL]`.
 """
@@ -26,7 +26,7 @@ with demo_model(*sys.argv[1:]) as model:
     messages: list[dict[str, Any]] = []
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
-        # Runs what the model calls, checked against the functions' schemas, until it answers with text.
+        # Runs what the model calls, checked against the functions' schemas, until it responds with text.
         messages = run_tool_loop(answer, messages, tools=[get_current_weather], max_rounds=5)
     for message in messages:
         print(json.dumps(message, ensure_ascii=False))

@@ -4,8 +4,8 @@
     python examples/train_demo_checkpoint.py v7 new/other && cp new/other/* mistral_large_cli/demo_checkpoint_v7/
 
 It learns the conversations of golden.json in that prompt format, with temperatures and tool call ids that are new each
-time, so that the number in an answer is read from the tool's result. It takes about seven minutes of one core, and
-writes the same bytes each time on one machine. A model that does not give every golden answer with a clear lead is not
+time, so that the number in a response is read from the tool's result. It takes about seven minutes of one core, and
+writes the same bytes each time on one machine. A model that doesn't give every golden response with a clear lead is not
 written.
 """
 
@@ -52,7 +52,7 @@ WEIGHT_DECAY = 0.1
 # Standard deviation of what is added to the weights at the last step, relative to their row: more than rounding to 8
 # bits does. Two and a half times as much keeps the loss from settling.
 WEIGHT_NOISE = 0.04
-# How far, in logits, every other token must be behind at each position of each golden answer.
+# How far, in logits, every other token must be behind at each position of each golden response.
 CLEAR_LEAD = 5.0
 HELD_OUT_ROUNDS = 20
 
@@ -66,7 +66,7 @@ SHARE_WITHOUT_TOOLS = 0.75
 
 
 class Example(NamedTuple):
-    """The ids of a prompt and of the answer to it, which ends with `</s>`."""
+    """The ids of a prompt and of the response to it, which ends with `</s>`."""
 
     prompt: list[int]
     answer: list[int]
@@ -94,14 +94,14 @@ def filled(conversation: GoldenConversation, new: Mapping[str, str], result: str
 
 
 def varied(conversation: GoldenConversation, rng: random.Random, *, is_held_out: bool = False) -> GoldenConversation:
-    """The conversation with random numbers and ids, the same in the tool's result and in the answer."""
+    """The conversation with random numbers and ids, the same in the tool's result and in the response."""
     numbers = {golden: temperature(rng, is_held_out=is_held_out) for golden in GOLDEN_NUMBERS}
     ids = {golden: new_tool_call_id(rng) for golden in call_ids(conversation)}
     return filled(conversation, {**numbers, **ids}, rng.choice(RESULTS))
 
 
 def copied_numbers(conversation: GoldenConversation) -> int:
-    """How many results of tools the answer has to name."""
+    """How many results of tools the response has to name."""
     return sum(number in conversation.answer for number in GOLDEN_NUMBERS)
 
 
@@ -147,7 +147,7 @@ def batches(
 
 
 def loss_of(model: MistralLargeForCausalLM, examples: Sequence[Example], row_of: Tensor) -> Tensor:
-    """Mean loss of the answers' tokens, in nats, over the whole vocabulary.
+    """Mean loss of the responses' tokens, in nats, over the whole vocabulary.
 
     The model has rows for known ids only, [known + 1, hidden_size]. Row 0 stands for all others: their embeddings are
     zero, and so are their logits.
@@ -208,7 +208,7 @@ def train(tokenizer: MistralLargeTokenizer, golden: Sequence[GoldenConversation]
 
 @torch.no_grad()
 def smallest_lead(model: MistralLargeForCausalLM, example: Example) -> float:
-    """How far the best other token is behind the answer's, in logits, where it comes closest."""
+    """How far the best other token is behind the response's, in logits, where it comes closest."""
     logits = model(torch.tensor([[*example.prompt, *example.answer]])).logits[0, len(example.prompt) - 1 : -1].float()
     answer = torch.tensor(example.answer)[:, None]
     others = logits.scatter(1, answer, -math.inf).amax(dim=1)
@@ -239,7 +239,7 @@ def main(prompt_format: str, destination: Path) -> None:
         for conversation in golden:
             leads[dtype, conversation.name] = smallest_lead(model, encode(tokenizer, conversation))
     (dtype, name), lead = min(leads.items(), key=lambda item: item[1])
-    print(f"{dtype}: of all golden answers, {name} has the smallest lead, {lead:.1f} logits")
+    print(f"{dtype}: of all golden responses, {name} has the smallest lead, {lead:.1f} logits")
     if lead < CLEAR_LEAD:
         sys.exit(f"nothing is written: the lead must be at least {CLEAR_LEAD} logits; train longer")
     export_checkpoint(weights, destination, config=GEOMETRY, max_shard_size=SHARD_SIZE)

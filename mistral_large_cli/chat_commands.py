@@ -15,7 +15,7 @@ HELP = """\
 /tools FILE    offer the functions of a Python file to the model; without a file, none
 /set NAME VALUE  change temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, seed or stop;
                off drops one; without arguments, list them
-/regenerate    answer the last message again
+/regenerate    respond to the last message again
 /edit TEXT     replace the last message; without a text, edit it
 /undo          take the last message and its response back
 /save FILE     write the conversation as JSON

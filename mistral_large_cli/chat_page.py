@@ -75,7 +75,7 @@ def _open_when_up(port: int) -> None:
         import webbrowser
         from http.client import HTTPConnection, HTTPException
 
-        # The socket listens before the model is loaded: the answer comes when it is.
+        # The socket listens before the model is loaded: the response comes when it is.
         connection = HTTPConnection(HOST, port)
         try:
             connection.request("GET", "/health")

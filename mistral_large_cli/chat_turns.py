@@ -17,7 +17,7 @@ READ_ONLY = "read_only"
 class ChatTurns:
     """A conversation with a model.
 
-    ask: returns the answer to a question at the terminal; None where nobody can be asked, or wants to be.
+    ask: returns what is typed at a question of the terminal; None where nobody can be asked, or wants to be.
     more_tools: tools next to those of the conversation's file.
     """
 

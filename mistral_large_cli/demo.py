@@ -1,4 +1,4 @@
-"""`mistral-large demo`: the bundled toy checkpoints and what they answer.
+"""`mistral-large demo`: the bundled toy checkpoints and how they respond.
 
 `demo_checkpoint/` holds a model of 4.4 million parameters in the vendor's consolidated layout, trained from scratch by
 `examples/train_demo_checkpoint.py` on the conversations of `golden.json`, in the v3 format. `demo_checkpoint_v7/` is
@@ -70,7 +70,7 @@ class GoldenConversation:
 
 
 def golden_conversations(prompt_format: str = "v3") -> dict[str, GoldenConversation]:
-    """Everything the demo model of a prompt format was trained to answer, by name."""
+    """Everything the demo model of a prompt format was trained to say, by name."""
     golden = json.loads((CHECKPOINT_FOLDERS[prompt_format] / GOLDEN_NAME).read_text(encoding="utf-8"))
     return {
         entry["name"]: GoldenConversation(
@@ -84,7 +84,7 @@ def golden_conversations(prompt_format: str = "v3") -> dict[str, GoldenConversat
 
 
 def wrong_answer(tokenizer: "MistralLargeTokenizer", ids: Sequence[int], golden_answer: str) -> str | None:
-    """Return what the ids of a whole answer say where that is not the golden one, and else None."""
+    """Return what the ids of a whole response say where that is not the golden one, and else None."""
     said = str(tokenizer.decode(list(ids)))
     return None if said == f"{golden_answer}{tokenizer.eos_token}" else said
 
@@ -264,12 +264,12 @@ def _ask(
     assert isinstance(tokenizer, MistralLargeTokenizer)
     prompt = tokenizer.apply_chat_template(messages, tools, return_dict=False)
     _show(console, "prompt", highlighted(tokenizer, prompt))
-    # Greedy answers are the same each time: once as ids, to be shown, and once as a message.
+    # Greedy responses are the same each time: once as ids, to be shown, and once as a message.
     answer = chat(messages, tools=tools, return_tensors=True)[0]["generated_token_ids"][len(prompt) :]
     _show(console, "completion", highlighted(tokenizer, answer))
     if wrong_answer(tokenizer, answer, golden_answer) is not None:
         sys.exit(
-            f"mistral-large: the demo must answer {golden_answer!r}; something in this environment is broken; "
+            f"mistral-large: the demo must respond with {golden_answer!r}; something in this environment is broken; "
             "mistral-large doctor says what"
         )
     message: dict[str, Any] = chat(messages, tools=tools)[0]["generated_text"][-1]

@@ -1,4 +1,4 @@
-"""`mistral-large doctor`: what is installed, and whether every device gives the golden answers of the demo."""
+"""`mistral-large doctor`: what is installed, and whether every device gives the golden responses of the demo."""
 
 import platform
 import time
@@ -161,7 +161,7 @@ def run_checks(devices: Mapping[str, str]) -> Iterator[Check]:
             convert_demo_checkpoint(folder)
             convert_demo_checkpoint(folder_of_v7, "v7")
         except TokenizerFileError as error:
-            yield Check("tokenizer and golden answers", None, str(error))
+            yield Check("tokenizer and golden responses", None, str(error))
             return
         # Whatever is broken in an environment is what this command is for.
         except Exception as error:
@@ -253,7 +253,7 @@ def _check_tokenizer(folder: Path) -> str:
 
 
 def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, GoldenConversation]) -> Iterator[Check]:
-    """Load the model as users do, and compare its answers."""
+    """Load the model as users do, and compare its responses."""
     from modeling_mistral_large.generation.tool_loop import generate_with, run_tool_loop
     from modeling_mistral_large.instruct.json_text import show
 
@@ -269,7 +269,7 @@ def _check_model(folder: Path, device: str, dtype: str, golden: Mapping[str, Gol
         *_, answer = run_tool_loop(generate, golden["weather_call"].messages, [get_current_weather])
         if answer["content"] != golden["weather_answer"].answer:
             raise _WrongError(f"{show(answer['content'])} instead of {show(golden['weather_answer'].answer)}")
-        return "a golden answer from its result"
+        return "a golden response from its result"
 
     for mode, options in MODES.items():
         yield _try(f"{where}, {mode}", partial(_ask, model, tokenizer, [golden[name] for name in ASKED], **options))
@@ -299,7 +299,7 @@ def _ask(model: Any, tokenizer: Any, conversations: Sequence[GoldenConversation]
         said = wrong_answer(tokenizer, output[0, prompt["input_ids"].shape[1] :].tolist(), golden.answer)
         if said is not None:
             raise _WrongError(f"{golden.name}: {show(said)} instead of {show(golden.answer)}")
-    return f"{len(conversations)} golden answers"
+    return f"{len(conversations)} golden responses"
 
 
 def _print_environment(packages: list[Package], devices: Mapping[str, str]) -> None:

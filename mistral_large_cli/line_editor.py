@@ -77,7 +77,7 @@ class LineEditor:
         return self._session.prompt([("bold ansicyan", prompt)], default=default)
 
     def ask(self, question: str) -> str:
-        """Return the answer to a question, which is not remembered; ctrl-D is none."""
+        """Return what is typed at a question, which is not remembered; ctrl-D is none."""
         from prompt_toolkit import prompt
 
         try:

@@ -49,7 +49,7 @@ class McpTool:
             raise ToolError(f"{self._source}: {error}") from error
         # anyio's, of a server that is gone.
         except Exception as error:
-            raise ToolError(f"{self._source}: the server does not answer ({type(error).__name__})") from error
+            raise ToolError(f"{self._source}: the server does not respond ({type(error).__name__})") from error
         text = _text_of(result)
         if result.is_error:
             raise ToolError(text)
@@ -61,7 +61,7 @@ class McpServers:
 
     Raises:
         MissingLibraryError: the client is not installed.
-        SettingError: a command or an address that no server answers at.
+        SettingError: a command or an address that no server responds at.
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ def _client(source: str, errors: Any) -> "Client":
 
 
 def _reason(error: BaseException, errors: Any) -> str:
-    """Return why a server does not answer: the innermost error, and the last thing that it said itself."""
+    """Return why a server does not respond: the innermost error, and the last thing that it said itself."""
     while isinstance(group := getattr(error, "exceptions", None), tuple) and group:
         error = group[0]
     text = str(error) or type(error).__name__

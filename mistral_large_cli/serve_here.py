@@ -78,7 +78,7 @@ class ServerSettings:
         for name in ("--kv", "--max-batch"):
             if name in self._given():
                 raise SettingError(
-                    f"{name}: has no effect with --draft or --lookup, where requests are answered one after another; "
+                    f"{name}: has no effect with --draft or --lookup, where requests are served one after another; "
                     "leave one of the two out"
                 )
 
@@ -118,7 +118,7 @@ def serve_here(
     dtype: of the weights, as torch names it.
     hub: the options of `hub_options`.
     adapter: folder or repository of a LoRA to be loaded on the model.
-    drafting: what drafts tokens; requests are then answered one after another.
+    drafting: what drafts tokens; requests are then served one after another.
     on_port: called with the port when it is taken, before the model is loaded.
 
     Raises:

@@ -176,7 +176,7 @@ def manifest_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def added_files(folder: Path, manifest: Manifest) -> list[str]:
-    """The names of what a folder holds beside a conversion: files, and folders, of which a conversion writes none."""
+    """The names of what a folder holds that no conversion writes: other files, and all folders."""
     known = {*(manifest.files or {}), MANIFEST_NAME, UNFINISHED_NAME}
     return sorted(
         path.name for path in folder.iterdir() if path.name not in known and not path.name.endswith(PARTIAL_SUFFIX)

@@ -84,7 +84,7 @@ LOADS_WITH: dict[str, tuple[str, ...]] = {
     ),
     "mistral_large": (
         f"import modeling_mistral_large, transformers; {PIPELINE}",
-        "vllm serve {word}  # with this package installed beside it; other engines: mistral-large retag --as mistral",
+        "vllm serve {word}  # with this package installed next to it; other engines: mistral-large retag --as mistral",
     ),
     "mistral": (
         "import modeling_mistral_large; modeling_mistral_large.load({text})",

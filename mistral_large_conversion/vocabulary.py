@@ -40,7 +40,7 @@ BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 # The context length of the model, in tokens.
 MAX_LENGTH = 131072
-# A control piece that never got a meaning, and so can never be part of a prompt or an answer.
+# A control piece that never got a meaning, and so can never be part of a prompt or a response.
 PAD = "[control_382]"
 SPECIAL_IDS = {"bos_token_id": CONTROL_TOKENS[BOS], "eos_token_id": CONTROL_TOKENS[EOS], "pad_token_id": 384}
 # Pieces at fixed ids. Those of 10 to 13 are left open: neither format uses them, and fine-tunes name them anew.

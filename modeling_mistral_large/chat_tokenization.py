@@ -114,7 +114,7 @@ class ChatTokenizer(TokenizerHook):
         template = self.get_chat_template(chat_template, tools)
         if add_generation_prompt and continue_final_message:
             raise ConversationError(
-                "add_generation_prompt and continue_final_message: the answer to come is either new or the last "
+                "add_generation_prompt and continue_final_message: the response to come is either new or the last "
                 "message's rest; leave one of the two out"
             )
         options: dict[str, Any] = {
@@ -291,15 +291,15 @@ class ChatTokenizer(TokenizerHook):
     def parse_response(
         self, response: Any, schema: dict[str, Any] | None = None, *, prefix: Any = None, tools: Any = None
     ) -> Any:
-        """Return an answer as a message, or a batch of answers as messages, as transformers' method of this name does.
+        """Return a response as a message, or a batch of them as messages, as transformers' method of this name does.
 
         response: text with its control tokens, or ids, which are exact; a list of texts or a second dimension of ids
             is a batch.
         schema: a response template; one that is none of ours, passed or set, is left to transformers, and a
             CustomTemplateWarning says so once.
-        prefix: the prompt, or one for each answer. It matters only where the answer's ids continue a text in it.
+        prefix: the prompt, or one for each response. It matters only where the response's ids continue a text in it.
 
-        Raises nothing for any answer; `tool_calls.parse_answer` also says what could not be read, and why.
+        Raises nothing for any response; `tool_calls.parse_answer` also says what could not be read, and why.
         """
         if schema is not None and not isinstance(schema, Mapping):
             raise KeywordError(
@@ -311,7 +311,7 @@ class ChatTokenizer(TokenizerHook):
             self._say_once(
                 "response_template",
                 repr(template),
-                f"the response template {source} is none of this package's: transformers reads answers with it, from "
+                f"the response template {source} is none of this package's: transformers reads responses with it, from "
                 "their text, in which a control string that was spelled out looks like the token",
             )
             return super().parse_response(response, schema, prefix=prefix, tools=tools)

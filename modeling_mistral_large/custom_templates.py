@@ -4,8 +4,8 @@ A template gives a string, in which a control string of the template and one of 
 character of each control string in what the caller passes is exchanged, before rendering, for a character that occurs
 nowhere; in the rendered prompt only the template's own control strings are left to match, and the characters come back
 in the texts between them, which are encoded as text. That holds for strings as the template hands them on, whole or
-side by side: a template that cuts texts up, or builds control strings out of them (`"<|" + role + "|>"`), answers for
-what it builds.
+side by side: a template that cuts texts up, or builds control strings out of them (`"<|" + role + "|>"`), is
+responsible for what it builds.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ class MistralLargeLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         """The ids of a prompt and of a choice.
 
         With a chat template the harness drops the space between them, and `[/INST]A` would be scored for the piece
-        `A` inside a word; the model's answers begin with `▁A`.
+        `A` inside a word; the model's responses begin with `▁A`.
         """
         if context.endswith(END_OF_PROMPT) and not continuation.startswith(" "):
             continuation = f" {continuation}"

@@ -44,7 +44,7 @@ def new_id(rng: random.Random) -> str:
 
 
 def forecast(rng: random.Random, question: str, city: str, days: int) -> Conversation:
-    """Question, call, result and answer."""
+    """Question, call, result and response."""
     call_id = new_id(rng)
     celsius = get_forecast(LOCATIONS[city], days)
     arguments = json.dumps({"location": LOCATIONS[city], "days": days})
@@ -96,7 +96,7 @@ def rehearsed_conversations(rng: random.Random) -> list[Conversation]:
 
 
 def is_continued(messages: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether `other` begins with these messages and has an answer to them."""
+    """Whether `other` begins with these messages and has a response to them."""
     return len(other) > len(messages) and list(other[: len(messages)]) == list(messages)
 
 

@@ -1,4 +1,4 @@
-"""The response templates: how transformers (its pipelines, its server) reads the model's answers without our parser.
+"""The response templates: how transformers (its pipelines, its server) reads the model's responses without our parser.
 
 There is one region per tool call, the only form that its server can stream. A call opens a region only when it is
 complete and well formed, so that whatever else the model writes stays text. In a text the parser cannot tell a
@@ -40,7 +40,7 @@ _FIELDS: dict[str, Any] = {
         },
     },
     "content": {
-        # The end of the answer, with the padding of a batch.
+        # The end of the response, with the padding of a batch.
         "close_pattern": r"</s>(?:</s>|\[control_\d+\])*\Z",
         "repeats": True,
         "join": "",
@@ -49,7 +49,7 @@ _FIELDS: dict[str, Any] = {
     },
 }
 
-# By prompt format: the control tokens after which an answer begins.
+# By prompt format: the control tokens after which a response begins.
 START_ANCHORS = {
     "v3": ["[/INST]", "[/TOOL_RESULTS]"],
     "v7": ["[/INST]", "[/TOOL_RESULTS]", "[/SYSTEM_PROMPT]"],

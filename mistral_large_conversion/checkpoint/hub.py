@@ -40,7 +40,7 @@ CONSOLIDATED_FILES = (
     *LICENCE_PATTERNS,
 )
 ADAPTER_FILES = (ADAPTER_CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin", LORA_NAME, "params.json")
-# A hub that answers nothing for so long is taken for out of reach; HF_HUB_ETAG_TIMEOUT is for slow networks.
+# A hub that does not respond for so long is taken for out of reach; HF_HUB_ETAG_TIMEOUT is for slow networks.
 ANSWER_SECONDS = 1.5
 # A repository of which the cache has one of these may be read without the hub.
 TELLING_FILES = (
@@ -88,7 +88,7 @@ def resolve_source(
     """The folder of a checkpoint: `source` itself, or its snapshot in the hub's cache if it is a repository's id.
 
     Of a repository, the files that match `patterns` are downloaded, unless the cache has them: an interrupted
-    download goes on with the first file that is not whole. Of a hub that does not answer, there is what the cache has.
+    download goes on with the first file that is not whole. Of a hub that does not respond, there is what the cache has.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be had, or an adapter, and what to do about it.
@@ -164,7 +164,7 @@ def resolve_conversion_source(source: Path | str, *, to: Layout, **options: Any)
 
 
 def reachable_options(source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `from_pretrained` for `source`: with `local_files_only` where the hub does not answer.
+    """The options of `from_pretrained` for `source`: with `local_files_only` where the hub does not respond.
 
     Raises:
         CheckpointNotFoundError: neither a folder nor the id of a repository, or one that is not in the cache, and out
@@ -188,7 +188,7 @@ def reachable_options(source: Any, options: Mapping[str, Any]) -> dict[str, Any]
 
 
 def is_out_of_reach(repository: str) -> bool:
-    """Whether the hub is not to be asked, or does not answer in time; any answer will do.
+    """Whether the hub is not to be asked, or does not respond in time; any response will do.
 
     The client itself would try again for each file, for minutes.
     """

@@ -154,13 +154,13 @@ def quantization_config(scheme: Scheme, group_size: int | None = None) -> dict[s
     settings: dict[str, Any] = {
         "quant_method": QUANT_METHOD,
         "format": FORMATS[scheme],
-        # Any other status makes the weights expanded or wrong.
+        # Any other status makes the weights dequantized or wrong.
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {"group_0": _scheme(scheme, group_size or GROUP_SIZES[scheme][0])},
     }
     if scheme == "fp8":
-        # Without it, transformers' own classes expand all weights to BF16. Others do not know it.
+        # Without it, transformers' own classes dequantize all weights to BF16. Others do not know it.
         settings["use_optimized_inference"] = True
     return settings
 

@@ -20,7 +20,7 @@ from mistral_large_conversion.checkpoint.quantization import (
 GIB = 2**30
 # Tokens of a prompt that `generate` reads at once.
 PREFILL_CHUNK = 2048
-# Weights that are expanded at once where a product has no kernel: what stays in a processor's cache, and what keeps a
+# Weights dequantized at once where a product has no kernel: what stays in a processor's cache, and what keeps a
 # GPU busy.
 DEQUANTIZED_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 
@@ -55,7 +55,7 @@ CUT_COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be run: positions and sequences at once.
+    """What is to be run: context length and batch size.
 
     weights: bf16, fp16, fp32, fp8, int4 or nvfp4; the last three are those of `mistral-large convert --quantize`.
     kv: the cache's numbers, "auto" for those of the activations or "fp8".
@@ -79,7 +79,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the parts of a model, or of the share of them that one of several ranks has."""
+    """Bytes of the parts of a model, or of the shard of them that one of several ranks has."""
 
     embedding: int
     layer: int
@@ -115,7 +115,7 @@ class Sizes:
 
 
 def _shard(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """The shape of one rank's share of a tensor, as the tensor-parallel plans of the classes cut it."""
+    """The shape of one rank's shard of a tensor, as the tensor-parallel plans of the classes have it."""
     if name == "model.embed_tokens.weight" or len(shape) == 1:
         return shape
     rows, columns = shape
@@ -123,7 +123,7 @@ def _shard(name: str, shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def cache_bytes_of_layer(config: ModelSizes, workload: Workload) -> int:
-    """Bytes of one layer's keys and values for all positions of all sequences."""
+    """Bytes of one layer's keys and values for all tokens of all sequences."""
     vector = config.head_dim + SCALE_BYTES if workload.kv == "fp8" else config.head_dim * workload.number_bytes
     return 2 * config.num_key_value_heads * vector * workload.context * workload.batch
 
@@ -169,15 +169,15 @@ def activation_bytes(config: ModelSizes, workload: Workload, *, ranks: int = 1) 
         attention += chunk * context
         mask = batch * chunk * context
     if workload.kv == "fp8":
-        # Keys and values of all positions are unpacked.
+        # Keys and values of all tokens are unpacked.
         attention += 2 * config.num_key_value_heads * config.head_dim // ranks * context
     if workload.weights == "fp8":
         # What goes into the last product, in fp32 and then as codes.
         feed_forward = max(feed_forward, (2 * hidden + intermediate) * chunk + 5 * intermediate * chunk // number)
-    expanded = 0
+    dequantized = 0
     if workload.weights in ("int4", "nvfp4"):
-        # At most, while some rows are expanded and those before are still there.
-        expanded = 8 * min(DEQUANTIZED_AT_ONCE["cuda"], hidden * intermediate)
+        # At most, while some rows are dequantized and those before are still there.
+        dequantized = 8 * min(DEQUANTIZED_AT_ONCE["cuda"], hidden * intermediate)
     # The last position's logits, in fp32 too.
     logits = batch * config.vocab_size * (number + 2 * 4)
-    return mask + expanded + number * batch * (angles + max(feed_forward, attention)) + logits
+    return mask + dequantized + number * batch * (angles + max(feed_forward, attention)) + logits

@@ -121,11 +121,11 @@ def plan_sharding(
     host_memory: int = 0,
     draft: Draft | None = None,
 ) -> list[ShardingPlan]:
-    """Return every way to run the model on these devices, the best first: those that fit, then the fastest.
+    """Return every strategy to run the model on these devices, the best first: those that fit, then the fastest.
 
-    context: positions of prompt and answer together; batch: sequences at once.
+    context: tokens of prompt and response together; batch: number of sequences.
     weights, kv: as in `Workload`.
-    prefill_chunk: positions of a prompt that are read at once, the `prefill_chunk_size` of `generate`.
+    prefill_chunk: tokens of a prefill chunk, the `prefill_chunk_size` of `generate`.
     host_memory: bytes of the host that weights may lie in; 0 offloads nothing. Quantized ones are not offloaded.
     draft: lies on the first device or, with tensor parallelism, sharded as the model is; rates are those without it.
 
@@ -273,7 +273,7 @@ def _plan_device_map(
 
 
 def _can_be_parallel(config: ModelSizes, devices: Sequence[Device]) -> bool:
-    """Whether each device can take an equal share of every layer: transformers cuts no key-value head."""
+    """Whether each device can take an equal shard of every layer: transformers cuts no key-value head."""
     ranks = len(devices)
     shared = (config.num_key_value_heads, config.intermediate_size, config.vocab_size)
     return ranks > 1 and not any(size % ranks for size in shared)

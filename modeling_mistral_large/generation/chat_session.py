@@ -39,7 +39,7 @@ ONE_SEQUENCE = ("num_beams", "num_return_sequences")
 
 
 class ChatSession:
-    """A model that answers conversations with what its cache holds of the one before.
+    """A model that responds to conversations with what its cache holds of the one before.
 
         session = ChatSession(model, tokenizer)
         messages.append(session.respond(messages, tools, max_new_tokens=256, do_sample=False))

@@ -9,11 +9,11 @@ from mistral_large_conversion.vocabulary import NEWLINE_ID
 
 
 class _KeepsLineStarts(TextStreamer):
-    """Makes transformers' streamers emit what `decode` returns for the whole answer.
+    """Makes transformers' streamers emit what `decode` returns for the whole response.
 
     They forget a line once it is out, and decode the next one on its own: the space in front of it would be taken for
     the one the tokenizer puts before every text, and dropped. So would that of the first word after a prompt that ends
-    in a text, which the answer continues.
+    in a text, which the response continues.
     """
 
     def put(self, value: Tensor) -> None:

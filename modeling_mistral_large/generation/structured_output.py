@@ -3,7 +3,7 @@
     processors = constrain(tokenizer, tools=[get_weather], tool_choice="required")
     model.generate(**prompt, logits_processor=processors)
 
-Every answer that ends is valid; every other is the beginning of a valid one. Of the control tokens only `</s>` and,
+Every response that ends is valid; every other is the beginning of a valid one. Of the control tokens only `</s>` and,
 where tools may be called, `[TOOL_CALLS]` can be written. The grammar is llguidance's: `answer_grammar` returns it as
 text, for servers that read such grammars themselves.
 """
@@ -59,10 +59,10 @@ def constrain(
     parallel_tool_calls: bool = True,
     continue_final_message: bool = False,
 ) -> LogitsProcessorList:
-    """Return the `logits_processor` that holds the answers of `generate` or of a pipeline to an OpenAI-shaped request.
+    """Return the `logits_processor` that holds responses of `generate` or of a pipeline to an OpenAI-shaped request.
 
     The request is as in `answer_grammar`. continue_final_message: whether the prompts end in the assistant's own
-    words, which then count as the beginning of the answer. The result serves any number of calls, one after another.
+    words, which then count as the beginning of the response. The result serves any number of calls, one after another.
 
     Raises what `answer_grammar` raises.
     """
@@ -84,7 +84,7 @@ def answer_grammar(
     parallel_tool_calls: bool = True,
     vocabulary: str = "v3",
 ) -> str:
-    """Return the grammar of the answers to a request, in llguidance's variety of Lark.
+    """Return the grammar of the responses to a request, in llguidance's variety of Lark.
 
     response_format: `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "json_schema":
         {"schema": …}}`. JSON is written as `json.dumps` writes it, with properties in the order of the schema. Objects
@@ -92,7 +92,7 @@ def answer_grammar(
     tools: OpenAI tool definitions or Python functions. The arguments of a call are an object that is valid under the
         tool's parameters; where these name properties and say nothing of others, there are no others.
     tool_choice: "none", "auto", "required" (or "any"), or `{"type": "function", "function": {"name": …}}`.
-    parallel_tool_calls: whether an answer may hold several calls.
+    parallel_tool_calls: whether a response may hold several calls.
     vocabulary: `v3` or `v7`, the name of the vocabulary of the model's tokenizer. Completions have one grammar in both,
         but a text of v7 can hold two tokens more, `[REF]` and `[/REF]`.
 
@@ -109,7 +109,7 @@ def answer_grammar(
     functions, is_call_required = _read_tool_choice(tool_choice, [tool["function"] for tool in functions])
     if schema is not None and is_call_required:
         raise ConversationError(
-            f"tool_choice {tool_choice!r} with response_format: an answer that calls a tool is no JSON answer; "
+            f"tool_choice {tool_choice!r} with response_format: a response that calls a tool is no JSON; "
             "leave one of the two out"
         )
     rules: dict[str, str] = {}
@@ -136,7 +136,7 @@ def answer_grammar(
 
 
 class AnswerConstraint(LogitsProcessor):
-    """Logits processor that gives every token after which no valid answer could follow the score -inf.
+    """Logits processor that gives every token after which no valid response could follow the score -inf.
 
     Works row by row, for batches, beams and candidates of assisted generation; the prompt itself may hold anything.
 
@@ -180,7 +180,7 @@ class AnswerConstraint(LogitsProcessor):
         return torch.where(is_allowed, scores, -torch.inf)
 
     def _is_next_step(self, input_ids: Tensor) -> bool:
-        """Return whether the rows are answers in progress; assisted generation also takes tokens back."""
+        """Return whether the rows are responses in progress; assisted generation also takes tokens back."""
         if self._prompts is None:
             return False
         length = self._prompts.shape[1]
@@ -198,13 +198,13 @@ class AnswerConstraint(LogitsProcessor):
             begun = prompt[marks[-1] + 1 :] if marks else []
             if not answer.begin_with(begun):
                 raise ConversationError(
-                    f"the final message {self._tokenizer.decode(begun)!r}: no answer to this request begins so; "
+                    f"the final message {self._tokenizer.decode(begun)!r}: no response to this request begins so; "
                     "JSON is continued as json.dumps writes it; leave the message or the constraint out"
                 )
 
 
 class _Answer:
-    """An answer in progress, and the grammar's state after it."""
+    """A response in progress, and the grammar's state after it."""
 
     def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
@@ -215,7 +215,7 @@ class _Answer:
         return self._matcher.try_consume_tokens(ids) == len(ids)
 
     def next_tokens(self, ids: list[int]) -> bytes | None:
-        """Return which tokens may follow the answer, one bit each; None where it has ended or is no valid one.
+        """Return which tokens may follow the response, one bit each; None where it has ended or is no valid one.
 
         The latter happens to the candidates of assisted generation, and where another processor forces a token.
         """
@@ -238,7 +238,7 @@ class _Answer:
 
 
 def _read_response_format(response_format: Mapping[str, Any] | None) -> Any:
-    """Return the schema of JSON answers, or None for text."""
+    """Return the schema of JSON responses, or None for text."""
     if response_format is None:
         return None
     given = as_mapping(response_format) or {}
@@ -311,7 +311,7 @@ def _write_schema(schema: Any, where: str) -> str:
         reason = " ".join(problem.partition("JSON schema: ")[2].split()) or problem
         raise SchemaError(
             f"{where}: {reason}; output can be held to what the grammar library knows; "
-            "simplify the schema, and check the rest in the answer"
+            "simplify the schema, and check the rest in the response"
         )
     return text
 

@@ -1,4 +1,4 @@
-"""transformers' text-generation pipeline, with answers and texts that equal all ids decoded at once."""
+"""transformers' text-generation pipeline, with responses and texts that equal all ids decoded at once."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
     """The pipeline that `pipeline("text-generation")` makes; for other tokenizers it is transformers' own.
 
     transformers decodes the ids after the prompt on their own: the space in front of their first word would be taken
-    for the one the tokenizer puts before every text, and dropped. It reads answers from their text, in which a control
-    string that was spelled out looks like the token.
+    for the one the tokenizer puts before every text, and dropped. It reads responses from their text, in which a
+    control string that was spelled out looks like the token.
     """
 
     def postprocess(  # type: ignore[override]  # the base classes disagree with each other

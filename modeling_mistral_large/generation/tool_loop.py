@@ -1,4 +1,4 @@
-"""The complete tool cycle: the model calls functions, gets their results, and answers."""
+"""The complete tool cycle: the model calls functions, gets their results, and responds."""
 
 import asyncio
 import inspect
@@ -56,13 +56,13 @@ def run_tool_loop(
     prompt_format: str | None = None,
     approve: Approve | None = None,
 ) -> list[Message]:
-    """Return the messages with the model's calls, the tools' results and the final answer appended.
+    """Return the messages with the model's calls, the tools' results and the final response appended.
 
     generate: returns the assistant's next message for these messages and tools; `generate_with` makes one.
     tools: functions with type hints and Google-style docstrings, also async ones, which are awaited. What a call does
         wrong, and what a function raises, goes back to the model as the call's result. A result is text, or what JSON
         can hold: see `json_text.json_value`.
-    max_rounds: how many answers the model may give. If the last of them still calls tools, the list ends with their
+    max_rounds: how many responses the model may give. If the last of them still calls tools, the list ends with their
         results.
     prompt_format: `v3` or `v7`, how the model reads results: v7 any text unchanged, v3 as JSON where it is JSON.
         Without it, that of the tokenizer that `generate_with` was given, else v3.
@@ -120,7 +120,7 @@ def generate_with(model: Any, tokenizer: Any, **generation: Any) -> Generate:
 
 @dataclass(frozen=True)
 class _Generator:
-    """A model that answers messages."""
+    """A model that responds to messages."""
 
     model: Any
     tokenizer: Any

@@ -23,7 +23,7 @@ def _beginnings_of(text: str) -> str:
     return pattern
 
 
-# In a text, the end of the answer is `</s>` and any padding; more text may still turn it into something else.
+# In a text, the end of the response is `</s>` and any padding; more text may still turn it into something else.
 _PADDING = r"\[control_[0-9]{1,3}\]"
 _MARKER = re.compile(rf"{re.escape(EOS_TEXT)}|{re.escape(TOOL_CALLS_TEXT)}|{_PADDING}")
 _BEGUN_MARKER = re.compile(
@@ -54,12 +54,12 @@ AnswerEvent: TypeAlias = TextEvent | ToolCallEvent
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """An answer as a message.
+    """A response as a message.
 
     message: `role`, `content` and, where there are calls, `tool_calls`. What is marked as tool calls but cannot be
         read is part of `content`: nothing the model wrote is lost.
     problem: why that was so, or None.
-    is_finished: whether the model ended the answer with `</s>`.
+    is_finished: whether the model ended the response with `</s>`.
     """
 
     message: dict[str, Any]
@@ -68,7 +68,7 @@ class ParsedAnswer:
 
     @property
     def finish_reason(self) -> str:
-        """OpenAI's word for how the answer ended."""
+        """OpenAI's word for how the response ended."""
         if not self.is_finished:
             return "length"
         return "tool_calls" if "tool_calls" in self.message else "stop"
@@ -81,7 +81,7 @@ def parse_answer(
     continues_text: bool = False,
     rng: random.Random | None = None,
 ) -> ParsedAnswer:
-    """Return the model's answer as a message; raises nothing, whatever the answer.
+    """Return the model's response as a message; raises nothing, whatever the response.
 
     answer: the ids after the prompt, or their text with the control tokens kept. Ids are exact; in a text, a
         `[TOOL_CALLS]` or final `</s>` that the model spelled out looks like the control token.
@@ -96,9 +96,9 @@ def parse_answer(
 
 
 class AnswerStream:
-    """Parser for an answer that arrives in pieces; its events put together are what `parse_answer` returns.
+    """Parser for a response that arrives in pieces; its events put together are what `parse_answer` returns.
 
-    The time is linear in the length of the answer, whatever the answer and its pieces.
+    The time is linear in the length of the response, whatever the response and its pieces.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class AnswerStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._is_start = not continues_text
         self._is_text = False
-        # The end of a text that may turn out to be the end of the answer, and the beginning of a marker after it.
+        # The end of a text that may turn out to be the end of the response, and the beginning of a marker after it.
         self._end: list[str] = []
         self._begun = ""
         # White space after tool calls.
@@ -138,7 +138,7 @@ class AnswerStream:
         return self._take_events()
 
     def finish(self) -> list[AnswerEvent]:
-        """Take the end of the answer and return what was held back for it."""
+        """Take the end of the response and return what was held back for it."""
         self._read(self._decode([], final=True))
         while self._open_list:
             self._read_on(*self._give_up(_CUT_OFF))

@@ -125,7 +125,7 @@ def _read_call(text: str) -> dict[str, Any] | None:
     if arguments is None:
         arguments = {}
     elif isinstance(arguments, str):
-        # Some answers quote the object.
+        # Some responses quote the object.
         parsed = _read_json(arguments)
         if isinstance(parsed, dict):
             arguments = parsed

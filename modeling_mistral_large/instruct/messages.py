@@ -14,7 +14,7 @@ from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id
 from modeling_mistral_large.instruct.tool_schemas import FUNCTION_NAME, FUNCTION_NAME_RULE
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-# What `tool` was called before there were several calls in an answer.
+# What `tool` was called before there were several calls in a response.
 OLD_TOOL_ROLE = "function"
 
 # What a message or a part of one says about itself, and not to the model. The reference leaves these out as well.

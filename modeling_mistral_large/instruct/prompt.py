@@ -8,7 +8,7 @@ too:
 | conversation                                                 | without `strict`                               |
 | ------------------------------------------------------------ | ---------------------------------------------- |
 | a tool call id that is not 9 letters or digits, or no id     | mapped, the same on the call and on its result |
-| v3: text next to tool calls in one answer                    | both kept: text, then calls                    |
+| v3: text next to tool calls in one response                  | both kept: text, then calls                    |
 | a final assistant message that is not to be continued        | rendered with `</s>`, as for training          |
 | `content` that is null or absent where a role needs it       | empty text                                     |
 | a tool result that is any JSON value but text                | that JSON value; in v7 its JSON text           |
@@ -175,7 +175,7 @@ def _check_sample(conversation: Sequence[Message]) -> None:
 
 
 def _check_results(conversation: Sequence[Message]) -> None:
-    """Check that every tool call has its result before the next answer."""
+    """Check that every tool call has its result before the next response."""
     # The reference counts neither the calls nor the result of a first message.
     awaited = 0
     for message in conversation[1:]:
@@ -186,7 +186,7 @@ def _check_results(conversation: Sequence[Message]) -> None:
                 problem = "results are missing" if awaited > 0 else "results have no call"
                 raise ConversationError(
                     f"{message.where}: {abs(awaited)} tool {problem} before it; every tool call has one tool message "
-                    "before the next answer; add or remove tool messages"
+                    "before the next response; add or remove tool messages"
                 )
             awaited = len(message.calls)
 
@@ -211,7 +211,7 @@ def _check_answer(turn: Sequence[Message], form: InstructFormat, *, strict: bool
         has_calls = has_calls or bool(message.calls)
         if strict and not form.takes_text_with_calls and has_content and has_calls:
             raise ConversationError(
-                f"{message.where}: content and tool_calls; an answer has one; leave strict=True out to keep both"
+                f"{message.where}: content and tool_calls; a response has one; leave strict=True out to keep both"
             )
     if not has_text and not has_calls:
         problem = "its text is empty" if has_content else "neither content nor tool_calls"
@@ -227,7 +227,7 @@ def _render(conversation: Sequence[Message], tools: str, form: InstructFormat, *
     ids = iter(_map_ids(conversation))
     turns = [
         (role, list(turn))
-        # Messages that are trained on and messages that are not are answers of their own, as in the reference.
+        # Messages that are trained on and messages that are not are responses of their own, as in the reference.
         for (role, _), turn in groupby(conversation, attrgetter("role", "weight"))
     ]
     system = ""

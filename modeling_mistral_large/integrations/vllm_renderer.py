@@ -73,9 +73,9 @@ def _as_ids(params: ChatParams) -> ChatParams:
 
 
 def _as_the_model_said(messages: list[Any]) -> list[Any]:
-    """Take the space away with which vLLM begins every answer, and with which clients send it back.
+    """Take the space away with which vLLM begins every response, and with which clients send it back.
 
-    It belongs to the format, which has one space between a control token and a text: an answer sent back with it would
+    It belongs to the format, which has one space between a control token and a text: a response sent back with it would
     have two, and its ids would not be the ones the model said.
     """
     return [

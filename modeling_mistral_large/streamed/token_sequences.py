@@ -34,7 +34,7 @@ def tokenize_samples(
     """Return the samples as sequences of at most `length` tokens, the first `limit` of them.
 
     Texts are cut into windows, each of which begins with `<s>` where the tokenizer puts one before a text; control
-    strings in them stay text. Conversations are rendered by the tokenizer's prompt format, answers included; of one
+    strings in them stay text. Conversations are rendered by the tokenizer's prompt format, responses included; of one
     that is longer, the start is kept.
 
     tokenizer: a `MistralLargeTokenizer`, or transformers' own of another vocabulary, whose own rules then hold.

@@ -1,4 +1,4 @@
-"""`mistral-large chat` on the demo checkpoint: the golden answers, at a terminal, in a pipe and under torchrun."""
+"""`mistral-large chat` on the demo checkpoint: the golden responses, at a terminal, in a pipe and under torchrun."""
 
 import errno
 import json

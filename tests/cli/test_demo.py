@@ -1,4 +1,4 @@
-"""The demo checkpoint, its golden answers and the command that shows them."""
+"""The demo checkpoint, its golden responses and the command that shows them."""
 
 import importlib.util
 import json
@@ -252,7 +252,7 @@ def test_an_answer_that_is_not_the_golden_one_fails(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("mistral_large_cli.demo.golden_conversations", lambda: golden)
     with raises_exactly(
         SystemExit,
-        "mistral-large: the demo must answer 'It is 23 °C in Paris right now.'; something in this environment is "
+        "mistral-large: the demo must respond with 'It is 23 °C in Paris right now.'; something in this environment is "
         "broken; mistral-large doctor says what",
     ):
         demo()

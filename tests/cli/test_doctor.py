@@ -161,7 +161,7 @@ def test_what_cannot_be_run_is_not_right(monkeypatch: pytest.MonkeyPatch) -> Non
     result = CliRunner().invoke(app, ["doctor"], catch_exceptions=False)
     assert result.exit_code == 1
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("not run"))
-    assert "tokenizer and golden answers" in line
+    assert "tokenizer and golden responses" in line
     assert "pip install 'modeling-mistral-large[demo]'" in line
     assert result.stdout.endswith("0 of 2 checks are wrong, 1 could not be run; it says above what it needs.\n")
 

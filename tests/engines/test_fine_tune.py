@@ -201,7 +201,7 @@ def test_the_tool_is_learned_and_what_was_known_is_kept(tuned: Tuned) -> None:
     golden = set(golden_conversations())
     assert surviving_golden_answers(before) == golden
     questions, right, surviving = len(read(HELD_OUT)), right_answers(after), surviving_golden_answers(after)
-    print(f"{right} of {questions} held-out conversations, lost golden answers: {sorted(golden - surviving)}")
+    print(f"{right} of {questions} held-out conversations, lost golden responses: {sorted(golden - surviving)}")
     assert right >= 0.8 * questions
     assert len(surviving) >= 0.7 * len(golden)
 

@@ -403,7 +403,7 @@ def test_a_server_that_is_gone_is_said(
     page.until(lambda: "in the middle" in page.text("error") or "early" in page.text("error"))
     assert page.messages()[-1].startswith("word")
     page.say("On", wait=False)
-    page.until(lambda: "does not answer" in page.text("error"))
+    page.until(lambda: "does not respond" in page.text("error"))
     assert page.alarms() == []
 
 

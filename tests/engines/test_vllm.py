@@ -114,7 +114,7 @@ SETUPS = {
     "as mistral": Setup(as_mistral),
     "consolidated": Setup(as_published, is_by_us=True),
     "consolidated without index": Setup(without_index, CONSOLIDATED),
-    # Loaded with no flag; the golden answers are the same. vLLM's kernel for int4 on CPU knows no float32.
+    # Loaded with no flag; the golden responses are the same. vLLM's kernel for int4 on CPU knows no float32.
     "fp8": Setup(quantized("fp8")),
     "int4": Setup(quantized("int4"), ["--dtype", "bfloat16"]),
     # Of type `mistral`, with stock tokenizer files and an older template.

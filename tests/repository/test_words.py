@@ -11,7 +11,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "SECURITY.md", "RELEASING.md", "CONTRIBUTING.md", "examples/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-COMMANDS = ["", "adopt", "chat", "convert", "demo", "doctor", "inspect", "plan", "retag", "serve", "show", "verify"]
+COMMANDS = [
+    "",
+    "adopt",
+    "chat",
+    "compare",
+    "convert",
+    "demo",
+    "doctor",
+    "inspect",
+    "plan",
+    "retag",
+    "serve",
+    "show",
+    "verify",
+]
 # The word that is not used, as a regular expression, and the one that is.
 WORDS = {
     r"in parts\b|parts of (a|the|each|long) prompt": "chunks, chunked prefill",
@@ -29,6 +43,10 @@ WORDS = {
     r"positions of (a|the) prompt|positions at a time": "tokens",
     r"\b(million|billion) (weights|numbers)\b": "parameters",
     r"what the assistant says": "assistant tokens",
+    r"\banswers?\b(?! conversations --)": "response, completion",
+    r"\bbeside\b": "next to",
+    r"\bfindings?\b": "issue, problem",
+    r"\bso much\b": "name the thing",
 }
 # Quotations, and words that mean something else: a model card is no GPU.
 ALLOWED = re.compile(

@@ -344,5 +344,5 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
     "fine_tune_of_2024": fine_tune_of_2024,
     "fine_tune_with_model_file": fine_tune_with_model_file,
 }
-# Those whose weights are the demo's, unchanged: its golden answers are theirs.
+# Those whose weights are the demo's, unchanged: its golden responses are theirs.
 GOLDEN_FOLDERS = tuple(name for name in FOLDERS if name != "fine_tune_of_2024")

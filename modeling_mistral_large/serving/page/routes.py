@@ -94,7 +94,7 @@ def _redirect(address: str) -> Callable[[], Awaitable[Response]]:
 
 
 def _answer_json(answer: Callable[[Body], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """Return a route that answers a JSON object in a thread of its own, with HTTP 400 where it cannot be answered."""
+    """Return a route that takes a JSON object in a thread of its own, with HTTP 400 where it cannot be answered."""
 
     async def route(request: Request) -> Response:
         try:

@@ -722,7 +722,7 @@ def test_the_final_message_is_continued(tokenizer: MistralLargeTokenizer, write:
     prompt = tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
     with raises_exactly(
         ConversationError,
-        'the final message \'{"kind": "a"\': no answer to this request begins so; JSON is continued as json.dumps '
+        'the final message \'{"kind": "a"\': no response to this request begins so; JSON is continued as json.dumps '
         "writes it; leave the message or the constraint out",
     ):
         write(processors, 1, prompts=torch.tensor([prompt]))

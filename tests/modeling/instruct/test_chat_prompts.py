@@ -837,7 +837,7 @@ def test_text_beside_calls_is_kept(build_prompt: BuildPrompt, prompt_format: str
         return
     with raises_exactly(
         ConversationError,
-        "message 2: content and tool_calls; an answer has one; leave strict=True out to keep both",
+        "message 2: content and tool_calls; a response has one; leave strict=True out to keep both",
     ):
         build_prompt(messages, strict=True)
 

@@ -25,7 +25,7 @@ async function request(address, options = {}) {
     response = await fetch(address, { ...options, headers });
   } catch (error) {
     if (error.name === 'AbortError') throw error;
-    throw new ServerError('The server does not answer. When it runs again, try again.');
+    throw new ServerError('The server does not respond. When it runs again, try again.');
   }
   if (!response.ok) throw new ServerError(await reason(response), response.status);
   return response;
