@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,7 +15,6 @@ from .chat_turns import ChatTurns
 from .conversation_file import Conversation, check_messages, formats_of_folder, load_conversation
 from .generation_session import GenerationSession
 from .line_editor import LineEditor, history_file
-from .mcp_tools import McpServers
 from .model_argument import check_model
 from .options import (
     DTYPES,
@@ -34,6 +33,9 @@ from .sampling import NAMES, Sampling
 from .speculation import Draft, Drafting, DraftRevision, DraftTokens, Lookup
 from .terminal import console
 from .tools_file import Tool, function_names, load_tools
+
+if TYPE_CHECKING:
+    from .mcp_tools import McpServers
 
 BLOCK_MARK = '"""'
 # Typed alone at a terminal.
@@ -146,7 +148,7 @@ def chat(
             # Of a repository or an adapter, the format is known now.
             check_messages(conversation.messages, None, *session.prompt_formats)
         if mcp:
-            servers = McpServers(mcp)
+            servers = start_servers(mcp)
         Chat(
             ChatScreen(out, is_markdown=is_terminal and not plain),
             conversation,
@@ -161,6 +163,13 @@ def chat(
         if servers is not None:
             servers.close()
         session.dismiss()
+
+
+def start_servers(commands: Sequence[str]) -> "McpServers":
+    """Start MCP servers; the client's event loop is imported only where there are any."""
+    from .mcp_tools import McpServers
+
+    return McpServers(commands)
 
 
 class Chat:

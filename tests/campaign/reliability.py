@@ -675,7 +675,7 @@ SECTIONS = {
     "together": "two and six conversions into one folder at once",
     "unreadable": "folders and files that may not be read or written",
     "hub": "connections to the hub that are cut, files that cannot be had, commands killed in a download, refusals",
-    "answers": "answers with ids removed, added, repeated and shuffled, whole and streamed",
+    "answers": "responses with ids removed, added, repeated and shuffled, whole and streamed",
     "conversations": "random conversations, a third of them with control strings in every place, against the reference",
     "servers": "requests to our server, {clients at once} at once, of which every second one hangs up",
 }
