@@ -5,6 +5,8 @@ SentencePiece file and the same proof anew, which takes most of its time. The fi
 """
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,6 +24,7 @@ _content_sha256 = lru_cache(MOST)(vocabulary._content_sha256)
 _model_of_pieces = lru_cache(MOST)(folder_tokenizer.sentencepiece_model)
 _backend_of_pieces = lru_cache(MOST)(sentencepiece_bpe.build_backend)
 _proven: dict[tuple[Any, ...], dict[str, bytes]] = {}
+_read: dict[bytes, Tokenizer] = {}
 
 
 def sentencepiece_model(pieces: Sequence[str]) -> bytes:
@@ -45,6 +48,19 @@ def proven(
     return dict(_proven[key])
 
 
+def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
+    """A backend of its own on the model that was read first, where a clone has all that the file says."""
+    content = Path(path).read_bytes() if Path(path).is_file() else b""
+    if content not in _read:
+        backend = sentencepiece_bpe.read_tokenizer_json(path)
+        if sentencepiece_bpe.clone_backend(backend).to_str() != backend.to_str():
+            return backend
+        if len(_read) >= MOST:
+            _read.clear()
+        _read[content] = backend
+    return sentencepiece_bpe.clone_backend(_read[content])
+
+
 @contextmanager
 def vocabularies() -> Iterator[None]:
     """Remember what is made of vocabularies, wherever the converter makes it."""
@@ -54,5 +70,9 @@ def vocabularies() -> Iterator[None]:
         patch.setattr(folder_tokenizer, "sentencepiece_model", sentencepiece_model)
         for module in (folder_tokenizer, sentencepiece_bpe, tokenizer):
             patch.setattr(module, "build_backend", build_backend)
+        patch.setattr(tokenizer, "read_tokenizer_json", read_tokenizer_json)
+        # The ground floor does without.
+        if (library := sys.modules.get("modeling_mistral_large.tokenization_mistral_large")) is not None:
+            patch.setattr(library, "read_tokenizer_json", read_tokenizer_json)
         patch.setattr(tokenizer, "_proven", lambda *args: proven(*args, prove=prove))
         yield
