@@ -17,11 +17,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from mistral_large_conversion import folder_tokenizer, sentencepiece_bpe, tokenizer, vocabulary
+from mistral_large_conversion.sentencepiece_model import sentencepiece_model as model_of_pieces
 
 # Few, as some tests make many that are all different.
 MOST = 16
 _content_sha256 = lru_cache(MOST)(vocabulary._content_sha256)
-_model_of_pieces = lru_cache(MOST)(folder_tokenizer.sentencepiece_model)
+_model_of_pieces = lru_cache(MOST)(model_of_pieces)
 _backend_of_pieces = lru_cache(MOST)(sentencepiece_bpe.build_backend)
 _proven: dict[tuple[Any, ...], dict[str, bytes]] = {}
 _read: dict[bytes, Tokenizer] = {}
