@@ -75,11 +75,13 @@ def adopt_checkpoint(
     folder = resolve_source(source, patterns=HF_FILES, revision=revision, token=token, cache_dir=cache_dir)
     destination = Path(destination)
     checkpoint = _read(folder)
+    # Before the tokenizer is made, which takes a second.
+    if check_destination(folder, destination, 0) != "new":
+        raise DestinationError(f"{destination}: holds another conversion; choose a new or empty folder")
     tokenizer = read_folder_tokenizer(folder, layout="hf", prompt_format=prompt_format)
     small_files = _small_files(checkpoint, tokenizer)
     written_bytes = sum(map(len, small_files.values()))
-    if check_destination(folder, destination, written_bytes) != "new":
-        raise DestinationError(f"{destination}: holds another conversion; choose a new or empty folder")
+    check_destination(folder, destination, written_bytes)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))

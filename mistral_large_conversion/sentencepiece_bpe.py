@@ -149,7 +149,7 @@ def check_backend(backend: Tokenizer, source: str | os.PathLike[str]) -> None:
 
     source: what to call it.
     """
-    pieces = [backend.id_to_token(index) for index in range(backend.get_vocab_size(with_added_tokens=False))]
+    pieces = list(map(backend.id_to_token, range(backend.get_vocab_size(with_added_tokens=False))))
     vocabulary = _check_pieces(source, pieces)
     # Conversions by others have the same pieces, but not the same ids for every text.
     model, splitter, decoder = backend.model, backend.pre_tokenizer, backend.decoder

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mistral_large_conversion.vocabulary import (
     BYTE_IDS,
@@ -69,6 +70,8 @@ def _field(number: int, value: bytes | int) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
+# Tags, lengths and types are the same few for all pieces.
+@lru_cache(maxsize=1024)
 def _varint(value: int) -> bytes:
     encoded = bytearray()
     while value > 0x7F:

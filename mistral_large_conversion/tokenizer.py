@@ -168,13 +168,17 @@ def tokenizer_problems(folder: Path, *, vocab_size: int, may_lack_model: bool = 
             tokenizer = read_folder_tokenizer(folder, layout="hf")
             if tokenizer.vocabulary is None:
                 return [*tokenizer.remarks]
-            wanted = json.loads(build_backend(tokenizer.pieces).to_str())
+            made = build_backend(tokenizer.pieces)
         else:
             model = model or folder / TOKENIZER_NAME
-            wanted = json.loads(load_sentencepiece_bpe(model).to_str())
-        found = json.loads(read_tokenizer_json(folder / TOKENIZER_JSON_NAME).to_str())
+            made = load_sentencepiece_bpe(model)
+        written = read_tokenizer_json(folder / TOKENIZER_JSON_NAME)
     except TokenizerFileError as error:
         return [str(error)]
+    made_json, written_json = made.to_str(), written.to_str()
+    if written_json == made_json and vocab_size >= VOCAB_SIZE:
+        return []
+    wanted, found = json.loads(made_json), json.loads(written_json)
     pieces, added = len(wanted["model"]["vocab"]), found["added_tokens"][len(wanted["added_tokens"]) :]
     found["added_tokens"] = found["added_tokens"][: len(wanted["added_tokens"])]
     problems = []

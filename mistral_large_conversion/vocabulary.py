@@ -174,7 +174,7 @@ def recognize_pieces(pieces: Sequence[str | None]) -> str | None:
 
 def text_pieces_sha256(pieces: Sequence[str | None]) -> str:
     """Return the hash of the pieces of text."""
-    return sha256("\n".join(pieces[index] or "" for index in TEXT_IDS).encode()).hexdigest()
+    return sha256("\n".join([piece or "" for piece in pieces[TEXT_IDS.start : TEXT_IDS.stop]]).encode()).hexdigest()
 
 
 def _content_sha256(model: bytes) -> str:
@@ -200,28 +200,28 @@ def _content_sha256(model: bytes) -> str:
 
 def _proto_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
     """Yield number and value of each field of a protobuf message; protobuf itself is no dependency of this package."""
-    position = 0
+    position, size = 0, len(message)
 
     def varint() -> int:
         nonlocal position
         number = shift = 0
         while True:
-            if position >= len(message) or shift > 63:
+            if position >= size or shift > 63:
                 raise ValueError("not a protobuf message")
             byte = message[position]
             position += 1
-            number |= (byte & 0x7F) << shift
             if byte < 0x80:
-                return number
+                return number | byte << shift
+            number |= (byte & 0x7F) << shift
             shift += 7
 
-    while position < len(message):
+    while position < size:
         tag = varint()
         if (wire := tag & 7) == 0:
             yield tag >> 3, varint()
             continue
-        length = {1: 8, 5: 4}.get(wire, len(message)) if wire != 2 else varint()
-        if length > len(message) - position:
+        length = varint() if wire == 2 else {1: 8, 5: 4}.get(wire, size)
+        if length > size - position:
             raise ValueError("not a protobuf message")
         yield tag >> 3, message[position : position + length]
         position += length

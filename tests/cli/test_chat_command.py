@@ -485,13 +485,28 @@ def test_what_is_no_model_is_one_error(tmp_path: Path) -> None:
         assert re.fullmatch(rf"mistral-large: {re.escape(str(name))}: .+\n", result.stderr)
 
 
+def warm_command(warm: WarmPython, encoding: str) -> list[str]:
+    """The command, with streams as PYTHONIOENCODING has them, which Python reads only when it starts."""
+    name, _, errors = encoding.partition(":")
+    errors = errors or "strict"
+    code = (
+        "import sys\n"
+        f"for stream in (sys.stdin, sys.stdout): stream.reconfigure(encoding={name!r}, errors={errors!r})\n"
+        f"sys.stderr.reconfigure(encoding={name!r}, errors='backslashreplace')\n"
+        "from mistral_large_cli import main\n"
+        "main()"
+    )
+    return [warm.python, "-c", code, "chat"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "variables", [{"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "latin-1"}]
-)
-def test_input_that_is_no_text_is_one_error(demo_folder: Path, variables: dict[str, str]) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "latin-1", None])
+def test_input_that_is_no_text_is_one_error(demo_folder: Path, encoding: str | None, warm_python: WarmPython) -> None:
+    # Without an encoding, Python chooses one for the C locale.
+    command = COMMAND if encoding is None else warm_command(warm_python, encoding)
+    environment = ENVIRONMENT | ({"LC_ALL": "C"} if encoding is None else warm_python.environment)
     result = subprocess.run(
-        [*COMMAND, str(demo_folder)], input=b"\xff\n", env=ENVIRONMENT | variables, capture_output=True, check=False
+        [*command, str(demo_folder)], input=b"\xff\n", env=environment, capture_output=True, check=False
     )
     assert result.returncode == 2
     assert b"mistral-large: standard input: 'utf-8' codec can't decode" in result.stderr
@@ -499,12 +514,22 @@ def test_input_that_is_no_text_is_one_error(demo_folder: Path, variables: dict[s
 
 
 @pytest.mark.slow
-def test_input_is_text_and_output_readable_whatever_the_encoding(demo_folder: Path, tools_file: Path) -> None:
-    command = [*COMMAND, str(demo_folder), "--temperature", "0", "--commands", "--tools", str(tools_file)]
+def test_input_is_text_and_output_readable_whatever_the_encoding(
+    demo_folder: Path, tools_file: Path, warm_python: WarmPython
+) -> None:
+    command = [
+        *warm_command(warm_python, "ascii"),
+        str(demo_folder),
+        "--temperature",
+        "0",
+        "--commands",
+        "--tools",
+        str(tools_file),
+    ]
     result = subprocess.run(
         command,
         input=f"{question('weather_call')}\n/reset\n/system né\nWho are you?\n/prompt\n".encode(),
-        env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},
+        env=ENVIRONMENT | warm_python.environment,
         capture_output=True,
         check=False,
     )

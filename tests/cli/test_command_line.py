@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.errors import MistralLargeError
 from tests.repository.command_line import COMMANDS, reference
+from tests.support import clean_forks
+from tests.support.clean_forks import CleanForks
 from tests.support.errors import raises_exactly
 from tests.support.loopback_hub import REPOSITORY, LoopbackHub, serve
 
@@ -64,23 +64,34 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"demo": str(demo), "empty": str(folder / "empty"), "none": str(folder / "none"), "readme": "README.md"}
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[CleanForks]:
+    """Interpreters that have imported what the command line is made of."""
+    with clean_forks.start(["huggingface_hub.hf_api", "rich.console", "rich.table", "tokenizers", "typer"]) as started:
+        yield started
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", AT_ONCE)
-def test_what_needs_no_model_imports_neither_torch_nor_transformers(typed: str, places: dict[str, str]) -> None:
-    watch = (
-        "import sys; from mistral_large_cli import main\n"
-        "try: main()\n"
-        f"finally: print('IMPORTED', *(name for name in {WATCHED!r} if name in sys.modules), file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", watch, *(part.format(**places) for part in typed.split())],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (AT_ONCE[typed], "IMPORTED")
-    assert "Traceback" not in done.stderr
+def test_what_needs_no_model_imports_neither_torch_nor_transformers(
+    typed: str, places: dict[str, str], forks: CleanForks
+) -> None:
+    arguments = ["mistral-large", *(part.format(**places) for part in typed.split())]
+    watch = f"""
+import sys
+assert not [name for name in {WATCHED!r} if name in sys.modules]
+sys.argv, sys.stderr = {arguments!r}, sys.stdout
+from mistral_large_cli import main
+try:
+    main()
+except SystemExit as end:
+    print("ENDED", end.code)
+finally:
+    print("IMPORTED", *(name for name in {WATCHED!r} if name in sys.modules))
+"""
+    printed = forks.run(watch, cwd=ROOT, path=ROOT)
+    assert printed.splitlines()[-2:] == [f"ENDED {AT_ONCE[typed]}", "IMPORTED"]
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

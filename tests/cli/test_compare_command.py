@@ -1,9 +1,7 @@
 """`mistral-large compare` as it is typed."""
 
 import json
-import os
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from mistral_large_conversion.samples import read_samples
 from modeling_mistral_large.streamed import compare_checkpoints, comparison
 from tests.support import folders
 from tests.support.errors import raises_exactly
+from tests.support.warm_python import WarmPython
 
 KEYS = (
     *("kl_mean", "kl_p99", "top1_agreement", "flips_per_10k", "perplexity_reference", "perplexity_candidate", "tokens"),
@@ -145,7 +144,9 @@ def test_what_is_wrong_with_a_folder_is_said_before_any_weights_are_read(
 
 # What the process of the next test runs: an interrupt in the middle of the layers, when the temporary file is there.
 INTERRUPTED = """
-import os, signal
+import os, signal, tempfile
+# Of this process's TMPDIR.
+tempfile.tempdir = None
 import modeling_mistral_large.streamed.activations as activations
 from mistral_large_cli import main
 
@@ -163,13 +164,15 @@ main()
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_it_without_a_traceback_or_a_file(places: dict[str, Path], tmp_path: Path) -> None:
+def test_an_interrupt_ends_it_without_a_traceback_or_a_file(
+    places: dict[str, Path], tmp_path: Path, warm_python: WarmPython
+) -> None:
     (tmp_path / "tmp").mkdir()
     ended = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *typed(places["demo"], places["demo"], "--text", places["text"])],
+        [warm_python.python, "-c", INTERRUPTED, *typed(places["demo"], places["demo"], "--text", places["text"])],
         capture_output=True,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        env={**warm_python.environment, "TMPDIR": str(tmp_path / "tmp")},
     )
     assert (ended.returncode, ended.stdout) == (130, "")
     assert "Traceback" not in ended.stderr

@@ -123,13 +123,16 @@ def test_every_golden_token_leads_clearly(demo_folder: Path, dtype: str, demo_to
 def test_numbers_the_training_left_out_are_copied(demo_folder: Path, demo_tokenizer: MistralLargeTokenizer) -> None:
     """The answer is read from the result and not from memory, though a model this small is wrong now and then."""
     model = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="bfloat16")
-    right = count = 0
-    for index, (number, content) in enumerate(product(HELD_OUT, ["{}", '{{"temperature": {}}}'])):
-        conversations = with_other_results(number, f"id{index:07}", content)
-        assert len(conversations) == 6
-        said = answers(model, demo_tokenizer, conversations, batch=6)
-        right += sum(said[name] == answer for name, answer in expected(conversations).items())
-        count += len(conversations)
+    results = list(product(HELD_OUT, ["{}", '{{"temperature": {}}}']))
+    conversations = [
+        replace(conversation, name=f"{conversation.name} {index}")
+        for index, (number, content) in enumerate(results)
+        for conversation in with_other_results(number, f"id{index:07}", content)
+    ]
+    count = len(conversations)
+    assert count == 6 * len(results)
+    said = answers(model, demo_tokenizer, conversations, batch=48)
+    right = sum(said[name] == answer for name, answer in expected(conversations).items())
     assert right >= 0.97 * count, f"{right} of {count}"
 
 

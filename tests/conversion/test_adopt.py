@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mistral_large_cli import main
 from mistral_large_conversion import adopt, adopt_checkpoint, inspect_checkpoint, retag_checkpoint, verify_checkpoint
+from mistral_large_conversion.adopt import Adoption
 from mistral_large_conversion.checkpoint.source_files import file_problem
 from mistral_large_conversion.errors import CheckpointError, DestinationError, SettingError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
@@ -46,9 +48,26 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.fixture(params=SOURCES)
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return SOURCES[request.param](tmp_path / "source")
+@dataclass(frozen=True)
+class Adopted:
+    """A source, what was adopted of it, and everything below the source's folder before that."""
+
+    source: Path
+    folder: Path
+    adoption: Adoption
+    before: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def adopted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adopted]:
+    """Adopted once for all tests that only read it."""
+    place = tmp_path_factory.mktemp("adopted")
+    source = SOURCES[request.param](place / "source")
+    before = names_in(place / "source")
+    adoption = adopt_checkpoint(source, place / "adopted")
+    written = names_in(place)
+    yield Adopted(source, place / "adopted", adoption, before)
+    assert names_in(place) == written
 
 
 @pytest.fixture
@@ -64,12 +83,10 @@ def names_in(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_it_loads_as_ours_and_the_source_is_untouched(source: Path, tmp_path: Path) -> None:
-    before = names_in(tmp_path / "source")
-    adoption = adopt_checkpoint(source, tmp_path / "adopted")
-    assert names_in(tmp_path / "source") == before
-    folder = tmp_path / "adopted"
-    assert adoption.destination == folder
+def test_it_loads_as_ours_and_the_source_is_untouched(adopted: Adopted) -> None:
+    source, folder = adopted.source, adopted.folder
+    assert names_in(folder.parent / "source") == adopted.before
+    assert adopted.adoption.destination == folder
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert (type(tokenizer), type(model)) == (MistralLargeTokenizer, MistralLargeForCausalLM)
@@ -81,15 +98,15 @@ def test_it_loads_as_ours_and_the_source_is_untouched(source: Path, tmp_path: Pa
     assert json.loads((folder / "config.json").read_text())["model_type"] == "mistral_large"
 
 
-def test_the_weights_are_the_sources_files_and_little_is_written(source: Path, tmp_path: Path) -> None:
-    adoption = adopt_checkpoint(source, tmp_path / "adopted")
+def test_the_weights_are_the_sources_files_and_little_is_written(adopted: Adopted) -> None:
+    source, links = adopted.source, adopted.adoption.links
     weights = sorted(path.name for path in source.glob("model*.safetensors"))
-    assert weights == sorted(path.name for path in (tmp_path / "adopted").glob("model*.safetensors"))
-    (kind,) = adoption.links
+    assert weights == sorted(path.name for path in adopted.folder.glob("model*.safetensors"))
+    (kind,) = links
     assert kind in ("clone", "hard link")
-    assert adoption.links[kind] == len(weights)
+    assert links[kind] == len(weights)
     own = []
-    for path in (tmp_path / "adopted").iterdir():
+    for path in adopted.folder.iterdir():
         names = (path.name, "tokenizer.model", "tokenizer.model.v3")
         if not any((source / name).exists() and path.samefile(source / name) for name in names):
             own.append(path)
@@ -131,10 +148,9 @@ def test_a_prompt_format_that_is_asked_for(tmp_path: Path, fine_tune: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
-def test_inspect_and_verify_find_nothing_wrong(source: Path, tmp_path: Path) -> None:
-    adopt_checkpoint(source, tmp_path / "adopted")
-    assert inspect_checkpoint(tmp_path / "adopted").problems == ()
-    checks = {check.name: check for check in verify_checkpoint(tmp_path / "adopted", source, progress=False)}
+def test_inspect_and_verify_find_nothing_wrong(adopted: Adopted) -> None:
+    assert inspect_checkpoint(adopted.folder).problems == ()
+    checks = {check.name: check for check in verify_checkpoint(adopted.folder, adopted.source, progress=False)}
     assert [name for name, check in checks.items() if check.is_ok is False] == []
     assert checks["tensors"].is_ok is True
 

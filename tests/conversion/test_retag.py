@@ -52,11 +52,12 @@ torch.save(logits, out)
 answer = transformers.pipeline("text-generation", folder, dtype="float32")(
     cases["messages"], do_sample=False, max_new_tokens=64
 )[0]["generated_text"][-1]
+ids = [tokenizer(text).input_ids for text in cases["texts"]]
 print(json.dumps({
     "modules": [name for name in sys.modules if name.startswith(("modeling_mistral_large", "mistral_large_cli"))],
     "classes": [type(model).__name__, type(tokenizer).__name__],
-    "ids": [tokenizer(text).input_ids for text in cases["texts"]],
-    "decoded": [tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) for text in cases["texts"]],
+    "ids": ids,
+    "decoded": [tokenizer.decode(each, skip_special_tokens=True) for each in ids],
     "prompt": tokenizer.apply_chat_template(cases["messages"], return_dict=False),
     "sliding_window": model.config.sliding_window,
     "rope": model.config.rope_parameters,
@@ -104,8 +105,9 @@ def test_stock_transformers_reads_a_retagged_folder_without_us(
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["modules"] == []
     assert found["classes"][0] == "MistralForCausalLM"
-    assert found["ids"] == [[1, *sentencepiece_processor.encode(text)] for text in texts]
-    assert found["decoded"] == [sentencepiece_processor.decode(sentencepiece_processor.encode(text)) for text in texts]
+    expected = sentencepiece_processor.encode(texts)
+    assert found["ids"] == [[1, *each] for each in expected]
+    assert found["decoded"] == sentencepiece_processor.decode(expected)
     ours = MistralLargeTokenizer.from_pretrained(folder)
     assert found["prompt"] == ours.apply_chat_template(messages, return_dict=False)
     assert found["sliding_window"] is None

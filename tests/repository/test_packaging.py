@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from transformers.models.auto import modeling_auto
 
 from modeling_mistral_large.supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
 from modeling_mistral_large.transformers_api import warn_outside_range
+from tests.support import clean_forks
+from tests.support.clean_forks import CleanForks
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
@@ -41,6 +44,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python(BUILD, str(folder / "dist"), cwd=folder / "source")
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
+
+
+STOCK = "from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, TokenizersBackend"
+
+
+@pytest.fixture(scope="module")
+def stock_modules(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """What stock Mistral imports in a fresh interpreter."""
+    return set(python(f"import sys; {STOCK}; print(*sys.modules)", cwd=tmp_path_factory.mktemp("stock")).split())
+
+
+@pytest.fixture(scope="module")
+def forks(stock_modules: set[str]) -> Iterator[CleanForks]:
+    """Interpreters that have imported what stock Mistral does, but for transformers."""
+    with clean_forks.start(stock_modules) as started:
+        yield started
 
 
 @pytest.mark.slow
@@ -70,10 +89,10 @@ def test_a_checkout_has_no_links(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_imports_from_where_it_lies(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_imports_from_where_it_lies(wheel: Path, tmp_path: Path, forks: CleanForks) -> None:
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
-    found = python(
+    found = forks.run(
         """
 import importlib.resources, importlib.util
 import mistral_large_cli, mistral_large_conversion, modeling_mistral_large
@@ -103,15 +122,12 @@ def test_the_wheel_asks_for_the_whole_supported_range_of_transformers(wheel: Pat
 
 
 @pytest.mark.slow
-def test_importing_the_package_loads_nothing_else_than_stock_mistral_does(tmp_path: Path) -> None:
-    stock, ours = (
-        set(python(f"import sys; {statement}; print(*sys.modules)", cwd=tmp_path, path=ROOT).split())
-        for statement in (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, TokenizersBackend",
-            "import modeling_mistral_large",
-        )
-    )
-    more = {name for name in ours - stock if not name.startswith((*PACKAGES, "transformers"))}
+def test_importing_the_package_loads_nothing_else_than_stock_mistral_does(
+    tmp_path: Path, stock_modules: set[str]
+) -> None:
+    code = "import sys; import modeling_mistral_large; print(*sys.modules)"
+    ours = set(python(code, cwd=tmp_path, path=ROOT).split())
+    more = {name for name in ours - stock_modules if not name.startswith((*PACKAGES, "transformers"))}
     assert more == set()
     assert "mistral_large_conversion.convert" not in ours
 
@@ -127,8 +143,8 @@ def test_importing_the_package_loads_nothing_else_than_stock_mistral_does(tmp_pa
         "import modeling_mistral_large, transformers.processing_utils",
     ],
 )
-def test_registration_works_before_and_after_transformers(imports: str, tmp_path: Path) -> None:
-    python(
+def test_registration_works_before_and_after_transformers(imports: str, tmp_path: Path, forks: CleanForks) -> None:
+    forks.run(
         imports
         + """
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
@@ -151,8 +167,8 @@ assert type(AutoConfig.for_model("mistral")) is MistralConfig
         "import modeling_mistral_large, transformers, transformers.processing_utils",
     ],
 )
-def test_every_public_class_is_found_in_transformers(imports: str, tmp_path: Path) -> None:
-    python(
+def test_every_public_class_is_found_in_transformers(imports: str, tmp_path: Path, forks: CleanForks) -> None:
+    forks.run(
         "import transformers; first = transformers\n"
         + imports
         + """
@@ -201,8 +217,10 @@ def test_a_transformers_outside_the_range_is_said(installed: str) -> None:
 
 
 @pytest.mark.slow
-def test_importing_the_package_says_once_that_transformers_is_outside_the_range(tmp_path: Path) -> None:
-    said = python(
+def test_importing_the_package_says_once_that_transformers_is_outside_the_range(
+    tmp_path: Path, forks: CleanForks
+) -> None:
+    said = forks.run(
         """
 import importlib, sys, warnings
 import transformers.processing_utils

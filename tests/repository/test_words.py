@@ -7,25 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from mistral_large_cli import app
+from tests.repository.command_line import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "SECURITY.md", "RELEASING.md", "CONTRIBUTING.md", "examples/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-COMMANDS = [
-    "",
-    "adopt",
-    "chat",
-    "compare",
-    "convert",
-    "demo",
-    "doctor",
-    "inspect",
-    "plan",
-    "retag",
-    "serve",
-    "show",
-    "verify",
-]
+# Wide, and without colours.
+WIDE = {"COLUMNS": "200", "TERM": "dumb"}
 # The word that is not used, as a regular expression, and the one that is.
 WORDS = {
     r"in parts\b|parts of (a|the|each|long) prompt": "chunks, chunked prefill",
@@ -71,13 +62,24 @@ def test_a_page_is_in_the_words_of_the_field(page: str) -> None:
     assert offences((ROOT / page).read_text(encoding="utf-8"), page) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
+def help_of(command: str) -> str:
+    result = CliRunner().invoke(app, [*command.split(), "--help"], prog_name="python -m mistral_large_cli", env=WIDE)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_the_help_is_in_the_words_of_the_field(command: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TERM": "dumb"}
-    arguments = [sys.executable, "-m", "mistral_large_cli", *command.split(), "--help"]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
-    assert offences(result.stdout, command) == []
+    assert offences(help_of(command), command) == []
+
+
+@pytest.mark.slow
+def test_the_help_of_a_process_is_the_same() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **WIDE}
+    for command in ("", "chat"):
+        arguments = [sys.executable, "-m", "mistral_large_cli", *command.split(), "--help"]
+        result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+        assert result.stdout == help_of(command)
 
 
 def test_a_word_that_is_not_ours_is_found() -> None:
