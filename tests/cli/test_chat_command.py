@@ -176,7 +176,7 @@ OF_V7_ALONE = [
     {"role": "assistant", "content": "Wait."},
     {"role": "assistant", "content": ""},
 ]
-REFUSED_BY_V3 = "message 2: neither content nor tool_calls; an assistant message has one of them; leave it out"
+REFUSED_BY_V3 = "message 2: neither content nor tool_calls; an assistant message has text or tool calls; leave it out"
 
 
 @pytest.mark.slow
