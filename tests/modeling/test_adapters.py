@@ -21,7 +21,7 @@ from mistral_large_conversion.retag import retag_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.adapter_loading import adapter_base, load_on_base
 from tests.support.adapters import write_vendors_adapter
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.models import stock_and_ours
 from tests.support.warm_python import WarmPython
 
@@ -270,7 +270,12 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(
     ):
         load_on_base(MistralLargeForCausalLM, bases["hf"], tmp_path / "vendors")
     convert_adapter(tmp_path / "vendors", tmp_path / "peft", to="hf")
-    with pytest.raises(CheckpointError, match=r"lora_A\.weight' has shape \[4, 80\], the weight of the base \["):
+    problem = (
+        f"{tmp_path}/peft is not an adapter that can be read; nothing was done, fix or download it again:\n"
+        "  tensor 'base_model.model.model.layers.0.mlp.down_proj.lora_A.weight' has shape [4, 112], the weight of "
+        "the base [64, 256]\n<*>"
+    )
+    with pytest.raises(CheckpointError, match=whole(problem)):
         load_on_base(MistralLargeForCausalLM, bases["hf"], tmp_path / "peft")
     with raises_exactly(
         CheckpointError,

@@ -820,8 +820,7 @@ def test_other_tokenizer_jsons_are_refused(saved_folder: Path, case: str) -> Non
     # Of a folder, the exact tokenizer is made of the pieces, and that is said.
     said = (
         f"{saved_folder}: tokenizer.json is another program's conversion of the v3 vocabulary, whose ids are not "
-        "those of "
-        "tokenizer.model.v3 for every text; the tokenizer is made anew of its pieces"
+        "those of tokenizer.model.v3 for every text; the tokenizer is made anew of its pieces"
     )
     with pytest.warns(UserWarning, match=whole(said)):
         made = MistralLargeTokenizer.from_pretrained(saved_folder)
@@ -994,8 +993,7 @@ def test_settings_that_this_tokenizer_does_not_have_are_refused(
     if right in ("True", "False", "None", "{}"):
         problem = (
             f"{name}={value!r}: this tokenizer encodes as the vendor's SentencePiece model does, for which it is "
-            f"{right}; "
-            f"leave {name} out"
+            f"{right}; leave {name} out"
         )
     makers: list[Callable[..., Any]] = [
         lambda **options: MistralLargeTokenizer.from_pretrained(saved_folder, **options),
@@ -1020,8 +1018,7 @@ def test_settings_that_are_as_they_must_be_are_taken(saved_folder: Path) -> None
     with raises_exactly(
         KeywordError,
         "add_prefix_space=False: this tokenizer encodes as the vendor's SentencePiece model does, for which it is "
-        "True; "
-        "leave add_prefix_space out",
+        "True; leave add_prefix_space out",
     ):
         own.add_prefix_space = False
     own.save_pretrained(saved_folder / "again")
@@ -1036,8 +1033,7 @@ def test_a_file_that_says_there_is_no_prefix_space_is_contradicted(saved_folder:
     path.write_text(json.dumps({**settings, "add_prefix_space": False, "legacy": True}), encoding="utf-8")
     said = (
         f"{saved_folder}: tokenizer_config.json says add_prefix_space false; this tokenizer has a ▁ before every "
-        "text, as "
-        "the vendor's has"
+        "text, as the vendor's has"
     )
     with pytest.warns(UserWarning, match=whole(said)):
         own = MistralLargeTokenizer.from_pretrained(saved_folder)

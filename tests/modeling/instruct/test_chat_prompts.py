@@ -659,8 +659,8 @@ def test_errors_quote_the_beginning_of_long_values(build_prompt: BuildPrompt) ->
 
 
 LOSES = (
-    "format has no such thing in (a|an) (system|user|assistant|tool) message; "
-    "move what the model should read into the content, or leave the key out"
+    "format has no such thing in (a|an) (system|user|assistant|tool) message; move what the model should read into the "
+    "content, or leave the key out"
 )
 
 
