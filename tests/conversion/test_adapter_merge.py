@@ -656,8 +656,12 @@ def test_what_has_no_place_in_the_vendors_format(
 ) -> None:
     save_peft_adapter(base, tmp_path / "adapter", **settings)
     tensors(lambda w: [w.pop(name) for name in list(w) if "lora_" not in name])(tmp_path / "adapter")
-    heading = f"{tmp_path / 'adapter'} has no place in the vendor's format; nothing was done, fix or download it again:"
-    with raises_exactly(CheckpointError, f"{heading}\n  {problem}"):
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path / 'adapter'} has no place in the vendor's format; nothing was done, keep the adapter as PEFT has "
+        "it, or "
+        f"merge it into its base:\n  {problem}",
+    ):
         convert_adapter(tmp_path / "adapter", tmp_path / "vendors", to="consolidated")
     assert not (tmp_path / "vendors").exists()
 

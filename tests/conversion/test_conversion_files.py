@@ -220,7 +220,7 @@ def test_weights_that_are_not_in_memory_are_refused(tiny_config: MistralLargeCon
     lines = [f"  tensor {name!r} {problem}" for name in model.state_dict()]
     with raises_exactly(
         CheckpointError,
-        "\n".join(["the state dict does not fit its config; nothing was done, fix or download it again:", *lines]),
+        "\n".join(["the state dict does not fit its config; nothing was done, correct one of the two:", *lines]),
     ):
         export_checkpoint(model, tmp_path / "consolidated")
     assert not (tmp_path / "consolidated").exists()
@@ -279,7 +279,7 @@ def test_tensors_of_several_dtypes_need_one_to_become(tiny_config: MistralLargeC
     state_dict["model.norm.weight"] = torch.rand(80)
     with raises_exactly(
         CheckpointError,
-        "the state dict does not fit its config; nothing was done, fix or download it again:\n"
+        "the state dict does not fit its config; nothing was done, correct one of the two:\n"
         "  tensors of dtypes BF16, F32: a checkpoint has one; ask for a dtype to have them converted",
     ):
         export_checkpoint(state_dict, tmp_path / "refused", config=tiny_config)
@@ -410,7 +410,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(tiny_config: MistralLargeConf
     state_dict["model.norm.weight"] = torch.zeros(80, dtype=torch.int64)
     with raises_exactly(
         CheckpointError,
-        "the state dict does not fit its config; nothing was done, fix or download it again:\n"
+        "the state dict does not fit its config; nothing was done, correct one of the two:\n"
         "  tensor 'model.norm.weight' has dtype I64, must be one of F32, F16, BF16, F8_E4M3, F8_E5M2\n"
         "  tensor 'extra' is extra: this geometry has none of that name\n"
         "  tensor 'lm_head.weight' is missing\n"
