@@ -179,14 +179,35 @@ def test_what_needs_a_checkpoint_says_that_it_is_an_adapter(
     )
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", '{"base_model_name_or_path": null}', "[]", "{", '{"base_model_name_or_path": 3}']
+NAMES_NONE = (
+    ": an adapter whose adapter_config.json names no base_model_name_or_path; load the base model, then "
+    "peft.PeftModel.from_pretrained(model, folder)"
 )
-def test_an_adapter_without_a_base_is_one_line(content: str, tmp_path: Path) -> None:
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{}", NAMES_NONE),
+        ('{"base_model_name_or_path": null}', NAMES_NONE),
+        ("[]", "/adapter_config.json: must be a JSON object, not list; save or download it again"),
+        ("{", "/adapter_config.json: Expecting <*>; save or download it again"),
+        ('{"base_model_name_or_path": 3}', NAMES_NONE),
+    ],
+)
+def test_an_adapter_without_a_base_is_one_line(content: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
-    for take in (MistralLargeForCausalLM.from_pretrained, MistralLargeTokenizer.from_pretrained, resolve_source):
-        with pytest.raises(CheckpointError, match=rf"^{tmp_path}.*$"):
+    for take in (MistralLargeForCausalLM.from_pretrained, MistralLargeTokenizer.from_pretrained):
+        with pytest.raises(CheckpointError, match=whole(f"{tmp_path}{problem}")):
             take(tmp_path)
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}: an adapter (PEFT) of a base that it does not name, not a checkpoint; merge it with "
+        "`mistral-large "
+        f"convert BASE DESTINATION --adapter {tmp_path}`, and give that destination; chat and serve take BASE with "
+        "--adapter",
+    ):
+        resolve_source(tmp_path)
 
 
 def test_a_base_that_is_not_there_is_one_line(tmp_path: Path) -> None:
