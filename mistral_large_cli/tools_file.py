@@ -205,7 +205,7 @@ def _check_descriptions(path: Path, tools: dict[str, Tool]) -> None:
         try:
             tool_name = describe_function(tool, f"{path}: {name}")["function"]["name"]
         except ConversationError as error:
-            raise ConversationError(f"{error}; begin its name with _ if it is no tool") from error
+            raise ConversationError(f"{error}; or begin its name with _ if it is no tool") from error
         if tool_name in described:
             raise ConversationError(
                 f"{path}: {described[tool_name]} and {name} are both called {tool_name}; the model calls tools by "

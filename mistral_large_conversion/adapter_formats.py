@@ -192,7 +192,8 @@ def _vendors_settings(adapter: Adapter) -> dict[str, Any]:
         for hf, _, layer, _ in linear_layers(adapter.geometry)
         if layer is None and hf in adapter.pairs
     ]
-    refuse(problems, f"{adapter.folder} has no place in the vendor's format")
+    what = f"{adapter.folder} has no place in the vendor's format"
+    refuse(problems, what, remedy="keep the adapter as PEFT has it, or merge it into its base")
     lora = {"enable": True, "rank": adapter.ranks[0], "dropout": adapter.dropout, "scaling": scaling}
     return {**params_from_geometry(adapter.geometry), "lora": lora}
 

@@ -242,7 +242,8 @@ def plan_export(
     params, problems = params_from_hf_config(config)
     problems += derive_head_dim(params, tensors)
     problems += params_problems(params)
-    refuse([f"config: {problem}" for problem in problems], "the config is not that of a Mistral Large")
+    listed = [f"config: {problem}" for problem in problems]
+    refuse(listed, "the config is not that of a Mistral Large", remedy="pass the model's own")
     geometry = geometry_from_params(params)
     problems = tensor_problems(tensors, expected_entries(geometry, "hf"), are_complete=True)
     problems += [
@@ -252,7 +253,7 @@ def plan_export(
     ]
     if dtype is None:
         problems += dtype_problems(tensors)
-    refuse(problems, "the state dict does not fit its config")
+    refuse(problems, "the state dict does not fit its config", remedy="correct one of the two")
     return _plan({tensor.name: tensor for tensor in tensors}, geometry, "hf", "consolidated", dtype, max_shard_size)
 
 

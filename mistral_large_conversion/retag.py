@@ -53,7 +53,9 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
         folder, vocab_size=vocab_size, may_lack_model=not has_model_file(folder)
     )
     if problems:
-        raise CheckpointError(f"{folder}: cannot be retagged, it is not as it was converted: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{folder}: cannot be retagged, it is not as it was converted: {'; '.join(problems)}; convert it again"
+        )
     retagged = _retagged(folder, model_type)
     removed = [name for files in OWN_FILES.values() for name in files if name not in retagged]
     # Before the files that it is of: until they are written, they do not pass.

@@ -128,11 +128,15 @@ class ChatTokenizer(TokenizerHook):
             if not (name in HOST_CHAT_OPTIONS and value == HOST_CHAT_OPTIONS[name])
         }
         if return_assistant_tokens_mask and not (return_dict and tokenize):
-            raise ValueError("return_assistant_tokens_mask=True needs return_dict=True and tokenize=True")
+            raise ValueError(
+                "return_assistant_tokens_mask=True: needs return_dict=True and tokenize=True; pass both, or leave "
+                "the mask out"
+            )
         tokenizer_kwargs = tokenizer_kwargs or {}
         if unknown := [name for name in tokenizer_kwargs if name not in TOKENIZER_KWARGS]:
             raise ValueError(
-                f"tokenizer_kwargs {unknown}: of a prompt only {', '.join(TOKENIZER_KWARGS)} can be chosen"
+                f"tokenizer_kwargs {unknown}: of a prompt only {', '.join(TOKENIZER_KWARGS)} can be chosen; leave "
+                "the others out"
             )
         is_batch = _is_batch(conversation)
         conversations = list(conversation) if is_batch else [conversation]

@@ -46,7 +46,9 @@ def template_variables(template: str) -> frozenset[str]:
     try:
         return frozenset(meta.find_undeclared_variables(_JINJA.parse(_GENERATION_TAG.sub("", template))))
     except TemplateSyntaxError as error:
-        raise ConversationError(f"chat_template: not a Jinja template, line {error.lineno}: {error}") from error
+        raise ConversationError(
+            f"chat_template: not a Jinja template, line {error.lineno}: {error}; correct it"
+        ) from error
 
 
 class CustomPrompts:

@@ -165,14 +165,14 @@ def _check_folder(folder: Path, layout: Layout) -> None:
         raise CheckpointError(f"{folder}: {problem}")
 
 
-def refuse(problems: Sequence[str], what: str) -> None:
+def refuse(problems: Sequence[str], what: str, *, remedy: str = "fix or download it again") -> None:
     """Raise a CheckpointError that lists all problems, if there are any."""
     if not problems:
         return
     listed = [f"  {' '.join(problem.splitlines())[:LONGEST_PROBLEM]}" for problem in problems[:MOST_PROBLEMS]]
     if len(problems) > MOST_PROBLEMS:
         listed.append(f"  and {len(problems) - MOST_PROBLEMS} more")
-    raise CheckpointError("\n".join([f"{what}; nothing was done, fix or download it again:", *listed]))
+    raise CheckpointError("\n".join([f"{what}; nothing was done, {remedy}:", *listed]))
 
 
 def _read_params(

@@ -110,7 +110,7 @@ class GrowingLayer(DynamicLayer):
         self.states, self.length, self.is_initialized = None, 0, False
 
     def _refuse(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("a GrowingCache holds one sequence")
+        raise NotImplementedError("a GrowingCache holds one sequence; pass another cache, or none")
 
     reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
 

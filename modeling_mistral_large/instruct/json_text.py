@@ -99,14 +99,14 @@ def _json_value(value: Any, where: str) -> Any:
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     if kind == "m":
         # numpy takes a duration for a whole number.
-        raise _not_json(value, where, "a duration is no JSON value; return a number with its unit")
+        raise _not_json(value, where, "a duration is no JSON value; convert it to a number with its unit")
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
         number = float(value)
         if number == value or value != value:
             return number
-        raise _not_json(value, where, "no JSON number is equal to it; return a float or text")
+        raise _not_json(value, where, "no JSON number is equal to it; convert it to a float or text")
     if isinstance(value, date | time):
         # pandas' NaT is a date to Python, and unlike every other.
         return value.isoformat() if value == value else None
@@ -127,7 +127,7 @@ def _json_value(value: Any, where: str) -> Any:
         return _json_value(fields, where)
     if (fields := as_mapping(value)) is not None:
         return _json_object(fields, where)
-    raise _not_json(value, where, "it is no JSON value; return numbers, text, lists and objects of them")
+    raise _not_json(value, where, "it is no JSON value; convert it to numbers, text, lists and objects of them")
 
 
 def _json_object(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
@@ -148,16 +148,16 @@ def _json_object(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
 def _json_array(value: Any, where: str, kind: str) -> Any:
     """Return the items of an array, or the number that stands alone in one; of a Series by its index if it has one."""
     if kind == "V":
-        raise _not_json(value, where, "its fields would lose their names; return objects")
+        raise _not_json(value, where, "its fields would lose their names; convert it to objects")
     try:
         # numpy gives times in nanoseconds as bare numbers.
         plain = _without_nat(value.astype(str).tolist()) if kind == "M" else value.tolist()
     # An array that holds no values, as torch has them.
     except Exception as error:
-        raise _not_json(value, where, f"{error}; return a list of numbers") from error
+        raise _not_json(value, where, f"{error}; convert it to a list of numbers") from error
     if hasattr(value, "iloc") and not _is_numbered(value.index):
         if not value.index.is_unique:
-            raise _not_json(value, where, "its index has a label twice, a JSON object each key once; return .tolist()")
+            raise _not_json(value, where, "its index has a label twice, a JSON object each key once; take .tolist()")
         plain = dict(zip(value.index, plain, strict=True))
     return _json_value(plain, where)
 
@@ -166,7 +166,7 @@ def _json_records(frame: Any, where: str) -> list[Any]:
     """Return the rows of a DataFrame of pandas as objects."""
     if not _is_numbered(frame.index):
         raise _not_json(
-            frame, where, "its index has no place in a list of rows; return .reset_index(), or .reset_index(drop=True)"
+            frame, where, "its index has no place in a list of rows; take .reset_index(), or .reset_index(drop=True)"
         )
     if not frame.columns.is_unique:
         raise _not_json(frame, where, "two columns have one name, a JSON object has each key once; rename one")

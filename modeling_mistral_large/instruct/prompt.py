@@ -142,7 +142,8 @@ def _check_order(conversation: Sequence[Message], form: InstructFormat) -> None:
     first = conversation[0]
     if len(conversation) == 1 and first.role not in ("user", "system"):
         raise ConversationError(
-            f"{first.where}: an {first.role} message alone; a conversation has a user or system message; add one"
+            f"{first.where}: the only message, and its role is {first.role}; a conversation has a user or system "
+            "message; add one"
         )
     for previous, message in pairwise(conversation):
         if message.role not in form.next_roles[previous.role]:
@@ -183,9 +184,9 @@ def _check_results(conversation: Sequence[Message]) -> None:
             awaited -= 1
         elif message.role == "assistant":
             if awaited != 0:
-                problem = "results are missing" if awaited > 0 else "results have no call"
+                problem = "tool results missing" if awaited > 0 else "tool results without a call"
                 raise ConversationError(
-                    f"{message.where}: {abs(awaited)} tool {problem} before it; every tool call has one tool message "
+                    f"{message.where}: {problem} before it: {abs(awaited)}; every tool call has one tool message "
                     "before the next response; add or remove tool messages"
                 )
             awaited = len(message.calls)
@@ -199,7 +200,7 @@ def _check_answer(turn: Sequence[Message], form: InstructFormat, *, strict: bool
         if not form.takes_text_with_calls:
             if not message.has_content and not message.calls:
                 raise ConversationError(
-                    f"{message.where}: neither content nor tool_calls; an assistant message has one of them; "
+                    f"{message.where}: neither content nor tool_calls; an assistant message has text or tool calls; "
                     "leave it out"
                 )
             if has_calls and message.text:

@@ -45,7 +45,9 @@ def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, A
         fields = None if callable(tool) else as_mapping(tool)
         tool = describe_function(tool, where) if fields is None else fields
     if tool.get("type", "function") != "function":
-        raise ConversationError(f"{where}: type {show(tool['type'])}; the only tools of this format are functions")
+        raise ConversationError(
+            f"{where}: type {show(tool['type'])}; the only tools of this format are functions; leave it out"
+        )
     # A definition without its wrapper is an older habit of transformers users.
     function = as_mapping(tool.get("function", None if strict else tool))
     if function is None:
@@ -62,7 +64,9 @@ def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, A
     if parameters is None:
         parameters = {}
     if not isinstance(parameters, Mapping):
-        raise ConversationError(f"{where} ({name}): parameters {show(parameters)}; they must be a JSON schema object")
+        raise ConversationError(
+            f"{where} ({name}): parameters {show(parameters)}; they must be a JSON schema object; convert them"
+        )
     if problem := find_schema_error(parameters, "parameters"):
         raise ConversationError(f"{where} ({name}): {problem}; the parameters must be a JSON schema (draft 7)")
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
@@ -89,7 +93,7 @@ def describe_function(tool: Any, where: str) -> dict[str, Any]:
     # Its hints are the user's own expressions.
     except Exception as error:
         raise ConversationError(
-            f"{where}: {error}; a function needs a type hint for every argument and a Google-style docstring"
+            f"{where}: {error}; a function needs a type hint for every argument and a Google-style docstring; add them"
         ) from error
     return schema
 

@@ -25,7 +25,7 @@ from mistral_large_cli.tools_file import function_names, load_tools
 from mistral_large_conversion.errors import ConversationError, MistralLargeError, SettingError
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.inference.kv_cache import Fp8Layer
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.terminal import terminal_with
 from tests.support.warm_python import WarmPython
 
@@ -176,7 +176,7 @@ OF_V7_ALONE = [
     {"role": "assistant", "content": "Wait."},
     {"role": "assistant", "content": ""},
 ]
-REFUSED_BY_V3 = "message 2: neither content nor tool_calls; an assistant message has one of them; leave it out"
+REFUSED_BY_V3 = "message 2: neither content nor tool_calls; an assistant message has text or tool calls; leave it out"
 
 
 @pytest.mark.slow
@@ -321,25 +321,54 @@ def test_the_prompt_is_shown(demo_folder: Path) -> None:
     assert "\n".join(printed[1:]) == f"{answer}\n<s> [INST] Who are you? [/INST] {answer} </s>"
 
 
+NO_CONVERSATION = "a conversation is JSON as /save writes it; name one"
+NO_PYTHON = "no Python file; tools are functions in one; name such a file"
+TEMPERATURE_RULE = "must be finite, and 0 or at least 0.001; 0 takes the most likely token each time"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("/nonsense", "/nonsense: no such command; /help lists them; // begins a message with a slash"),
-        ("/reset now", "/reset: takes nothing, not 'now'"),
-        ("/exit now", "/exit: takes nothing, not 'now'"),
-        ("/load {folder}/tools.json", "has definitions of tools; the chat calls Python functions"),
-        ("/save", "/save: no name of a file"),
-        ("/save {folder}/no/such/folder.json", "cannot be written: No such file or directory"),
-        ("/load {folder}/none.json", "No such file or directory"),
-        ("/load {folder}/broken.json", "a conversation is JSON"),
-        ("/load {folder}/number.json", "no messages"),
-        ("/load {folder}/role.json", "message 0: role 'nobody'"),
-        ("/tools {folder}/none.py", "no Python file"),
-        ("/tools {folder}/number.json", "no Python file"),
-        ("/tools {folder}/empty.py", "no functions"),
-        ("/tools {folder}/broken.py", "NameError: name 'nothing' is not defined; it must run by itself"),
-        ("/tools {folder}/untyped.py", "untyped.py: f"),
+        ("/nonsense", "/nonsense: no such command; /help lists them; // begins a message with a slash; correct it"),
+        ("/reset now", "/reset: takes nothing, not 'now'; write /reset alone"),
+        ("/exit now", "/exit: takes nothing, not 'now'; write /exit alone"),
+        (
+            "/load {folder}/tools.json",
+            "{folder}/tools.json: has definitions of tools; the chat calls Python functions, and has none called f; "
+            "pass a tools file with them first, or remove the definitions",
+        ),
+        ("/save", "/save: no name of a file; pass one"),
+        (
+            "/save {folder}/no/such/folder.json",
+            "{folder}/no/such/folder.json: cannot be written: No such file or directory; choose another name",
+        ),
+        (
+            "/load {folder}/none.json",
+            f"{{folder}}/none.json: [Errno 2] No such file or directory: '{{folder}}/none.json'; {NO_CONVERSATION}",
+        ),
+        ("/load {folder}/broken.json", f"{{folder}}/broken.json: Expecting <*>; {NO_CONVERSATION}"),
+        ("/load {folder}/number.json", f"{{folder}}/number.json: no messages; {NO_CONVERSATION}"),
+        (
+            "/load {folder}/role.json",
+            "message 0: role 'nobody'; the roles are system, developer, user, assistant, tool; choose one of them",
+        ),
+        ("/tools {folder}/none.py", f"{{folder}}/none.py: {NO_PYTHON}"),
+        ("/tools {folder}/number.json", f"{{folder}}/number.json: {NO_PYTHON}"),
+        (
+            "/tools {folder}/empty.py",
+            "{folder}/empty.py: no functions; tools are public functions with type hints that the file defines, or "
+            "imports and names in __all__; define one",
+        ),
+        (
+            "/tools {folder}/broken.py",
+            "{folder}/broken.py: NameError: name 'nothing' is not defined; it must run by itself; fix it",
+        ),
+        (
+            "/tools {folder}/untyped.py",
+            "{folder}/untyped.py: f: <*>; a function needs a type hint for every argument and a Google-style "
+            "docstring; add them; or begin its name with _ if it is no tool",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: str, problem: str) -> None:
@@ -353,9 +382,8 @@ def test_what_cannot_be_done_is_said(demo_folder: Path, tmp_path: Path, line: st
         "untyped.py": "def f(x): 'Do.'",
     }.items():
         (tmp_path / name).write_text(content)
-    with pytest.raises(MistralLargeError) as caught:
+    with pytest.raises(MistralLargeError, match=whole(problem.replace("{folder}", str(tmp_path)))):
         talk(demo_folder, line.format(folder=tmp_path))
-    assert problem in str(caught.value)
 
 
 @pytest.mark.slow
@@ -407,10 +435,17 @@ def test_a_prompt_that_is_stopped_between_its_chunks_is_read_on(demo_folder: Pat
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--temperature", "0", "--top-p", "0.9"), "top_p: has no effect at a temperature of 0"),
-        (("--temperature", "inf"), "temperature inf: must be finite"),
-        (("--temperature", "1e-320"), "and 0 or at least 0.001"),
-        (("--system", "x", "--load", "{folder}/system.json"), "has a system prompt of its own; leave one"),
+        (
+            ("--temperature", "0", "--top-p", "0.9"),
+            "top_p: has no effect at a temperature of 0, which takes the most likely token each time; leave one of "
+            "the two out",
+        ),
+        (("--temperature", "inf"), f"temperature inf: {TEMPERATURE_RULE}"),
+        (("--temperature", "1e-320"), f"temperature 1e-320: {TEMPERATURE_RULE}"),
+        (
+            ("--system", "x", "--load", "{folder}/system.json"),
+            "--system: {folder}/system.json has a system prompt of its own; leave one of the two out",
+        ),
     ],
 )
 def test_options_without_effect_are_refused(
@@ -419,9 +454,8 @@ def test_options_without_effect_are_refused(
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
     (tmp_path / "system.json").write_text(json.dumps(system))
     arguments = ["chat", str(demo_folder), *(option.format(folder=tmp_path) for option in options)]
-    with pytest.raises(MistralLargeError) as caught:
+    with raises_exactly(MistralLargeError, problem.replace("{folder}", str(tmp_path))):
         CliRunner().invoke(app, arguments, input="", catch_exceptions=False)
-    assert problem in str(caught.value)
 
 
 def test_a_device_map_under_torchrun_is_refused(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

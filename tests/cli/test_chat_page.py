@@ -11,6 +11,7 @@ from mistral_large_cli import app, serve_here
 from mistral_large_cli import chat_page as chat_page_module
 from mistral_large_cli.conversation_file import Conversation, load_conversation
 from mistral_large_conversion.errors import ConversationError, SettingError
+from tests.support.errors import raises_exactly
 
 
 @pytest.fixture
@@ -91,5 +92,9 @@ def test_a_file_with_tools_is_loaded_where_the_chat_has_these_functions(tmp_path
     conversation = Conversation(tools=[weather])
     load_conversation(conversation, path, "v3")
     assert (conversation.messages, conversation.tools) == (messages, [weather])
-    with pytest.raises(ConversationError, match="has none called weather; pass a tools file"):
+    with raises_exactly(
+        ConversationError,
+        f"{path}: has definitions of tools; the chat calls Python functions, and has none called weather; pass a tools "
+        "file with them first, or remove the definitions",
+    ):
         load_conversation(Conversation(), path, "v3")

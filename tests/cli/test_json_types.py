@@ -22,6 +22,7 @@ from mistral_large_conversion.checkpoint.source_files import LARGEST_JSON, file_
 from mistral_large_conversion.errors import CheckpointError, MistralLargeError
 from mistral_large_conversion.manifest import read_manifest
 from mistral_large_conversion.retag import retag_checkpoint
+from tests.support.errors import raises_exactly
 
 # As text: not all of it is what json.dumps would write.
 VALUES = [
@@ -98,9 +99,17 @@ def test_integers_are_real_numbers_and_booleans_are_none(folders: dict[str, tupl
     geometry, _ = read_model_geometry(str(folder), {})
     assert (geometry.rms_norm_eps, geometry.rope_theta) == (1.0, 1e6)
     assert (type(geometry.rms_norm_eps), type(geometry.rope_theta)) == (float, float)
-    for key in ("norm_eps", "n_layers", "rope_theta"):
+    for key, rule in {
+        "norm_eps": "a finite number greater than 0",
+        "n_layers": "a whole number from 1 to 10000",
+        "rope_theta": "a finite number greater than 0",
+    }.items():
         (folder / "params.json").write_text(json.dumps({**params, key: True}))
-        with pytest.raises(CheckpointError, match=f"{key} is True: must be"):
+        with raises_exactly(
+            CheckpointError,
+            f"{folder}: no geometry of a Mistral Large: params.json: {key} is True: must be {rule}; give another "
+            "folder",
+        ):
             read_model_geometry(str(folder), {})
 
 

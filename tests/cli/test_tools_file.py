@@ -14,7 +14,7 @@ from mistral_large_cli import tools_file
 from mistral_large_cli.tools_file import load_tools, tool_names
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.generation.tool_loop import run_tool_loop
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 
 DOCUMENTED = "    '''\n    Do {name}\n\n    Args:\n        x: a number\n    '''\n"
 
@@ -222,20 +222,35 @@ def test_what_is_imported_is_no_tool_unless_it_is_named(tmp_path: Path) -> None:
     assert tool_names(load_tools(named)) == ["far", "own"]
 
 
+HINTS = (
+    "a function needs a type hint for every argument and a Google-style docstring; add them; or begin its name with _ "
+    "if it is no tool"
+)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("import sys\nsys.exit(3)\n", r"ends the program with SystemExit\(3\).*if __name__ == \"__main__\":"),
-        ("def f(:\n", "SyntaxError"),
-        ("import no_such_module_at_all\n", "ModuleNotFoundError"),
-        ("# coding: utf-8\ns = '\xff'\n".encode("latin-1"), "SyntaxError|UnicodeDecodeError"),
-        ("\0", "SyntaxError|ValueError"),
-        ("import json\n\n\ndef f(x): 'Do.'\n", "f: .*type hint.*; begin its name with _ if it is no tool"),
-        ("from random import Random\n\n\nchoose = Random().choice\n", "choose: .*; begin its name with _"),
-        (function("f") + function("g") + "g.__name__ = 'f'\n", "f and g are both called f; .*; rename one"),
-        ("__all__ = ['f']\n", "__all__ names 'f', which is no function here"),
-        ("__all__ = ['x']\nx = 1\n", "__all__ names 'x', which is no function here"),
-        ("import json\n", "a module json is loaded already, .* rename"),
+        (
+            "import sys\nsys.exit(3)\n",
+            'ends the program with SystemExit(3); a tools file is imported; put that under if __name__ == "__main__":',
+        ),
+        ("def f(:\n", "SyntaxError: <*>; it must run by itself; fix it"),
+        (
+            "import no_such_module_at_all\n",
+            "ModuleNotFoundError: No module named 'no_such_module_at_all'; it must run by itself; fix it",
+        ),
+        ("# coding: utf-8\ns = '\xff'\n".encode("latin-1"), "<*>Error: <*>; it must run by itself; fix it"),
+        ("\0", "<*>Error: <*>; it must run by itself; fix it"),
+        ("import json\n\n\ndef f(x): 'Do.'\n", f"f: <*>; {HINTS}"),
+        ("from random import Random\n\n\nchoose = Random().choice\n", f"choose: <*>; {HINTS}"),
+        (
+            function("f") + function("g") + "g.__name__ = 'f'\n",
+            "f and g are both called f; the model calls tools by name; rename one",
+        ),
+        ("__all__ = ['f']\n", "__all__ names 'f', which is no function here; correct __all__"),
+        ("__all__ = ['x']\nx = 1\n", "__all__ names 'x', which is no function here; correct __all__"),
+        ("import json\n", "a module json is loaded already, and Python would take that one; rename <*>/json.py"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: str | bytes, problem: str) -> None:
@@ -244,7 +259,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: str | bytes,
         # Python would import this one.
         write(tmp_path, "", name="json.py")
     modules, path = dict(sys.modules), list(sys.path)
-    with pytest.raises(ConversationError, match=problem):
+    with pytest.raises(ConversationError, match=whole(f"{tmp_path}/station.py: {problem}")):
         load_tools(tmp_path / "station.py")
     assert (sys.modules, sys.path) == (modules, path)
 

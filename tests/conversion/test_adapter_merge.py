@@ -32,7 +32,7 @@ from mistral_large_conversion.planned_tensor import transformed
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.adapters import merged_by_peft, save_peft_adapter, write_vendors_adapter
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.peak_memory import PeakMemory
 
 pytestmark = pytest.mark.slow
@@ -186,7 +186,11 @@ def test_a_value_that_becomes_infinite_is_refused(base: Path, adapter: Path, tmp
     weights = load_file(adapter / "adapter_model.safetensors")
     weights["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][5] = 1e38
     save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"tensor 'layers\.1\.feed_forward\.w3\.weight' becomes -?(inf|nan) with"):
+    problem = whole(
+        "tensor 'layers.1.feed_forward.w3.weight' becomes <*> with the adapter; choose a dtype with a larger range, or "
+        "another adapter"
+    ).replace(".+", "-?(inf|nan)")
+    with pytest.raises(CheckpointError, match=problem):
         convert_checkpoint(base, tmp_path / "hf", adapter=adapter, dtype="fp16")
 
 
@@ -218,84 +222,110 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+MERGE = "merge it with PEFT's merge_and_unload() and convert what that returns"
+WITHOUT = f": only an adapter without it is read; {MERGE}"
+UNREADABLE = "{} is not an adapter that can be read; nothing was done, fix or download it again:\n  {}"
 PEFT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "DoRA": (
         config(use_dora=True),
-        "use_dora is True: only an adapter without it is read; merge it with PEFT's merge_and",
+        f"adapter_config.json: use_dora is True{WITHOUT}",
     ),
-    "a bias": (config(bias="lora_only"), "bias is 'lora_only': only an adapter without it"),
-    "a bias of LoRA": (config(lora_bias=True), "lora_bias is True: only an adapter without it"),
+    "a bias": (config(bias="lora_only"), f"adapter_config.json: bias is 'lora_only'{WITHOUT}"),
+    "a bias of LoRA": (config(lora_bias=True), f"adapter_config.json: lora_bias is True{WITHOUT}"),
     "whole modules": (
         config(modules_to_save=["lm_head"]),
-        r"modules_to_save is \['lm_head'\]: only an adapter without",
+        f"adapter_config.json: modules_to_save is ['lm_head']{WITHOUT}",
     ),
-    "transposed": (config(fan_in_fan_out=True), "fan_in_fan_out is True: only an adapter without it"),
-    "tokens": (config(trainable_token_indices=[3]), r"trainable_token_indices is \[3\]: only an adapter without it"),
-    "copied layers": (config(layer_replication=[[0, 2]]), "layer_replication is .* only an adapter without it"),
-    "a setting of later": (config(new_lora={"x": 1}), "new_lora is {'x': 1}: only an adapter without it"),
-    "another method": (config(peft_type="IA3"), "peft_type is 'IA3': only 'LORA' is read"),
+    "transposed": (config(fan_in_fan_out=True), f"adapter_config.json: fan_in_fan_out is True{WITHOUT}"),
+    "tokens": (config(trainable_token_indices=[3]), f"adapter_config.json: trainable_token_indices is [3]{WITHOUT}"),
+    "copied layers": (
+        config(layer_replication=[[0, 2]]),
+        f"adapter_config.json: layer_replication is [[0, 2]]{WITHOUT}",
+    ),
+    "a setting of later": (config(new_lora={"x": 1}), f"adapter_config.json: new_lora is {{'x': 1}}{WITHOUT}"),
+    "another method": (
+        config(peft_type="IA3"),
+        f"adapter_config.json: peft_type is 'IA3': only 'LORA' is read; {MERGE}",
+    ),
     "PiSSA": (
         config(init_lora_weights="pissa"),
-        "init_lora_weights is 'pissa': it has changed the weights of the base",
+        "adapter_config.json: init_lora_weights is 'pissa': it has changed the weights of the base, too; save the "
+        f"adapter with path_initial_model_for_weight_conversion; {MERGE}",
     ),
-    "no rank": (config(r=0), "r is 0: must be a whole number greater than 0"),
-    "a wrong alpha": (config(lora_alpha="16"), "lora_alpha is '16': must be a finite number"),
-    "a broken pattern": (config(rank_pattern={"(": 3}), r"rank_pattern has '\(': not a regular expression"),
-    "no targets": (config(target_modules=None), "target_modules is None: must be a list of names or"),
-    "targets of another model": (config(target_modules=["c_attn"]), r"q_proj\.lora_A\.weight' is extra"),
+    "no rank": (config(r=0), f"adapter_config.json: r is 0: must be a whole number greater than 0; {MERGE}"),
+    "a wrong alpha": (
+        config(lora_alpha="16"),
+        f"adapter_config.json: lora_alpha is '16': must be a finite number; {MERGE}",
+    ),
+    "a broken pattern": (
+        config(rank_pattern={"(": 3}),
+        f"adapter_config.json: rank_pattern has '(': not a regular expression: <*>; {MERGE}",
+    ),
+    "no targets": (
+        config(target_modules=None),
+        f"adapter_config.json: target_modules is None: must be a list of names or a regular expression; {MERGE}",
+    ),
+    "targets of another model": (
+        config(target_modules=["c_attn"]),
+        f"<*>\n  tensor '{FIRST}.lora_A.weight' is extra: the settings name no such linear layer; {MERGE}\n  <*>",
+    ),
     "fewer targets": (
         config(target_modules=["k_proj"]),
-        rf"tensor '{FIRST}.lora_A.weight' is extra: the settings name no",
+        f"<*>\n  tensor '{FIRST}.lora_A.weight' is extra: the settings name no such linear layer; {MERGE}\n  <*>",
     ),
     "another rank": (
         config(r=5),
-        rf"'{FIRST}.lora_A.weight' has shape \[4, 80\], rank 5 of this geometry needs \[5, 80\]",
+        f"tensor '{FIRST}.lora_A.weight' has shape [4, 80], rank 5 of this geometry needs [5, 80]\n  <*>",
     ),
     "another rank of a layer": (
         config(rank_pattern={"q_proj": 2}),
-        rf"'{FIRST}.lora_B.weight' has shape \[192, 4\], rank 2",
+        f"<*>\n  tensor '{FIRST}.lora_B.weight' has shape [192, 4], rank 2 of this geometry needs [192, 2]\n  <*>",
     ),
-    "a missing tensor": (tensors(lambda w: w.pop(f"{FIRST}.lora_B.weight")), rf"'{FIRST}.lora_B.weight' is missing"),
+    "a missing tensor": (
+        tensors(lambda w: w.pop(f"{FIRST}.lora_B.weight")),
+        f"tensor '{FIRST}.lora_B.weight' is missing: the settings name its layer",
+    ),
     "another width": (
         tensors(lambda w: w.update({f"{FIRST}.lora_A.weight": torch.zeros(4, 96)})),
-        r"has shape \[4, 96\], rank 4 of this geometry needs \[4, 80\]",
+        f"tensor '{FIRST}.lora_A.weight' has shape [4, 96], rank 4 of this geometry needs [4, 80]",
     ),
     "another dtype": (
         tensors(lambda w: w.update({f"{FIRST}.lora_A.weight": torch.zeros(4, 80, dtype=torch.int32)})),
-        "has dtype I32, must be one of F32, F16, BF16",
+        f"tensor '{FIRST}.lora_A.weight' has dtype I32, must be one of F32, F16, BF16",
     ),
     "a whole embedding": (
         tensors(lambda w: w.update({"base_model.model.model.embed_tokens.weight": torch.zeros(768, 80)})),
-        "embed_tokens.weight' is a weight that was saved whole; merge it with PEFT's",
+        f"tensor 'base_model.model.model.embed_tokens.weight' is a weight that was saved whole; {MERGE}",
     ),
     "LoRA of the embedding": (
         tensors(lambda w: w.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 768)})),
-        "lora_embedding_A' is LoRA of an embedding",
+        f"tensor 'base_model.model.model.embed_tokens.lora_embedding_A' is LoRA of an embedding; {MERGE}",
     ),
     "a norm": (
         tensors(lambda w: w.update({"base_model.model.model.norm.weight": torch.zeros(80)})),
-        "norm.weight' is a norm that was trained whole",
+        f"tensor 'base_model.model.model.norm.weight' is a norm that was trained whole; {MERGE}",
     ),
     "a magnitude": (
         tensors(lambda w: w.update({f"{FIRST}.lora_magnitude_vector": torch.zeros(192)})),
-        "lora_magnitude_vector' is of DoRA",
+        f"tensor '{FIRST}.lora_magnitude_vector' is of DoRA; {MERGE}",
     ),
     "half a file": (
         lambda folder: os.truncate(folder / "adapter_model.safetensors", 9_000),
-        "is cut short|not a whole",
+        "adapter_model.safetensors: is cut short: has <*> bytes, its header needs <*>",
     ),
-    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: Expecting"),
+    "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: Expecting <*>"),
     "no weights": (
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         "adapter_model.safetensors is missing",
     ),
     "a pickle": (
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
-        r"only adapter_model.bin: pickles are not read; load the adapter with PEFT and save_pretrained\(\) it again",
+        "only adapter_model.bin: pickles are not read; load the adapter with PEFT and save_pretrained() it again",
     ),
     "two adapters": (
         lambda folder: (folder / "lora.safetensors").write_bytes(b""),
-        "holds two adapters, adapter_config",
+        "holds two adapters, adapter_config.json and lora.safetensors; only one is read, put each into a folder of "
+        "its own",
     ),
 }
 
@@ -306,26 +336,42 @@ def test_what_cannot_be_merged_exactly_is_refused_by_name(
 ) -> None:
     spoil, problem = PEFT_DAMAGE[damage]
     spoil(adapter)
-    with pytest.raises(CheckpointError, match=problem):
+    message = f"{adapter}: {problem}" if damage == "two adapters" else UNREADABLE.format(adapter, problem)
+    with pytest.raises(CheckpointError, match=whole(message)):
         convert_checkpoint(base, tmp_path / "hf", adapter=adapter)
     assert not (tmp_path / "hf").exists()
 
 
 VENDORS_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no settings": (config(lora=None), "lora is None: must be an object that says rank and scaling"),
-    "no scaling": (edit_lora(scaling=None), "lora.scaling is None: must be a finite number greater than 0"),
-    "another rank": (edit_lora(rank=8), r"lora_A.weight' has shape \[4, 80\], rank 8 of this geometry needs \[8, 80\]"),
-    "a rank that is none": (edit_lora(rank=True), "lora.rank is True: must be a whole number"),
-    "off": (edit_lora(enable=False), "lora.enable is False: the adapter is off"),
-    "a setting of later": (edit_lora(alpha=3), "lora has 'alpha': unknown"),
-    "another model": (config(rope_theta=1e4), "rope_theta is 10000.0, the base has 1000000.0"),
+    "no settings": (
+        config(lora=None),
+        "params.json: lora is None: must be an object that says rank and scaling of lora.safetensors",
+    ),
+    "no scaling": (
+        edit_lora(scaling=None),
+        "params.json: lora.scaling is None: must be a finite number greater than 0",
+    ),
+    "another rank": (
+        edit_lora(rank=8),
+        "tensor 'layers.0.attention.wq.lora_A.weight' has shape [4, 80], rank 8 of this geometry needs [8, 80]\n  <*>",
+    ),
+    "a rank that is none": (
+        edit_lora(rank=True),
+        "params.json: lora.rank is True: must be a whole number greater than 0",
+    ),
+    "off": (
+        edit_lora(enable=False),
+        "params.json: lora.enable is False: the adapter is off; set it to true to have it read",
+    ),
+    "a setting of later": (edit_lora(alpha=3), "params.json: lora has 'alpha': unknown, it may change the result"),
+    "another model": (config(rope_theta=1e4), "params.json: rope_theta is 10000.0, the base has 1000000.0"),
     "a norm": (
         tensors(lambda w: w.update({"layers.0.attention_norm.weight": torch.zeros(80)})),
-        "attention_norm.weight' is a norm that was trained whole",
+        f"tensor 'layers.0.attention_norm.weight' is a norm that was trained whole; {MERGE}",
     ),
     "a missing layer": (
         tensors(lambda w: [w.pop(name) for name in list(w) if name.startswith("layers.2.")]),
-        "'layers.2.attention.wk.lora_A.weight' is missing",
+        "tensor 'layers.2.attention.wk.lora_A.weight' is missing: the settings name its layer\n  <*>",
     ),
     "no params": (lambda folder: (folder / "params.json").unlink(), "params.json is missing"),
 }
@@ -338,7 +384,7 @@ def test_an_adapter_of_the_vendor_that_is_none_is_refused_by_name(
     write_vendors_adapter(tmp_path / "lora", tiny_config)
     spoil, problem = VENDORS_DAMAGE[damage]
     spoil(tmp_path / "lora")
-    with pytest.raises(CheckpointError, match=problem):
+    with pytest.raises(CheckpointError, match=whole(UNREADABLE.format(tmp_path / "lora", problem))):
         convert_checkpoint(base, tmp_path / "hf", adapter=tmp_path / "lora")
     assert not (tmp_path / "hf").exists()
 
@@ -597,7 +643,10 @@ def test_another_dtype_of_the_adapter(base: Path, adapter: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"rank_pattern": {"q_proj": 2}}, "ranks 2, 4: params.json has a place for one"),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            "ranks 2, 4: params.json has a place for one\n  scalings 1.5, 3.0: params.json has a place for one",
+        ),
         ({"alpha_pattern": {"q_proj": 2}}, "scalings 0.5, 1.5: params.json has a place for one"),
         ({"target_modules": ["lm_head"]}, "LoRA of 'lm_head.weight': the vendor's code has none outside of the layers"),
     ],
@@ -607,7 +656,12 @@ def test_what_has_no_place_in_the_vendors_format(
 ) -> None:
     save_peft_adapter(base, tmp_path / "adapter", **settings)
     tensors(lambda w: [w.pop(name) for name in list(w) if "lora_" not in name])(tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=problem):
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path / 'adapter'} has no place in the vendor's format; nothing was done, keep the adapter as PEFT has "
+        "it, or "
+        f"merge it into its base:\n  {problem}",
+    ):
         convert_adapter(tmp_path / "adapter", tmp_path / "vendors", to="consolidated")
     assert not (tmp_path / "vendors").exists()
 

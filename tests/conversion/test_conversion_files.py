@@ -39,7 +39,7 @@ from mistral_large_conversion.transforms import Rows
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.conversion.test_conversion_tables import split_row_by_row
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.models import stock_config
 from tests.support.reference_model import reference_logits
 
@@ -220,7 +220,7 @@ def test_weights_that_are_not_in_memory_are_refused(tiny_config: MistralLargeCon
     lines = [f"  tensor {name!r} {problem}" for name in model.state_dict()]
     with raises_exactly(
         CheckpointError,
-        "\n".join(["the state dict does not fit its config; nothing was done, fix or download it again:", *lines]),
+        "\n".join(["the state dict does not fit its config; nothing was done, correct one of the two:", *lines]),
     ):
         export_checkpoint(model, tmp_path / "consolidated")
     assert not (tmp_path / "consolidated").exists()
@@ -279,7 +279,7 @@ def test_tensors_of_several_dtypes_need_one_to_become(tiny_config: MistralLargeC
     state_dict["model.norm.weight"] = torch.rand(80)
     with raises_exactly(
         CheckpointError,
-        "the state dict does not fit its config; nothing was done, fix or download it again:\n"
+        "the state dict does not fit its config; nothing was done, correct one of the two:\n"
         "  tensors of dtypes BF16, F32: a checkpoint has one; ask for a dtype to have them converted",
     ):
         export_checkpoint(state_dict, tmp_path / "refused", config=tiny_config)
@@ -408,14 +408,15 @@ def test_a_state_dict_that_does_not_fit_is_refused(tiny_config: MistralLargeConf
     state_dict = MistralLargeForCausalLM(tiny_config).state_dict()
     state_dict["extra"] = state_dict.pop("lm_head.weight")
     state_dict["model.norm.weight"] = torch.zeros(80, dtype=torch.int64)
-    with pytest.raises(CheckpointError) as error:
-        export_checkpoint(state_dict, tmp_path / "consolidated", config=tiny_config)
-    for problem in (
-        "tensor 'extra' is extra",
-        "tensor 'lm_head.weight' is missing",
-        "tensor 'model.norm.weight' has dtype I64",
+    with raises_exactly(
+        CheckpointError,
+        "the state dict does not fit its config; nothing was done, correct one of the two:\n"
+        "  tensor 'model.norm.weight' has dtype I64, must be one of F32, F16, BF16, F8_E4M3, F8_E5M2\n"
+        "  tensor 'extra' is extra: this geometry has none of that name\n"
+        "  tensor 'lm_head.weight' is missing\n"
+        "  tensors of dtypes F32, I64: a checkpoint has one; ask for a dtype to have them converted",
     ):
-        assert problem in str(error.value)
+        export_checkpoint(state_dict, tmp_path / "consolidated", config=tiny_config)
     with raises_exactly(TypeError, "export_checkpoint() of a state dict needs its config"):
         export_checkpoint(state_dict, tmp_path / "consolidated")
     assert not (tmp_path / "consolidated").exists()
@@ -573,7 +574,8 @@ def test_a_disk_without_room_is_refused_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500_000))
-    with pytest.raises(DestinationError, match=r"needs [\d,]+ bytes, the disk has 500,000 free"):
+    problem = f"{tmp_path / 'hf'}: needs <*> bytes, the disk has 500,000 free; make room or choose another disk"
+    with pytest.raises(DestinationError, match=whole(problem)):
         convert_checkpoint(small_source, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

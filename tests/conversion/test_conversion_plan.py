@@ -26,7 +26,7 @@ from mistral_large_conversion.checkpoint.safetensors_header import read_header
 from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
 from mistral_large_conversion.options import parse_size
 from tests.support.checkpoints import contents, params_of, write_consolidated
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 
 pytestmark = pytest.mark.ground_floor
 
@@ -207,89 +207,153 @@ NO_FILE = f"{SECOND} is not a whole safetensors file"
 BROKEN = f"{SECOND} has a broken header"
 NORM = f"{SECOND}: 'norm.weight'"
 
+INCOMPLETE = "{} is not a complete {} checkpoint; nothing was done, fix or download it again:\n  {}"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no params": (remove(PARAMS), "params.json is missing"),
-    "params not JSON": (content(PARAMS, b"{"), "params.json: Expecting"),
-    "params not text": (content(PARAMS, b"\xff\xfe{"), "params.json: 'utf-8'"),
+    "params not JSON": (content(PARAMS, b"{"), "params.json: Expecting <*>"),
+    "params not text": (content(PARAMS, b"\xff\xfe{"), "params.json: 'utf-8' codec <*>"),
     "params a list": (content(PARAMS, b"[]"), "params.json: must be a JSON object, not list"),
     "params too deep": (content(PARAMS, b'{"dim":' + b"[" * 100_000), "params.json: JSON nested too deeply"),
-    "params with a key twice": (content(PARAMS, b'{"dim": 80, "dim": 81}'), "params.json: key 'dim' twice"),
-    "params with a number without end": (content(PARAMS, b'{"dim": ' + b"9" * 10_000 + b"}"), "params.json: "),
-    "params with NaN": (params(norm_eps=float("nan")), "params.json: norm_eps is nan"),
+    "params with a key twice": (
+        content(PARAMS, b'{"dim": 80, "dim": 81}'),
+        "params.json: key 'dim' twice in one object",
+    ),
+    "params with a number without end": (
+        content(PARAMS, b'{"dim": ' + b"9" * 10_000 + b"}"),
+        "params.json: Exceeds the limit <*>",
+    ),
+    "params with NaN": (
+        params(norm_eps=float("nan")),
+        "params.json: norm_eps is nan: must be a finite number greater than 0",
+    ),
     "params giant": (
         lambda folder: os.truncate(folder / PARAMS, 100_000_001),
         "params.json has more than 100000000 bytes",
     ),
     "params a folder": (replace(PARAMS, Path.mkdir), "params.json is not a regular file"),
-    "params a link out": (link_out(PARAMS), "params.json is a link out of the folder"),
-    "params of another width": (params(dim=96), "tensor 'norm.weight' has shape [80], this geometry needs [96]"),
-    "params with more layers": (params(n_layers=4), "tensor 'layers.3.attention.wq.weight' is missing"),
-    "params with fewer layers": (params(n_layers=2), "tensor 'layers.2.attention.wq.weight' is extra"),
+    "params a link out": (link_out(PARAMS), "params.json is a link out of the folder, to '<*>'"),
+    "params of another width": (params(dim=96), "<*>\n  tensor 'norm.weight' has shape [80], this geometry needs [96]"),
+    "params with more layers": (params(n_layers=4), "tensor 'layers.3.attention.wq.weight' is missing\n  <*>"),
+    "params with fewer layers": (
+        params(n_layers=2),
+        "<*>\n  tensor 'layers.2.attention.wq.weight' is extra: this geometry has none of that name\n  <*>",
+    ),
     "params with another head_dim": (
         params(head_dim=16),
-        "wk.weight' has shape [64, 80], this geometry needs [32, 80]",
+        "tensor 'layers.0.attention.wk.weight' has shape [64, 80], this geometry needs [32, 80]\n  <*>",
     ),
     "no tokenizer": (remove(TOKENIZER), "tokenizer.model.v3 is missing"),
-    "tokenizer a link out": (link_out(TOKENIZER), "tokenizer.model.v3 is a link out of the folder"),
-    "weights a link out": (link_out(SECOND), f"{SECOND} is a link out of the folder"),
+    "tokenizer a link out": (link_out(TOKENIZER), "tokenizer.model.v3 is a link out of the folder, to '<*>'"),
+    "weights a link out": (link_out(SECOND), f"{SECOND} is a link out of the folder, to '<*>'"),
     "weights a dangling link": (replace(SECOND, lambda path: path.symlink_to("nowhere")), f"{SECOND} is missing"),
-    "weights a link to itself": (replace(SECOND, lambda path: path.symlink_to(SECOND)), f"{SECOND} cannot be read"),
+    "weights a link to itself": (
+        replace(SECOND, lambda path: path.symlink_to(SECOND)),
+        f"{SECOND} cannot be read: <*>",
+    ),
     "weights a pipe": (replace(SECOND, os.mkfifo), f"{SECOND} is not a regular file"),
-    "no weights": (remove(FIRST, SECOND), "no consolidated.safetensors and no consolidated-00001-of-"),
+    "no weights": (remove(FIRST, SECOND), "no consolidated.safetensors and no consolidated-00001-of-….safetensors"),
     "only pickles": (
         both(remove(FIRST, SECOND), content("consolidated.00.pth", b"")),
-        "only 'consolidated.00.pth': pickles are not read",
+        "no consolidated.safetensors and no consolidated-00001-of-….safetensors, only 'consolidated.00.pth': pickles "
+        "are not read, as they may run code; take the safetensors files, or load it with transformers and save it "
+        "again with save_pretrained, which writes them",
     ),
     "a file missing": (remove(SECOND), f"{SECOND} is missing"),
-    "a file too many": (content(SPLIT.format("00003", "00002"), b""), "00003-of-00002.safetensors is not one of 00002"),
-    "two splits": (content(SPLIT.format("00001", "00003"), b""), "files of more than one checkpoint"),
-    "split and single file": (content("consolidated.safetensors", b""), "files of more than one checkpoint"),
-    "a file of another name": (content("consolidated-old.safetensors", b""), "files of more than one checkpoint"),
-    "empty file": (content(SECOND, b""), NO_FILE),
+    "a file too many": (
+        content(SPLIT.format("00003", "00002"), b""),
+        "consolidated-00003-of-00002.safetensors is not one of 00002\n  consolidated-00003-of-00002.safetensors is "
+        "not a whole safetensors file: header of 0 in 0 bytes",
+    ),
+    "two splits": (
+        content(SPLIT.format("00001", "00003"), b""),
+        f"files of more than one checkpoint: ['{FIRST}', 'consolidated-00001-of-00003.safetensors', '{SECOND}']",
+    ),
+    "split and single file": (
+        content("consolidated.safetensors", b""),
+        f"files of more than one checkpoint: ['{FIRST}', '{SECOND}', 'consolidated.safetensors']",
+    ),
+    "a file of another name": (
+        content("consolidated-old.safetensors", b""),
+        f"files of more than one checkpoint: ['{FIRST}', '{SECOND}', 'consolidated-old.safetensors']",
+    ),
+    "empty file": (content(SECOND, b""), f"{NO_FILE}: header of 0 in 0 bytes"),
     "giant header length": (
         content(SECOND, raw_file(b"{}", length=2**63)),
-        f"{NO_FILE}: header of {2**63} in 10 bytes",
+        f"{NO_FILE}: header of 9223372036854775808 in 10 bytes",
     ),
     "header longer than its file": (content(SECOND, raw_file(b"{}", length=3)), f"{NO_FILE}: header of 3 in 10 bytes"),
-    "file of a few bytes": (content(SECOND, b"\0\0\0"), NO_FILE),
-    "no header": (content(SECOND, raw_file(b"")), BROKEN),
-    "negative header length": (content(SECOND, raw_file(b"{}", length=2**64 - 1)), NO_FILE),
+    "file of a few bytes": (content(SECOND, b"\0\0\0"), f"{NO_FILE}: header of 0 in 3 bytes"),
+    "no header": (content(SECOND, raw_file(b"")), f"{BROKEN}: Expecting <*>"),
+    "negative header length": (
+        content(SECOND, raw_file(b"{}", length=2**64 - 1)),
+        f"{NO_FILE}: header of 18446744073709551615 in 10 bytes",
+    ),
     "header length over the limit": (
         both(
             content(SECOND, raw_file(b"{}", length=10**8 + 1)), lambda folder: os.truncate(folder / SECOND, 2 * 10**8)
         ),
-        f"{NO_FILE}: header of 100000001",
+        f"{NO_FILE}: header of 100000001 in 200000000 bytes",
     ),
-    "header not JSON": (content(SECOND, raw_file(b"hello")), BROKEN),
+    "header not JSON": (content(SECOND, raw_file(b"hello")), f"{BROKEN}: Expecting <*>"),
     "header a list": (content(SECOND, raw_file(b"[]")), f"{BROKEN}: must be a JSON object, not list"),
-    "header not text": (content(SECOND, raw_file(b'{"\xff":1}')), BROKEN),
-    "header with a tensor twice": (content(SECOND, raw_file(b'{"a": 1, "a": 2}')), f"{BROKEN}: key 'a' twice"),
+    "header not text": (content(SECOND, raw_file(b'{"\xff":1}')), f"{BROKEN}: 'utf-8' codec <*>"),
+    "header with a tensor twice": (
+        content(SECOND, raw_file(b'{"a": 1, "a": 2}')),
+        f"{BROKEN}: key 'a' twice in one object",
+    ),
     "entry not an object": (
         lambda folder: edit_header(folder / SECOND, lambda header: header.update({"norm.weight": 7})),
-        f"{NORM} has another entry",
+        f"{NORM} has another entry than dtype, shape and data_offsets",
     ),
     "entry without offsets": (
         lambda folder: edit_header(folder / SECOND, lambda header: header["norm.weight"].pop("data_offsets")),
-        f"{NORM} has another entry",
+        f"{NORM} has another entry than dtype, shape and data_offsets",
     ),
-    "entry with more": (entry(scale=1.0), f"{NORM} has another entry"),
-    "unknown dtype": (entry(dtype="I4"), f"{NORM} has dtype 'I4'"),
-    "integer dtype": (entry(dtype="I16"), f"{NORM} has dtype 'I16'"),
-    "dtype a list": (entry(dtype=[]), f"{NORM} has dtype []"),
-    "negative shape": (entry(shape=[-80]), f"{NORM} has shape [-80]"),
-    "boolean shape": (entry(shape=[True, 80]), f"{NORM} has shape [True, 80]"),
-    "giant shape": (entry(shape=[10**30]), f"{NORM} has shape [1000"),
-    "shape of many dimensions": (entry(shape=[80, *[1] * 8]), f"{NORM} has shape [80, 1"),
-    "shape a number": (entry(shape=80), f"{NORM} has shape 80"),
-    "offsets backwards": (entry(data_offsets=[320, 160]), f"{NORM} has -160 bytes"),
-    "negative offsets": (entry(data_offsets=[-160, 0]), f"{NORM} has data_offsets [-160, 0]"),
-    "three offsets": (entry(data_offsets=[0, 0, 160]), f"{NORM} has data_offsets [0, 0, 160]"),
+    "entry with more": (entry(scale=1.0), f"{NORM} has another entry than dtype, shape and data_offsets"),
+    "unknown dtype": (
+        entry(dtype="I4"),
+        f"{NORM} has dtype 'I4', must be one of F32, F16, BF16, F8_E4M3, F8_E5M2, U8, I32, I64",
+    ),
+    "integer dtype": (
+        entry(dtype="I16"),
+        f"{NORM} has dtype 'I16', must be one of F32, F16, BF16, F8_E4M3, F8_E5M2, U8, I32, I64",
+    ),
+    "dtype a list": (
+        entry(dtype=[]),
+        f"{NORM} has dtype [], must be one of F32, F16, BF16, F8_E4M3, F8_E5M2, U8, I32, I64",
+    ),
+    "negative shape": (entry(shape=[-80]), f"{NORM} has shape [-80], must be a short list of whole numbers"),
+    "boolean shape": (entry(shape=[True, 80]), f"{NORM} has shape [True, 80], must be a short list of whole numbers"),
+    "giant shape": (
+        entry(shape=[10**30]),
+        f"{NORM} has shape [1000000000000000000000000000000], must be a short list of whole numbers",
+    ),
+    "shape of many dimensions": (
+        entry(shape=[80, *[1] * 8]),
+        f"{NORM} has shape [80, 1, 1, 1, 1, 1, 1, 1, ...], must be a short list of whole numbers",
+    ),
+    "shape a number": (entry(shape=80), f"{NORM} has shape 80, must be a short list of whole numbers"),
+    "offsets backwards": (entry(data_offsets=[320, 160]), f"{NORM} has -160 bytes, BF16 [80] needs 160"),
+    "negative offsets": (
+        entry(data_offsets=[-160, 0]),
+        f"{NORM} has data_offsets [-160, 0], must be two whole numbers",
+    ),
+    "three offsets": (
+        entry(data_offsets=[0, 0, 160]),
+        f"{NORM} has data_offsets [0, 0, 160], must be two whole numbers",
+    ),
     "offsets of another size": (entry(shape=[81]), f"{NORM} has 160 bytes, BF16 [81] needs 162"),
-    "overlap": (move_norm(-160), f"{NORM} overlaps the tensor before it"),
-    "gap": (move_norm(160), f"{NORM} leaves a gap before it"),
+    "overlap": (
+        move_norm(-160),
+        f"{NORM} overlaps the tensor before it\n  {SECOND}: has 160 bytes after the last tensor",
+    ),
+    "gap": (
+        move_norm(160),
+        f"{NORM} leaves a gap before it\n  {SECOND}: is cut short: has <*> bytes, its header needs <*>",
+    ),
     "truncated": (
         lambda folder: os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 1),
-        f"{SECOND}: is cut short",
+        f"{SECOND}: is cut short: has <*> bytes, its header needs <*>",
     ),
     "bytes after the end": (
         lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes() + b"x"),
@@ -299,10 +363,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda folder: edit_tensors(folder / SECOND, lambda tensors: tensors.pop("norm.weight")),
         "tensor 'norm.weight' is missing",
     ),
-    "tensor extra": (tensor("extra", 1), "tensor 'extra' is extra"),
-    "tensor with a path for a name": (tensor("../../x", 1), "tensor '../../x' is extra"),
-    "tensor with control characters in its name": (tensor("\n\x1b[2J", 1), "tensor '\\n\\x1b[2J' is extra"),
-    "tensor with an HF name": (tensor("model.norm.weight", 80), "tensor 'model.norm.weight' is extra"),
+    "tensor extra": (tensor("extra", 1), "tensor 'extra' is extra: this geometry has none of that name"),
+    "tensor with a path for a name": (
+        tensor("../../x", 1),
+        "tensor '../../x' is extra: this geometry has none of that name",
+    ),
+    "tensor with control characters in its name": (
+        tensor("\n\x1b[2J", 1),
+        "tensor '\\n\\x1b[2J' is extra: this geometry has none of that name",
+    ),
+    "tensor with an HF name": (
+        tensor("model.norm.weight", 80),
+        "tensor 'model.norm.weight' is extra: this geometry has none of that name",
+    ),
     "tensor in two files": (
         tensor("tok_embeddings.weight", 768, 80),
         "tensor 'tok_embeddings.weight' is there twice",
@@ -313,11 +386,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "tensor of another dtype": (
         tensor("norm.weight", 80, dtype=torch.float32),
-        "tensors of dtypes BF16, F32: a checkpoint has one",
+        "tensors of dtypes BF16, F32: a checkpoint has one; ask for a dtype to have them converted",
     ),
-    "index not JSON": (content(INDEX, b"{"), f"{INDEX}: Expecting"),
+    "index not JSON": (content(INDEX, b"{"), f"{INDEX}: Expecting <*>"),
     "index without weight_map": (content(INDEX, b"{}"), f"{INDEX} has no weight_map"),
-    "index a link out": (both(write_index, link_out(INDEX)), f"{INDEX} is a link out of the folder"),
+    "index a link out": (both(write_index, link_out(INDEX)), f"{INDEX} is a link out of the folder, to '<*>'"),
     "index a dangling link": (lambda folder: (folder / INDEX).symlink_to("nowhere"), f"{INDEX} is missing"),
     "index with a tensor elsewhere": (
         index(norm__weight=FIRST),
@@ -327,7 +400,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         index(norm__weight="/etc/passwd"),
         f"{INDEX}: 'norm.weight' is in '/etc/passwd', but stored in '{SECOND}'",
     ),
-    "index with a list for a file": (index(norm__weight=[1]), f"{INDEX}: 'norm.weight' is in [1]"),
+    "index with a list for a file": (
+        index(norm__weight=[1]),
+        f"{INDEX}: 'norm.weight' is in [1], but stored in '{SECOND}'",
+    ),
     "index without a tensor": (
         index(norm__weight=None),
         f"{INDEX}: 'norm.weight' is in None, but stored in '{SECOND}'",
@@ -340,11 +416,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 def test_damage_is_one_error_and_nothing_is_written(source: Path, tmp_path: Path, damage: str) -> None:
     act, problem = DAMAGES[damage]
     act(source)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match=whole(INCOMPLETE.format(source, "consolidated", problem))):
         convert_checkpoint(source, tmp_path / "destination")
-    assert problem in str(error.value)
-    assert str(source) in str(error.value)
-    assert "\x1b" not in str(error.value)
     assert not (tmp_path / "destination").exists()
 
 
@@ -353,10 +426,12 @@ def test_an_unreadable_header_is_refused_by_name(source: Path, monkeypatch: pyte
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(CheckpointError) as error:
+    problems = (
+        f"{name} cannot be read: [Errno 13] Permission denied: '{source / name}'"
+        for name in ("params.json", FIRST, SECOND, "tokenizer.model.v3")
+    )
+    with raises_exactly(CheckpointError, INCOMPLETE.format(source, "consolidated", "\n  ".join(problems))):
         plan_conversion(source)
-    for name in ("params.json", FIRST, SECOND, "tokenizer.model.v3"):
-        assert f"{name} cannot be read" in str(error.value)
 
 
 def test_a_file_that_vanishes_meanwhile_is_a_problem(tmp_path: Path) -> None:
@@ -382,10 +457,15 @@ def test_all_problems_come_in_one_error(source: Path) -> None:
     (source / "tokenizer.model.v3").unlink()
     edit_header(source / FIRST, lambda header: header["tok_embeddings.weight"].update(dtype="I4"))
     (source / SECOND).write_bytes(b"")
-    with pytest.raises(CheckpointError) as error:
+    problems = (
+        "params.json: dim is 0: must be a whole number from 1 to 2147483647",
+        f"{FIRST}: 'tok_embeddings.weight' has dtype 'I4', must be one of F32, F16, BF16, F8_E4M3, F8_E5M2, U8, I32, "
+        "I64",
+        f"{NO_FILE}: header of 0 in 0 bytes",
+        "tokenizer.model.v3 is missing",
+    )
+    with raises_exactly(CheckpointError, INCOMPLETE.format(source, "consolidated", "\n  ".join(problems))):
         plan_conversion(source)
-    for problem in ("dim is 0", "tokenizer.model.v3 is missing", "has dtype 'I4'", f"{SECOND} is not a whole"):
-        assert problem in str(error.value)
 
 
 def test_tensors_are_checked_although_a_file_is_missing(source: Path) -> None:
@@ -537,14 +617,16 @@ def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_pa
         convert_checkpoint(source, folder)
         edit_json(folder / "config.json", of_2024)
         if not problem:
-            problem = f"hidden_size / num_attention_heads is 32, but {FIRST_QUERY!r} has 384 rows, not 192"
+            problem = (
+                f"config.json: hidden_size / num_attention_heads is 32, but {FIRST_QUERY!r} has 384 rows, not 192: "
+                "add the model's own head_dim\n  config.json: head_dim is missing"
+            )
             edit_tensors(
                 folder / "model.safetensors",
                 lambda tensors: tensors.update({FIRST_QUERY: tensors[FIRST_QUERY].repeat(2, 1)}),
             )
-        with pytest.raises(CheckpointError) as error:
+        with raises_exactly(CheckpointError, INCOMPLETE.format(folder, "hf", problem)):
             plan_conversion(folder, to="consolidated")
-        assert problem in str(error.value)
 
 
 @pytest.mark.slow
@@ -594,7 +676,10 @@ def test_tokens_that_a_fine_tune_has_added_are_the_reason(small_source: Path, tm
 @pytest.mark.parametrize(
     ("config", "base"),
     [
-        ('{"base_model_name_or_path": "mistralai/Mistral-Large-Instruct-2407"}', "the base 'mistralai/Mistral-Large"),
+        (
+            '{"base_model_name_or_path": "mistralai/Mistral-Large-Instruct-2407"}',
+            "the base 'mistralai/Mistral-Large-Instruct-2407'",
+        ),
         ('{"base_model_name_or_path": 7}', "a base that it does not name"),
         ("[]", "a base that it does not name"),
     ],
@@ -604,9 +689,12 @@ def test_an_adapter_is_named_as_one(source: Path, tmp_path: Path, config: str, b
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(config)
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    problem = f"an adapter \\(PEFT\\) of {base}"
+    problem = (
+        f"{adapter}: an adapter (PEFT) of {base}, not a checkpoint; merge it with `mistral-large convert BASE "
+        f"DESTINATION --adapter {adapter}`, and give that destination; chat and serve take BASE with --adapter"
+    )
     for act in (plan_conversion, verify_checkpoint, lambda folder: plan_conversion(folder, to="consolidated")):
-        with pytest.raises(CheckpointError, match=problem):
+        with raises_exactly(CheckpointError, problem):
             act(adapter)
     inspection = inspect_checkpoint(adapter)
     assert (inspection.kind, len(inspection.problems), inspection.loads_with) == ("an adapter (PEFT)", 1, ())

@@ -23,7 +23,7 @@ from mistral_large_conversion.tokenizer import CORPUS
 from mistral_large_conversion.vocabulary import VOCABULARIES, known_vocabulary
 from tests.support import folders
 from tests.support.checkpoints import tokenizer_model_file
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.folders import CHATML_TEMPLATE, CHATML_TOKENS, OLDER_TEMPLATE, OLDER_TEMPLATE_V7
 
 pytestmark = pytest.mark.slow
@@ -150,7 +150,8 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     ):
         read_folder_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(TokenizerFileError, match="download it again"):
+    problem = f"{tmp_path}/tokenizer.json: Expecting <*>; download it again"
+    with pytest.raises(TokenizerFileError, match=whole(problem)):
         read_folder_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"none")

@@ -28,7 +28,7 @@ from mistral_large_conversion.model_card import ModelType, licence_files
 from mistral_large_conversion.retag import retag_checkpoint
 from mistral_large_conversion.verify import verify_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.texts import SNIPPETS, every_code_point, mixed_texts
 from tests.support.warm_python import WarmPython
 
@@ -302,19 +302,46 @@ def link(name: str) -> Callable[[Path], object]:
     return act
 
 
+INCOMPLETE = " is not a complete hf checkpoint; nothing was done, fix or download it again:\n  "
+CHANGED = ": cannot be retagged, it is not as it was converted: "
+AGAIN = "convert it again"
+TOKENIZER_RULE = (
+    "this package reads the v3 and v7 SentencePiece models of Mistral-Large-Instruct-2407 and 2411; pass a folder with "
+    "tokenizer.model.v3 or .v7, or with the files that save_pretrained wrote"
+)
+# Each with what is said after the folder.
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unfinished": (content("conversion.unfinished", b""), "an unfinished conversion"),
-    "no config": (remove("config.json"), "config.json is missing"),
-    "another model": (content("config.json", b'{"model_type": "llama"}'), "model_type is 'llama'"),
-    "no weights": (remove(WEIGHTS), "no model.safetensors"),
-    "truncated": (lambda folder: os.truncate(folder / WEIGHTS, 10**6), "is cut short"),
-    "no tokenizer": (remove("tokenizer.json"), "no such file"),
-    "a foreign tokenizer": (content("tokenizer.json", b"{}"), "not a tokenizer.json"),
-    "no tokenizer config": (remove("tokenizer_config.json"), "tokenizer_config.json is missing"),
-    "tokenizer config not JSON": (content("tokenizer_config.json", b"{"), "tokenizer_config.json: Expecting"),
-    "no template": (remove("chat_template.jinja"), "chat_template.jinja is missing"),
-    "no model card": (remove("README.md"), "README.md is missing"),
-    "config a link": (link("config.json"), "config.json is a link"),
+    "unfinished": (
+        content("conversion.unfinished", b""),
+        ": an unfinished conversion; run `mistral-large convert` again first",
+    ),
+    "no config": (remove("config.json"), f"{INCOMPLETE}config.json is missing"),
+    "another model": (
+        content("config.json", b'{"model_type": "llama"}'),
+        f"{INCOMPLETE}config.json: model_type is 'llama': only 'mistral' is this architecture<*>",
+    ),
+    "no weights": (remove(WEIGHTS), f"{INCOMPLETE}no model.safetensors and no model-00001-of-….safetensors"),
+    "truncated": (
+        lambda folder: os.truncate(folder / WEIGHTS, 10**6),
+        f"{INCOMPLETE}model.safetensors: is cut short: has 1000000 bytes, its header needs <*>",
+    ),
+    "no tokenizer": (remove("tokenizer.json"), f"{CHANGED}<*>/tokenizer.json: no such file; {TOKENIZER_RULE}; {AGAIN}"),
+    "a foreign tokenizer": (
+        content("tokenizer.json", b"{}"),
+        f"{CHANGED}<*>/tokenizer.json: not a tokenizer.json (<*>); {TOKENIZER_RULE}; {AGAIN}",
+    ),
+    "no tokenizer config": (
+        remove("tokenizer_config.json"),
+        f"{CHANGED}tokenizer_config.json is missing; tokenizer_config.json: [Errno 2] No such file or directory: "
+        f"'<*>'; {AGAIN}",
+    ),
+    "tokenizer config not JSON": (
+        content("tokenizer_config.json", b"{"),
+        f"{CHANGED}tokenizer_config.json: Expecting <*>; {AGAIN}",
+    ),
+    "no template": (remove("chat_template.jinja"), f"{CHANGED}chat_template.jinja is missing; {AGAIN}"),
+    "no model card": (remove("README.md"), f"{CHANGED}README.md is missing; {AGAIN}"),
+    "config a link": (link("config.json"), f"{CHANGED}config.json is a link: its target would not change; {AGAIN}"),
 }
 
 
@@ -326,15 +353,13 @@ def test_an_unknown_folder_is_refused_and_stays_as_it_is(
     act, problem = REFUSED[case]
     act(folder)
     before = contents(folder)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match=whole(f"{folder}{problem}")) as error:
         retag_checkpoint(folder, "mistral")
-    assert problem in str(error.value)
-    assert str(folder) in str(error.value)
     monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2
-    assert problem in capsys.readouterr().err
+    assert capsys.readouterr().err == f"mistral-large: {error.value}\n"
     assert contents(folder) == before
 
 

@@ -21,7 +21,7 @@ from mistral_large_conversion.retag import retag_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.adapter_loading import adapter_base, load_on_base
 from tests.support.adapters import write_vendors_adapter
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.models import stock_and_ours
 from tests.support.warm_python import WarmPython
 
@@ -179,14 +179,35 @@ def test_what_needs_a_checkpoint_says_that_it_is_an_adapter(
     )
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", '{"base_model_name_or_path": null}', "[]", "{", '{"base_model_name_or_path": 3}']
+NAMES_NONE = (
+    ": an adapter whose adapter_config.json names no base_model_name_or_path; load the base model, then "
+    "peft.PeftModel.from_pretrained(model, folder)"
 )
-def test_an_adapter_without_a_base_is_one_line(content: str, tmp_path: Path) -> None:
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{}", NAMES_NONE),
+        ('{"base_model_name_or_path": null}', NAMES_NONE),
+        ("[]", "/adapter_config.json: must be a JSON object, not list; save or download it again"),
+        ("{", "/adapter_config.json: Expecting <*>; save or download it again"),
+        ('{"base_model_name_or_path": 3}', NAMES_NONE),
+    ],
+)
+def test_an_adapter_without_a_base_is_one_line(content: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(content)
-    for take in (MistralLargeForCausalLM.from_pretrained, MistralLargeTokenizer.from_pretrained, resolve_source):
-        with pytest.raises(CheckpointError, match=rf"^{tmp_path}.*$"):
+    for take in (MistralLargeForCausalLM.from_pretrained, MistralLargeTokenizer.from_pretrained):
+        with pytest.raises(CheckpointError, match=whole(f"{tmp_path}{problem}")):
             take(tmp_path)
+    with raises_exactly(
+        CheckpointError,
+        f"{tmp_path}: an adapter (PEFT) of a base that it does not name, not a checkpoint; merge it with "
+        "`mistral-large "
+        f"convert BASE DESTINATION --adapter {tmp_path}`, and give that destination; chat and serve take BASE with "
+        "--adapter",
+    ):
+        resolve_source(tmp_path)
 
 
 def test_a_base_that_is_not_there_is_one_line(tmp_path: Path) -> None:
@@ -270,7 +291,12 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(
     ):
         load_on_base(MistralLargeForCausalLM, bases["hf"], tmp_path / "vendors")
     convert_adapter(tmp_path / "vendors", tmp_path / "peft", to="hf")
-    with pytest.raises(CheckpointError, match=r"lora_A\.weight' has shape \[4, 80\], the weight of the base \["):
+    problem = (
+        f"{tmp_path}/peft is not an adapter that can be read; nothing was done, fix or download it again:\n"
+        "  tensor 'base_model.model.model.layers.0.mlp.down_proj.lora_A.weight' has shape [4, 112], the weight of "
+        "the base [64, 256]\n<*>"
+    )
+    with pytest.raises(CheckpointError, match=whole(problem)):
         load_on_base(MistralLargeForCausalLM, bases["hf"], tmp_path / "peft")
     with raises_exactly(
         CheckpointError,

@@ -36,7 +36,7 @@ from modeling_mistral_large.errors import (
     UnknownVocabularyError,
 )
 from tests.support import folders as builders
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.folders import CHATML_TEMPLATE, CHATML_TOKENS, FOLDERS, GOLDEN_FOLDERS, hf_demo_weights
 
 MESSAGES: list[dict[str, Any]] = [
@@ -204,9 +204,14 @@ def test_pipeline_answers_with_tools(folders: Any) -> None:
 
 def test_options_that_nothing_takes_are_refused(tmp_path: Path) -> None:
     for call in (load, pipeline):
-        with pytest.raises(KeywordError, match=r"unexpected keyword argument 'dtyp'; did you mean 'dtype'\?"):
+        name = call.__name__
+        with raises_exactly(KeywordError, f"{name}() got an unexpected keyword argument 'dtyp'; did you mean 'dtype'?"):
             call(tmp_path, dtyp="bfloat16")
-        with pytest.raises(KeywordError, match="output_loading_info, which would change what it returns"):
+        with raises_exactly(
+            KeywordError,
+            f"{name}() got output_loading_info, which would change what it returns; call "
+            "MistralLargeForCausalLM.from_pretrained for it",
+        ):
             call(tmp_path, output_loading_info=True)
 
 
@@ -215,12 +220,20 @@ def test_tokens_that_were_added_keep_their_ids_and_the_template_its_control_stri
     tokenizer: Any, tmp_path: Path
 ) -> None:
     folder = builders.fine_tune(tmp_path / "chatml", tokenizer=tokenizer, added=CHATML_TOKENS, template=CHATML_TEMPLATE)
-    with pytest.warns(UserWarning, match="and the 2 tokens added to them"):
+    converted = (
+        f"{folder}: tokenizer.json is another program's conversion of the v3 vocabulary, whose ids are not those of "
+        "tokenizer.model.v3 for every text; the tokenizer is made anew of its pieces and the 2 tokens added to them"
+    )
+    with pytest.warns(UserWarning, match=whole(converted)):
         model, own = load(folder, dtype="bfloat16")
     assert [own.convert_tokens_to_ids(token) for token in CHATML_TOKENS] == [32768, 32769]
     assert model.config.vocab_size == 32770
     assert own.chat_template == CHATML_TEMPLATE
-    with pytest.warns(UserWarning, match="none of this package's"):
+    template = (
+        f"the chat template of {folder} is none of this package's: prompts are what it renders and not the "
+        "reference's. Control strings in texts stay text."
+    )
+    with pytest.warns(UserWarning, match=whole(template)):
         ids = ids_of(own, [{"role": "user", "content": "a <|im_end|>"}])
     assert (ids.count(32768), ids.count(32769)) == (1, 1)
 
@@ -228,7 +241,13 @@ def test_tokens_that_were_added_keep_their_ids_and_the_template_its_control_stri
 def test_a_v7_fine_tune_has_the_ids_of_v7(tmp_path: Path) -> None:
     folder = builders.fine_tune(tmp_path / "behemoth", "v7")
     messages = [{"role": "system", "content": "Be  brief."}, {"role": "user", "content": "Who? [REF]"}]
-    with pytest.warns(UserWarning, match="conversion of the v7 vocabulary"):
+    converted = (
+        f"{folder}: tokenizer.json is another program's conversion of the v7 vocabulary, whose ids are not those of "
+        "tokenizer.model.v7 for every text; the tokenizer is made anew of its pieces; prompts are v7's, exactly, "
+        "instead of what its chat template renders (the chat template writes a [SYSTEM_PROMPT] block); pass "
+        "chat_template= for another one"
+    )
+    with pytest.warns(UserWarning, match=whole(converted)):
         tokenizer = MistralLargeTokenizer.from_pretrained(folder)
     wanted = MistralTokenizer.v7().encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
     assert ids_of(tokenizer, messages) == wanted
@@ -258,7 +277,12 @@ def test_of_an_unknown_vocabulary_load_takes_the_tokenizer_of_transformers(tmp_p
         "transformers' own tokenizer for such a folder",
     ):
         run("chat", str(folder), text="Hello\n")
-    with pytest.warns(UserWarning, match="the vocabulary is none of the vendor's") as caught:
+    foreign = (
+        f"{folder}: the vocabulary is none of the vendor's ({folder}/tokenizer.json: 32767 pieces, v3 and v7 have "
+        "32768), so the tokenizer is transformers' own <*>: its ids are those of its own program, control strings that "
+        "a user writes become control tokens, and tool calls are not parsed"
+    )
+    with pytest.warns(UserWarning, match=whole(foreign)) as caught:
         model, tokenizer = load(folder)
     assert len(caught) == 1
     assert not isinstance(tokenizer, MistralLargeTokenizer)
@@ -294,6 +318,9 @@ def test_buffers_and_mixed_dtypes_load_as_they_are(prefix: str, tmp_path: Path) 
     assert torch.equal(model.model.rotary_emb.inv_freq, clean.model.rotary_emb.inv_freq)
 
 
+INCOMPLETE = "{} is not a complete checkpoint of its config.json; nothing was done, fix or download it again:\n  {}"
+
+
 def without(part: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in hf_demo_weights().items() if part not in name}
 
@@ -303,9 +330,23 @@ def without(part: str) -> dict[str, torch.Tensor]:
     [
         (lambda: without("lm_head"), {}, "tensor 'lm_head.weight' is missing"),
         (lambda: without("layers.1.mlp.up"), {}, "tensor 'model.layers.1.mlp.up_proj.weight' is missing"),
-        (hf_demo_weights, {"of_2024": True}, r"q_proj.weight' has shape \[192, 64\], config.json says \[60, 64\]"),
-        (hf_demo_weights, {"vocab_size": 32769}, r"'lm_head.weight' has shape \[32768, 64\]"),
-        (hf_demo_weights, {"rms_norm_eps": None}, "config.json of type 'mistral' has no rms_norm_eps"),
+        (
+            hf_demo_weights,
+            {"of_2024": True},
+            "tensor 'model.layers.0.self_attn.q_proj.weight' has shape [192, 64], config.json says [60, 64]\n  <*>",
+        ),
+        (
+            hf_demo_weights,
+            {"vocab_size": 32769},
+            "tensor 'model.embed_tokens.weight' has shape [32768, 64], config.json says [32769, 64]\n"
+            "  tensor 'lm_head.weight' has shape [32768, 64], config.json says [32769, 64]",
+        ),
+        (
+            hf_demo_weights,
+            {"rms_norm_eps": None},
+            ": config.json of type 'mistral' has no rms_norm_eps; a geometry is given whole, since stock Mistral's "
+            "defaults are those of another model; add what the weights have",
+        ),
     ],
     ids=["lm_head", "up_proj", "head_dim", "vocab_size", "eps"],
 )
@@ -313,7 +354,8 @@ def test_what_does_not_fit_is_one_error_and_no_random_numbers(
     weights: Any, config: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
     folder = builders.fine_tune(tmp_path / "f", weights=weights(), config=builders.hf_config(**config))
-    with pytest.raises(CheckpointError, match=problem):
+    message = f"{folder}{problem}" if problem.startswith(":") else INCOMPLETE.format(folder, problem)
+    with pytest.raises(CheckpointError, match=whole(message)):
         MistralLargeForCausalLM.from_pretrained(folder)
 
 
@@ -333,15 +375,18 @@ def test_tied_embeddings_are_refused_with_the_reason(tmp_path: Path) -> None:
     [
         (
             lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
-            "00002-of-00002.safetensors is missing",
+            "model-00002-of-00002.safetensors is missing",
         ),
-        (lambda folder: (folder / "model.safetensors.index.json").unlink(), "model.safetensors.index.json is missing"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").unlink(),
+            "model.safetensors.index.json is missing, by which transformers finds the tensors of several files",
+        ),
     ],
 )
 def test_missing_files_are_named(damage: Any, problem: str, tmp_path: Path) -> None:
     folder = builders.fine_tune(tmp_path / "f")
     damage(folder)
-    with pytest.raises(CheckpointError, match=problem):
+    with raises_exactly(CheckpointError, INCOMPLETE.format(folder, problem)):
         load(folder)
 
 

@@ -23,40 +23,65 @@ from tests.support.errors import raises_exactly
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 # Each is wrong whatever the other fields are, with what the error says of it.
+NONE_OF_THIS = (
+    "Mistral Large has none of this, only {} is possible; load such a checkpoint with transformers' own "
+    "MistralForCausalLM"
+)
+SILU = "'silu'"
+NO_SCALING = "only 'default' is possible; the model was trained on all of its context length and needs no scaling"
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"sliding_window": 4096}, "sliding_window=4096: Mistral Large has none of this, only None is possible"),
-    ({"attention_chunk_size": 256}, "attention_chunk_size=256"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-    ({"attention_bias": True}, "attention_bias=True"),
-    ({"mlp_bias": True}, "mlp_bias=True"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-    ({"per_layer_config": {"0": {"head_dim": 64}}}, "per_layer_config={'0': {'head_dim': 64}}"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "every layer of Mistral Large has full attention"),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"vocab_size": 0}, "vocab_size=0: must be greater than 0"),
-    ({"hidden_size": -1}, "hidden_size=-1: must be greater than 0"),
-    ({"intermediate_size": 0}, "intermediate_size=0: must be greater than 0"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers=0: must be greater than 0"),
-    ({"num_attention_heads": 0}, "num_attention_heads=0: must be greater than 0"),
-    ({"num_key_value_heads": 0}, "num_key_value_heads=0: must be greater than 0"),
-    ({"max_position_embeddings": 0}, "max_position_embeddings=0: must be greater than 0"),
-    ({"head_dim": 0}, "head_dim=0: must be greater than 0"),
-    ({"head_dim": 33}, "head_dim=33: must be even"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be greater than 0"),
+    ({"sliding_window": 4096}, f"sliding_window=4096: {NONE_OF_THIS.format(None)}"),
+    ({"attention_chunk_size": 256}, f"attention_chunk_size=256: {NONE_OF_THIS.format(None)}"),
+    ({"tie_word_embeddings": True}, f"tie_word_embeddings=True: {NONE_OF_THIS.format(False)}"),
+    ({"attention_bias": True}, f"attention_bias=True: {NONE_OF_THIS.format(False)}"),
+    ({"mlp_bias": True}, f"mlp_bias=True: {NONE_OF_THIS.format(False)}"),
+    ({"partial_rotary_factor": 0.5}, f"partial_rotary_factor=0.5: {NONE_OF_THIS.format(1.0)}"),
+    (
+        {"per_layer_config": {"0": {"head_dim": 64}}},
+        f"per_layer_config={{'0': {{'head_dim': 64}}}}: {NONE_OF_THIS.format(None)}",
+    ),
+    (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types=['full_attention', 'sliding_attention']: every layer of Mistral Large has full attention; leave "
+        "layer_types out",
+    ),
+    ({"hidden_act": "gelu"}, f"hidden_act='gelu': {NONE_OF_THIS.format(SILU)}"),
+    ({"vocab_size": 0}, "vocab_size=0: must be greater than 0 and finite"),
+    ({"hidden_size": -1}, "hidden_size=-1: must be greater than 0 and finite"),
+    ({"intermediate_size": 0}, "intermediate_size=0: must be greater than 0 and finite"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0: must be greater than 0 and finite"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0: must be greater than 0 and finite"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads=0: must be greater than 0 and finite"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings=0: must be greater than 0 and finite"),
+    ({"head_dim": 0}, "head_dim=0: must be greater than 0 and finite"),
+    ({"head_dim": 33}, "head_dim=33: must be even, because rope turns pairs"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be greater than 0 and finite"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf: must be greater than 0 and finite"),
-    ({"rope_parameters": YARN}, "rope_type='yarn'"),
-    ({"rope_parameters": {"type": "linear", "rope_theta": 1e6, "factor": 4.0}}, "type='linear'"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta=0.0: must be greater than 0"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}}, "rope_theta='1e6': must be greater than 0"),
-    ({"rope_parameters": {"rope_theta": 1e6, "factor": 4.0}}, "rope_parameters['factor']=4.0: has no effect"),
+    ({"rope_parameters": YARN}, f"rope_type='yarn': {NO_SCALING}"),
+    ({"rope_parameters": {"type": "linear", "rope_theta": 1e6, "factor": 4.0}}, f"type='linear': {NO_SCALING}"),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
+        "rope_theta=0.0: must be greater than 0 and finite",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "1e6"}},
+        "rope_theta='1e6': must be greater than 0 and finite",
+    ),
+    (
+        {"rope_parameters": {"rope_theta": 1e6, "factor": 4.0}},
+        "rope_parameters['factor']=4.0: has no effect on the default rope; leave it out",
+    ),
     (
         {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
-        "rope_parameters['partial_rotary_factor']",
+        "rope_parameters['partial_rotary_factor']=0.5: has no effect on the default rope; leave it out",
     ),
-    ({"rope_scaling": YARN}, "rope_type='yarn'"),
-    ({"rope_theta": -1.0}, "rope_theta=-1.0: must be greater than 0"),
+    ({"rope_scaling": YARN}, f"rope_type='yarn': {NO_SCALING}"),
+    ({"rope_theta": -1.0}, "rope_theta=-1.0: must be greater than 0 and finite"),
 ]
-UNEVEN = ({"num_key_value_heads": 4}, "num_attention_heads=6: must be a multiple of num_key_value_heads=4")
+UNEVEN = (
+    {"num_key_value_heads": 4},
+    "num_attention_heads=6: must be a multiple of num_key_value_heads=4, because each key head serves a whole group",
+)
 
 
 def name_of(value: Any) -> str:
@@ -126,9 +151,8 @@ def test_config_refuses_what_the_architecture_is_not(
         lambda: AutoConfig.from_pretrained(tmp_path),
         lambda: AutoConfig.for_model(**fields),
     ):
-        with pytest.raises(ConfigurationError, match=r"^MistralLargeConfig") as error:
+        with raises_exactly(ConfigurationError, f"MistralLargeConfig {problem}"):
             refuse()
-        assert problem in str(error.value)
     assert issubclass(ConfigurationError, (MistralLargeError, ValueError))
 
 
@@ -146,9 +170,8 @@ def test_an_override_is_refused_as_the_file_is(
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path, **wrong),
     ]
     for refuse in calls:
-        with pytest.raises(ConfigurationError) as error:
+        with raises_exactly(ConfigurationError, f"MistralLargeConfig {problem}"):
             refuse()
-        assert problem in str(error.value)
 
 
 def test_overrides_that_say_what_is_so_are_taken(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
@@ -172,7 +195,8 @@ def test_an_assignment_is_refused(wrong: dict[str, Any], problem: str, tiny_conf
     for assign in (lambda: setattr(tiny_config, name, value), lambda: tiny_config.update(wrong)):
         with pytest.raises((ConfigurationError, StrictDataclassFieldValidationError)) as error:
             assign()
-        assert problem in str(error.value)
+        # Some versions say before it which field it is of.
+        assert str(error.value).endswith(f"MistralLargeConfig {problem}")
     assert tiny_config.to_dict() == before
 
 

@@ -33,6 +33,7 @@ from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.chat_tokenization import CustomTemplateWarning
 from modeling_mistral_large.errors import ConversationError, KeywordError
 from tests.support import checkpoints
+from tests.support.errors import raises_exactly, whole
 from tests.support.texts import mixed_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore::modeling_mistral_large.chat_tokenization.CustomTemplateWarning")
@@ -283,7 +284,11 @@ def test_the_format_is_recorded_where_it_is_ours(name: str, own: MistralLargeTok
 def test_a_format_of_a_later_version_is_refused(saved: Path) -> None:
     path = saved / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "prompt_format": "v9"}), encoding="utf-8")
-    with pytest.raises(TokenizerFileError, match="prompt_format 'v9' in"):
+    with raises_exactly(
+        TokenizerFileError,
+        "prompt_format 'v9' in tokenizer_config.json: this version of the package makes v3 and v7 prompts only; use "
+        "the version that wrote it",
+    ):
         MistralLargeTokenizer.from_pretrained(saved)
 
 
@@ -411,38 +416,67 @@ def test_batches_padding_and_continuation(own: MistralLargeTokenizer) -> None:
     assert own.apply_chat_template([long], return_dict=False) == [single[1]]
 
 
+NONE_OF_OURS = "the chat template is none of ours, so it cannot be held to the reference"
+UNEXPECTED = "apply_chat_template() got an unexpected keyword argument"
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "strict": ({"strict": True}, ConversationError, "strict=True: the chat template is none of ours"),
+    "strict": (
+        {"strict": True},
+        ConversationError,
+        f"strict=True: {NONE_OF_OURS}; leave strict out, or use our template",
+    ),
     "documents": (
         {"reference_documents_as_text": True},
         ConversationError,
-        "reference_documents_as_text=True: the chat",
+        f"reference_documents_as_text=True: {NONE_OF_OURS}; leave reference_documents_as_text out, or use our template",
     ),
-    "another keyword": ({"strictt": True}, KeywordError, "unexpected keyword argument 'strictt'"),
-    "no variable": ({"enable_thinking": False}, KeywordError, "'enable_thinking'; it would have no effect"),
+    "another keyword": (
+        {"strictt": True},
+        KeywordError,
+        f"{UNEXPECTED} 'strictt'; it would have no effect; leave it out",
+    ),
+    "no variable": (
+        {"enable_thinking": False},
+        KeywordError,
+        f"{UNEXPECTED} 'enable_thinking'; it would have no effect; leave it out",
+    ),
     "contradiction": (
         {"add_generation_prompt": True, "continue_final_message": True},
         ConversationError,
-        "leave one of the two out",
+        "add_generation_prompt and continue_final_message: the response to come is either new or the last message's "
+        "rest; leave one of the two out",
     ),
     "mask": (
         {"return_assistant_tokens_mask": True, "continue_final_message": True},
         ConversationError,
-        "leave one of the two out",
+        "continue_final_message and return_assistant_tokens_mask: leave one of the two out",
     ),
-    "no template": ({"chat_template": "{% if"}, ConversationError, "not a Jinja template"),
+    "no template": (
+        {"chat_template": "{% if"},
+        ConversationError,
+        "chat_template: not a Jinja template, line 1: <*>; correct it",
+    ),
     "its own refusal": (
         {"chat_template": "{{ raise_exception('never') }}"},
         ConversationError,
-        "refuses the .*: never",
+        "the chat template refuses the conversation: never",
     ),
-    "no JSON": ({"tools": [{"name": object()}]}, ConversationError, "a chat template gets JSON values"),
-    "no list": ({"tools": "f"}, ConversationError, "tools: 'f'; they are a list"),
-    "a surrogate": ({"x": "\ud800"}, ConversationError, "template variables"),
+    "no JSON": (
+        {"tools": [{"name": object()}]},
+        ConversationError,
+        "tools: <object object at <*>>; a chat template gets JSON values; convert it",
+    ),
+    "no list": ({"tools": "f"}, ConversationError, "tools: 'f'; they are a list; pass one"),
+    "a surrogate": (
+        {"x": "\ud800"},
+        ConversationError,
+        "template variables: lone surrogate '\\ud800' at character 0; text must be Unicode; decode it again or "
+        "replace the character",
+    ),
     "escaped": (
         {"chat_template": "{{ messages[0].content | tojson(ensure_ascii=true) }}"},
         ConversationError,
-        "escapes the '.' of a control string",
+        "the chat template escapes the '<' of a control string in a text, which cannot be kept apart then; take the "
+        "string out of the text",
     ),
 }
 
@@ -452,11 +486,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_what_cannot_be_done_with_another_template_is_refused(own: MistralLargeTokenizer, case: str) -> None:
     own.chat_template = SIMPLE
     options, error, reason = REFUSED[case]
-    with pytest.raises(error, match=reason):
+    with pytest.raises(error, match=whole(reason)):
         own.apply_chat_template([*HOSTILE, {"role": "assistant", "content": "a"}], **options)
-    wrong: list[Any] = [[], [[]], ["text"], [[3]]]
-    for conversation in wrong:
-        with pytest.raises(ConversationError, match=r"no messages|a message is a dict|they are a list"):
+    nothing = "no messages: a conversation has at least one; pass a user message"
+    wrong: list[tuple[Any, str]] = [
+        ([], nothing),
+        ([[]], nothing),
+        (["text"], "message 0: 'text'; a message is a dict; pass one"),
+        ([[3]], "message 0: 3; a message is a dict; pass one"),
+    ]
+    for conversation, problem in wrong:
+        with raises_exactly(ConversationError, problem):
             own.apply_chat_template(conversation)
 
 
@@ -467,7 +507,9 @@ def test_what_means_nothing_is_taken(name: str, own: MistralLargeTokenizer) -> N
         # As `transformers serve` calls it.
         assert own.apply_chat_template(HOSTILE, load_audio_from_video=False) == expected
         assert own.apply_chat_template(HOSTILE, strict=False) == expected
-        with pytest.raises(KeywordError, match="load_audio_from_video"):
+        with raises_exactly(
+            KeywordError, f"{UNEXPECTED} 'load_audio_from_video'; it would have no effect; leave it out"
+        ):
             own.apply_chat_template(HOSTILE, load_audio_from_video=True)
     assert own.apply_chat_template(HOSTILE, x="!", tokenize=False).endswith("[/INST]!")
 
@@ -507,7 +549,9 @@ def test_another_response_template_is_said_once(name: str, own: MistralLargeToke
     assert str(saved) in message
     assert loaded.parse_response("Hi</s>", prefix="")["role"] == "model"
     assert said(lambda: own.parse_response("Hi</s>", dict(reversed(RESPONSE_TEMPLATES[name].items())))) == []
-    with pytest.raises(KeywordError, match="it is a response template; the prompt is prefix"):
+    with raises_exactly(
+        KeywordError, "parse_response(): schema [1, 3, 4]; it is a response template; the prompt is prefix"
+    ):
         own.parse_response([1083, 2], [1, 3, 4])  # type: ignore[arg-type]  # the mistake
     with pytest.raises(TypeError, match="prefixx"):
         own.parse_response([1083, 2], prefixx=[1])  # type: ignore[call-arg]  # the mistake

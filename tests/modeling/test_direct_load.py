@@ -37,6 +37,7 @@ from modeling_mistral_large import (
 from modeling_mistral_large.consolidated_loading import SplitRopePairs, index_of
 from tests.conversion.test_hub import hub  # noqa: F401  # a fixture
 from tests.support.checkpoints import write_consolidated
+from tests.support.errors import raises_exactly, whole
 from tests.support.loopback_hub import REPOSITORY, LoopbackHub
 from tests.support.models import ATTENTION, GREEDY, random_ids, stock_config
 from tests.support.reference_model import reference_logits
@@ -273,28 +274,38 @@ def test_everything_wrong_with_the_tensors_is_one_error(damaged: Path) -> None:
     ]
 
 
+INCOMPLETE = "{} is not a complete consolidated checkpoint; nothing was done, fix or download it again:\n  {}"
+MISSING_KEYS = ("n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "rope_theta")
+NO_GEOMETRY = "params.json is not a Mistral Large geometry: " + "; ".join(f"{key} is missing" for key in MISSING_KEYS)
+
+
 @pytest.mark.parametrize(
     ("params", "problem"),
     [
         (None, "params.json is missing"),
-        ("{", "Expecting property name"),
-        ('{"dim": 80}', "n_layers is missing"),
+        ("{", "params.json: Expecting <*>"),
+        ('{"dim": 80}', "\n  ".join(f"params.json: {key} is missing" for key in MISSING_KEYS)),
     ],
 )
 def test_a_config_without_its_params_is_one_error(damaged: Path, params: str | None, problem: str) -> None:
     (damaged / "params.json").unlink()
     if params is not None:
         (damaged / "params.json").write_text(params)
-    for read in (MistralLargeConfig.from_pretrained, load):
-        with pytest.raises(CheckpointError) as error:
-            read(damaged)
-        assert problem in str(error.value)
+    config_problem = {
+        "{": f"{damaged}/params.json: Expecting <*>; download it again",
+        '{"dim": 80}': NO_GEOMETRY,
+    }.get(params or "", f"{damaged}: params.json is missing; it holds the geometry of the weights, download it again")
+    with pytest.raises(CheckpointError, match=whole(config_problem)):
+        MistralLargeConfig.from_pretrained(damaged)
+    with pytest.raises(CheckpointError, match=whole(INCOMPLETE.format(damaged, problem))):
+        load(damaged)
 
 
 def test_params_without_weights_are_a_consolidated_folder_too(checkpoint: Checkpoint, tmp_path: Path) -> None:
     shutil.copy(checkpoint.consolidated / "params.json", tmp_path)
     assert MistralLargeConfig.from_pretrained(tmp_path).hidden_size == 80
-    with pytest.raises(CheckpointError, match=r"no consolidated\.safetensors"):
+    problem = "no consolidated.safetensors and no consolidated-00001-of-….safetensors"
+    with raises_exactly(CheckpointError, INCOMPLETE.format(tmp_path, problem)):
         load(tmp_path)
 
 
@@ -350,7 +361,7 @@ def test_the_auto_classes_say_of_other_folders_what_they_said(damaged: Path, tmp
     with pytest.raises(ValueError, match="model_type"):
         AutoConfig.from_pretrained(tmp_path)
     (damaged / "params.json").write_text('{"dim": 80}')
-    with pytest.raises(CheckpointError, match="n_layers is missing"):
+    with raises_exactly(CheckpointError, NO_GEOMETRY):
         AutoConfig.from_pretrained(damaged)
 
 
@@ -378,7 +389,11 @@ def test_a_directly_loaded_model_is_saved_in_the_hf_layout(checkpoint: Checkpoin
     assert_same_tensors(load(tmp_path / "saved"), load(checkpoint.hf))
     stock = MistralForCausalLM.from_pretrained(tmp_path / "saved", config=stock_config(CONFIG))
     assert_same_tensors(stock, model)
-    with pytest.raises(ValueError, match="export_checkpoint"):
+    with raises_exactly(
+        ValueError,
+        "save_original_format=True: the consolidated layout has files of its own, which transformers does not write; "
+        "call mistral_large_conversion.export_checkpoint(model, folder)",
+    ):
         model.save_pretrained(tmp_path / "original", save_original_format=True)
     assert not (tmp_path / "original").exists()
 
@@ -443,7 +458,11 @@ def test_a_ranks_share_of_the_rows_is_split_by_its_own_heads() -> None:
 
 def test_key_heads_are_not_cut(checkpoint: Checkpoint) -> None:
     model = load(checkpoint.hf)
-    with pytest.raises(ValueError, match="tensor parallelism of 4: must divide the 2 key-value heads"):
+    with raises_exactly(
+        ValueError,
+        "tensor parallelism of 4: must divide the 2 key-value heads, which are not sharded; use fewer ranks, or "
+        "device_map instead",
+    ):
         MistralLargeForCausalLM.maybe_distribute_model(model, DistributedConfig(tp_size=4), None)
 
 

@@ -29,6 +29,7 @@ from modeling_mistral_large import (
     MistralLargeModel,
 )
 from tests.support.checkpoints import write_consolidated
+from tests.support.errors import raises_exactly
 from tests.support.models import (
     ATTENTION,
     GREEDY,
@@ -184,9 +185,9 @@ def test_embeddings_go_in_place_of_ids_but_not_with_them(tiny_config: MistralLar
     embedded = model.get_input_embeddings()(ids)
     with torch.no_grad():
         assert torch.equal(model(inputs_embeds=embedded).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with raises_exactly(ValueError, "MistralLargeModel.forward: pass exactly one of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=embedded)
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with raises_exactly(ValueError, "MistralLargeModel.forward: pass exactly one of input_ids and inputs_embeds"):
         model()
 
 

@@ -25,13 +25,17 @@ from modeling_mistral_large.generation.streaming import MistralLargeTextStreamer
 from modeling_mistral_large.instruct import FORMATS
 from tests.support import checkpoints
 from tests.support.conversations import conversations, reference_ids
+from tests.support.errors import raises_exactly
 
 Message = dict[str, Any]
 
 SYSTEM: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 CHATML = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
 # What every refusal of a format whose control tokens are missing says.
-NO_V7 = r"the vocabulary is v3's, which has no \[SYSTEM_PROMPT\], \[/SYSTEM_PROMPT\], \[TOOL_CONTENT\]; .*; choose v3"
+NO_V7 = (
+    "the vocabulary is v3's, which has no [SYSTEM_PROMPT], [/SYSTEM_PROMPT], [TOOL_CONTENT]; a prompt format needs its "
+    "control tokens; choose v3, or take a model that was trained on v7 with its tokenizer"
+)
 
 
 @pytest.fixture
@@ -135,28 +139,31 @@ def test_the_constructor_chooses_too() -> None:
 @pytest.mark.slow
 def test_a_format_needs_its_control_tokens(own: dict[str, MistralLargeTokenizer], tmp_path: Path) -> None:
     own["v3"].save_pretrained(tmp_path)
-    with pytest.raises(TokenizerFileError, match=f"^prompt_format 'v7': {NO_V7}"):
+    with raises_exactly(TokenizerFileError, f"prompt_format 'v7': {NO_V7}"):
         MistralLargeTokenizer.from_pretrained(tmp_path, prompt_format="v7")
-    with pytest.raises(TokenizerFileError, match=f"^prompt_format 'v7': {NO_V7}"):
+    with raises_exactly(TokenizerFileError, f"prompt_format 'v7': {NO_V7}"):
         MistralLargeTokenizer(str(checkpoints.tokenizer_model_file("v3")), prompt_format="v7")
     for tokenize in (True, False):
-        with pytest.raises(ConversationError, match=f"^the chat template writes v7 prompts: {NO_V7}"):
+        with raises_exactly(ConversationError, f"the chat template writes v7 prompts: {NO_V7}"):
             own["v3"].apply_chat_template(SYSTEM, chat_template=CHAT_TEMPLATES["v7"], tokenize=tokenize)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prompt_format": "v7"}))
-    with pytest.raises(TokenizerFileError, match=NO_V7):
+    with raises_exactly(TokenizerFileError, f"prompt_format 'v7': {NO_V7}"):
         MistralLargeTokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["v9", "V7", "", 7])
 def test_another_format_is_refused(own: dict[str, MistralLargeTokenizer], name: Any, tmp_path: Path) -> None:
     own["v7"].save_pretrained(tmp_path)
-    with pytest.raises(KeywordError, match=r"^prompt_format=.*: the prompt formats are v3, v7; choose one"):
+    problem = f"prompt_format={name!r}: the prompt formats are v3, v7; choose one, or leave prompt_format out"
+    with raises_exactly(KeywordError, problem):
         MistralLargeTokenizer.from_pretrained(tmp_path, prompt_format=name)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prompt_format": name}))
-    with pytest.raises(
-        TokenizerFileError, match=r"in tokenizer_config.json: .* v3 and v7 prompts only; use the version"
+    with raises_exactly(
+        TokenizerFileError,
+        f"prompt_format {name!r} in tokenizer_config.json: this version of the package makes v3 and v7 prompts only; "
+        "use the version that wrote it",
     ):
         MistralLargeTokenizer.from_pretrained(tmp_path)
 
@@ -166,7 +173,11 @@ def test_a_format_and_another_template_are_refused(
     own: dict[str, MistralLargeTokenizer], template: str, tmp_path: Path
 ) -> None:
     own["v7"].save_pretrained(tmp_path)
-    with pytest.raises(KeywordError, match=r"^prompt_format='v7': the chat_template that is passed is another one"):
+    with raises_exactly(
+        KeywordError,
+        "prompt_format='v7': the chat_template that is passed is another one and decides about prompts; leave one of "
+        "the two out",
+    ):
         MistralLargeTokenizer.from_pretrained(tmp_path, prompt_format="v7", chat_template=template)
 
 
@@ -178,21 +189,43 @@ def test_files_of_two_vocabularies_are_refused(
     own[name].save_pretrained(tmp_path)
     (tmp_path / f"tokenizer.model.{name}").unlink()
     (tmp_path / f"tokenizer.model.{other}").write_bytes(checkpoints.tokenizer_model_file(other).read_bytes())
-    with pytest.raises(TokenizerFileError, match=f"tokenizer.model.{other}: other pieces"):
+    with raises_exactly(
+        TokenizerFileError,
+        f"{tmp_path}/tokenizer.model.{other}: other pieces, scores, types or settings than the vendor's file, which "
+        "tokenizer.json next to it was made of; this package reads the v3 and v7 SentencePiece models of "
+        "Mistral-Large-Instruct-2407 and 2411; download it again, or remove it",
+    ):
         MistralLargeTokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_errors_name_the_format(own: dict[str, MistralLargeTokenizer], name: str) -> None:
     user = SYSTEM[1]
-    refused: list[tuple[Any, dict[str, Any]]] = [
-        ([user], {"documents": [{"text": "x"}]}),
-        ([{**user, "thinking": "hm"}], {}),
-        ([user, {"role": "assistant", "content": "x", "reasoning": "hm"}], {}),
-        ({"messages": [user], "reasoning_effort": "high"}, {}),
+    refused: list[tuple[Any, dict[str, Any], str]] = [
+        (
+            [user],
+            {"documents": [{"text": "x"}]},
+            f"documents: the {name} format has no place for them; write them into a message or a tool's result",
+        ),
+        (
+            [{**user, "thinking": "hm"}],
+            {},
+            f"message 0: thinking 'hm'; the {name} format has no such thing in a user message; move what the model "
+            "should read into the content, or leave the key out",
+        ),
+        (
+            [user, {"role": "assistant", "content": "x", "reasoning": "hm"}],
+            {},
+            f"message 1: reasoning; the {name} format has no place for reasoning; leave the key out",
+        ),
+        (
+            {"messages": [user], "reasoning_effort": "high"},
+            {},
+            f"reasoning_effort 'high': the {name} format has no place for it; leave it out",
+        ),
     ]
-    for conversation, options in refused:
-        with pytest.raises(ConversationError, match=f"the {name} format has no"):
+    for conversation, options, problem in refused:
+        with raises_exactly(ConversationError, problem):
             own[name].apply_chat_template(conversation, **options)
 
 

@@ -15,7 +15,7 @@ from transformers import MistralForCausalLM
 from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeModel
 from tests.support.checkpoints import write_consolidated
-from tests.support.errors import raises_exactly
+from tests.support.errors import raises_exactly, whole
 from tests.support.models import stock_config
 
 # Every size is a multiple of the groups and blocks that the quantizers know.
@@ -157,7 +157,11 @@ SKIPPING: dict[str, Callable[[], Any]] = {
 def test_a_quantization_that_leaves_every_layer_out_is_an_error(
     folders: dict[str, Path], name: str, layout: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=NOTHING_LEFT):
+    problem = (
+        f"{folders[layout]}: quantization '<*>' {NOTHING_LEFT}; look at the modules that its config leaves out, or "
+        "load without a quantization_config"
+    )
+    with pytest.raises(CheckpointError, match=whole(problem)):
         MistralLargeForCausalLM.from_pretrained(folders[layout], quantization_config=SKIPPING[name]())
 
 

@@ -1,5 +1,6 @@
 """Errors compared whole: a fragment of a message passes although the rest of it is wrong."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,3 +13,8 @@ def raises_exactly(error: type[BaseException], message: str) -> Iterator[None]:
     with pytest.raises(error) as raised:
         yield
     assert str(raised.value) == message
+
+
+def whole(message: str) -> str:
+    """Return the pattern of this whole message, in which `<*>` is what varies: an address, the words of a library."""
+    return rf"(?s)\A{re.escape(message).replace(re.escape('<*>'), '.+')}\Z"

@@ -74,7 +74,11 @@ def test_a_conversation_that_has_no_prompt_is_refused_with_its_line(
     tokenizer: MistralLargeTokenizer, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "chats.jsonl", {"messages": CONVERSATION}, {"messages": [{"role": "nobody"}]})
-    with pytest.raises(SampleFileError, match=r"chats\.jsonl line 2: "):
+    with raises_exactly(
+        SampleFileError,
+        f"{path} line 2: message 0: role 'nobody'; the roles are system, developer, user, assistant, tool; choose "
+        "one of them",
+    ):
         read_calibration_data(path, tokenizer)
 
 

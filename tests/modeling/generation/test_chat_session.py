@@ -435,20 +435,24 @@ def test_lengths(model: Any, tokenizer: MistralLargeTokenizer) -> None:
         session.respond(long)
 
 
+OWN = "is the ChatSession's own; leave it out, or call the model's generate"
+ONE_SEQUENCE = "a ChatSession writes one sequence; pass 1, or call the model's generate"
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"past_key_values": None}, "past_key_values: is the ChatSession's own"),
-        ({"input_ids": [[1]]}, "input_ids: is the ChatSession's own"),
-        ({"use_cache": False}, "use_cache: is the ChatSession's own"),
-        ({"num_beams": 2}, "num_beams: a ChatSession writes one sequence"),
-        ({"num_return_sequences": 3, "do_sample": True}, "num_return_sequences: a ChatSession writes one sequence"),
+        ({"past_key_values": None}, f"past_key_values: {OWN}"),
+        ({"input_ids": [[1]]}, f"input_ids: {OWN}"),
+        ({"use_cache": False}, f"use_cache: {OWN}"),
+        ({"num_beams": 2}, f"num_beams: {ONE_SEQUENCE}"),
+        ({"num_return_sequences": 3, "do_sample": True}, f"num_return_sequences: {ONE_SEQUENCE}"),
     ],
 )
 def test_options_of_its_own_are_refused(
     model: Any, tokenizer: MistralLargeTokenizer, options: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(SettingError, match=problem):
+    with raises_exactly(SettingError, problem):
         ChatSession(model, tokenizer).respond([{"role": "user", "content": "Who?"}], **options)
 
 
@@ -459,7 +463,11 @@ def test_two_responses_at_once_are_refused(model: Any, tokenizer: MistralLargeTo
     def ask_again(_: list[int]) -> None:
         session.generate(prompt)
 
-    with pytest.raises(SettingError, match="this ChatSession writes another response"):
+    with raises_exactly(
+        SettingError,
+        "this ChatSession writes another response, and its cache is of one conversation; wait for it, or make a "
+        "session for each",
+    ):
         session.generate(prompt, on_tokens=ask_again, **GREEDY)
     assert session.generate(prompt, **GREEDY) == fresh(session, prompt, **GREEDY)
 

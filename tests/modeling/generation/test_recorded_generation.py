@@ -308,7 +308,7 @@ def test_a_cache_over_several_turns(model: Any, demo_tokenizer: MistralLargeToke
     for each in (other, cache):
         assert torch.equal(model.generate(**prompt, **GREEDY, **cache_argument(each)), whole)
     assert steps
-    with pytest.raises(ValueError, match="as a negative number"):
+    with raises_exactly(ValueError, "crop(3): pass the number of tokens to remove as a negative number"):
         cache.crop(3)
     cache.crop(-10_000)
     assert cache.get_seq_length() == 0
@@ -330,7 +330,11 @@ def test_a_cache_that_does_not_fit_the_call_is_refused(tiny: Any, tiny_config: M
         tiny.generate(ids[:1], max_new_tokens=2, num_beams=2, **cache_argument(cache))
     with raises_exactly(SettingError, "this RecordedCache is another model's; make one of this model, or pass none"):
         tiny_model(tiny_config).generate(ids[:1], max_new_tokens=2, **cache_argument(cache))
-    with pytest.raises(SettingError, match="the sequences of a RecordedCache are fixed"):
+    with raises_exactly(
+        SettingError,
+        "the sequences of a RecordedCache are fixed: no beams, and nothing that repeats or selects sequences; pass "
+        "another cache, or none",
+    ):
         cache.reorder_cache(torch.tensor([0]))
     with raises_exactly(SettingError, "a RecordedCache carries no gradient; run the model under torch.no_grad()"):
         tiny(ids[:1], **cache_argument(cache))
@@ -387,7 +391,9 @@ def test_no_steps_under_autocast_training_or_gradients(
             tiny(ids, **cache_argument(cache))
             with context:
                 if torch.is_grad_enabled():
-                    with pytest.raises(SettingError, match="carries no gradient"):
+                    with raises_exactly(
+                        SettingError, "a RecordedCache carries no gradient; run the model under torch.no_grad()"
+                    ):
                         tiny(ids[:, :1], **cache_argument(cache))
                 else:
                     tiny(ids[:, :1], **cache_argument(cache))

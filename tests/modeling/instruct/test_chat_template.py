@@ -34,6 +34,7 @@ from tests.support.conversations import (
     invalid_conversations,
     reference_ids,
 )
+from tests.support.errors import raises_exactly
 
 Reference = MistralTokenizer[Any, Any, Any, Any, Any]
 
@@ -164,7 +165,7 @@ def test_any_ids_are_mapped_as_in_python(engines: Engines, rounds: list[list[tup
     assert engines.plain(messages) == engines.python(messages)
 
 
-@pytest.mark.parametrize(("messages", "plain"), LENIENT.values(), ids=LENIENT)
+@pytest.mark.parametrize(("messages", "plain"), [each[:2] for each in LENIENT.values()], ids=LENIENT)
 def test_harmless_shapes_are_read(engines: Engines, messages: list[Any], plain: list[Any]) -> None:
     assert engines.plain(messages) == engines.transformers(messages) == engines.python(plain)
 
@@ -183,10 +184,32 @@ UNCHECKED = {
 }
 
 
+ROLES = "the roles are system, developer, user, assistant and tool"
+NO_TEXT = "an assistant message needs content or tool_calls"
+RESULTS = "every tool call needs one result before the next answer"
+SAID = {
+    "no role": f"message 0: {ROLES}",
+    "unknown role": f"message 1: {ROLES}",
+    "tool after user": "message 1: role tool cannot come after user",
+    "tool after system": "message 1: role tool cannot come after system",
+    "system after assistant": "message 2: role system cannot come after assistant",
+    "system after tool": "message 3: role system cannot come after tool",
+    "prefix in the middle": "message 1: only the last message can be a prefix",
+    "empty answer": f"message 1: {NO_TEXT}",
+    "no answer": f"message 1: {NO_TEXT}",
+    "answer of empty chunks": f"message 1: {NO_TEXT}",
+    "missing result": f"message 3: {RESULTS}",
+    "missing call": f"message 4: {RESULTS}",
+    "number as content": "message 0: this model reads text only",
+    "image": "message 0: this model reads text only",
+    "text as a chunk": "message 0: this model reads text only",
+}
+
+
 @pytest.mark.parametrize("name", [name for name in REFUSED if name not in UNCHECKED])
 def test_the_template_refuses_a_wrong_order(engines: Engines, name: str) -> None:
     messages, _ = REFUSED[name]
-    with pytest.raises(jinja2.TemplateError, match=r"message \d+: "):
+    with raises_exactly(jinja2.TemplateError, SAID[name]):
         engines.transformers(messages)
     with pytest.raises(jinja2.UndefinedError, match="raise_exception"):
         engines.plain(messages)

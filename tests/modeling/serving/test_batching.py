@@ -529,7 +529,7 @@ def test_close_ends_all_responses(tiny_config: MistralLargeConfig) -> None:
             response = await task
             assert (response.finish_reason, response.error) == (None, None)
             assert len(response.ids) < 400
-        with pytest.raises(GenerationError, match="the engine is closed"):
+        with raises_exactly(GenerationError, "the engine is closed; it takes no requests any more; start another one"):
             engine.submit(greedy(prompts[0]))
 
     engine = ContinuousBatching(model, max_batch=2)

@@ -1,6 +1,7 @@
 """What a request for a chat completion is read into, and where its text ends, without a server."""
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from modeling_mistral_large.serving.completion_text import CompletionReader, Sto
 from modeling_mistral_large.serving.json_fields import Fields, RequestError, is_number, read_json_object
 from modeling_mistral_large.serving.requests import GeneratedToken, TokenChoice
 from modeling_mistral_large.serving.served_model import token_choice
+from tests.support.errors import whole
 
 QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -23,68 +25,124 @@ def calls(arguments: Any) -> dict[str, Any]:
     return {"messages": [*QUESTION["messages"], {"role": "assistant", "tool_calls": [call]}, {"role": "tool"}]}
 
 
+CHOICE_RULE = (
+    'tool_choice: must be "auto", "none", "required" or {"type": "function", "function": {"name": …}}; correct it'
+)
+
+
+def bias_problem(value: Any) -> str:
+    if isinstance(value, dict):
+        return 'logit_bias: must be an object of token ids and biases from -100 to 100, as {"1234": -100}; correct it'
+    return "logit_bias: must be an object with a bias for token ids; correct it"
+
+
 @pytest.mark.parametrize(
-    ("options", "parameter"),
+    ("options", "problem"),
     [
-        ({"messages": None}, "messages"),
-        ({"messages": "hi"}, "messages"),
-        ({"messages": {"role": "user", "content": "hi"}}, "messages"),
-        ({"messages": []}, "messages"),
-        (calls("{bad"), "messages"),
-        (calls("[" * 100_000), "messages"),
-        ({"messages": calls("{}")["messages"][:2]}, "messages"),
-        ({"tools": 5}, "tools"),
-        ({"tools": TOOL}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": "must"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "custom", "function": {"name": "f"}}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}}, "tool_choice"),
-        ({"tools": [TOOL], "parallel_tool_calls": 0}, "parallel_tool_calls"),
-        ({"functions": [TOOL["function"]]}, "functions"),
-        ({"function_call": "auto"}, "function_call"),
-        ({"response_format": "json"}, "response_format"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
-        *(({"n": value}, "n") for value in (0, 129, True, "1", 1.0)),
-        ({"logprobs": 1}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"frequency_penalty": 2.1}, "frequency_penalty"),
-        ({"presence_penalty": "1"}, "presence_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        *(({"logit_bias": value}, "logit_bias") for value in BIASES),
-        *(({"stop": value}, "stop") for value in STOPS),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"chat_template_kwargs": {"chat_template": "{{ messages }}"}}, "chat_template_kwargs"),
-        ({"generation_config": "{}"}, "generation_config"),
-        ({"temprature": 0}, "temprature"),
-        *(({"top_k": value}, "top_k") for value in (-2, 1.5, True)),
-        *(({"min_p": value}, "min_p") for value in (-0.1, 1.1, "0")),
-        *(({"stream": value}, "stream") for value in (1, "false")),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": True, "stream_options": {"include_everything": True}}, "stream_options.include_everything"),
-        *(({"max_tokens": value}, "max_tokens") for value in (0, -1, "x", 1.5, True)),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
-        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"messages": None}, "messages: missing; pass a list of messages"),
+        ({"messages": "hi"}, "messages: must be a list of messages; correct it"),
+        ({"messages": {"role": "user", "content": "hi"}}, "messages: must be a list of messages; correct it"),
+        ({"messages": []}, "messages: there are none; a conversation has at least one; pass a user message"),
+        (
+            calls("{bad"),
+            "messages[1]: arguments of a call: Expecting <*>; they are the JSON text of an object; correct them",
+        ),
+        (
+            calls("[" * 100_000),
+            "messages[1]: arguments of a call: maximum recursion depth <*>; they are the JSON text of an object; "
+            "correct them",
+        ),
+        (
+            {"messages": calls("{}")["messages"][:2]},
+            "messages[1]: ends the conversation with tool calls, which cannot be continued; add their results",
+        ),
+        ({"tools": 5}, "tools: must be a list of tool definitions; correct it"),
+        ({"tools": TOOL}, "tools: must be a list of tool definitions; correct it"),
+        ({"tool_choice": "required"}, "tool_choice: 'required' without tools to call; pass tools"),
+        ({"tools": [TOOL], "tool_choice": "must"}, CHOICE_RULE),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice: there is no tool 'g'; the tools are f; choose one",
+        ),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom", "function": {"name": "f"}}}, CHOICE_RULE),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}}, CHOICE_RULE),
+        ({"tools": [TOOL], "parallel_tool_calls": 0}, "parallel_tool_calls: must be true or false; correct it"),
+        ({"functions": [TOOL["function"]]}, "functions: this server cannot obey it; leave it out"),
+        ({"function_call": "auto"}, "function_call: this server cannot obey it; leave it out"),
+        ({"response_format": "json"}, "response_format: must be an object; correct it"),
+        (
+            {"response_format": {"type": "xml"}},
+            'response_format: must be an object of type "text", "json_object" or "json_schema"; correct it',
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            'response_format: must be {"type": "json_schema", "json_schema": {"name": …, "schema": …}}; correct it',
+        ),
+        *(({"n": value}, "n: must be a whole number from 1 to 128; correct it") for value in (0, 129, True, "1", 1.0)),
+        ({"logprobs": 1}, "logprobs: must be true or false; correct it"),
+        ({"top_logprobs": 3}, "top_logprobs: only of a request with logprobs: true; add it, or leave it out"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: must be a whole number from 0 to 20; correct it"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty: must be a number from -2 to 2; correct it"),
+        ({"presence_penalty": "1"}, "presence_penalty: must be a number from -2 to 2; correct it"),
+        ({"repetition_penalty": 0}, "repetition_penalty: must be a number from 0.01 to 100; correct it"),
+        *(({"logit_bias": value}, bias_problem(value)) for value in BIASES),
         *(
-            ({"temperature": value}, "temperature")
+            ({"stop": value}, "stop: must be a string, or a list of at most 4 strings, none of them empty; correct it")
+            for value in STOPS
+        ),
+        ({"reasoning_effort": "high"}, "reasoning_effort: this server cannot obey it; leave it out"),
+        ({"modalities": ["text", "audio"]}, "modalities: this server cannot obey it; leave it out"),
+        (
+            {"chat_template_kwargs": {"chat_template": "{{ messages }}"}},
+            "chat_template_kwargs: this server cannot obey it; leave it out",
+        ),
+        ({"generation_config": "{}"}, "generation_config: this server cannot obey it; leave it out"),
+        ({"temprature": 0}, "temprature: no such parameter here; it would have no effect; leave it out"),
+        *(
+            ({"top_k": value}, "top_k: must be a whole number from -1 to 2147483648; correct it")
+            for value in (-2, 1.5, True)
+        ),
+        *(({"min_p": value}, "min_p: must be a number from 0 to 1; correct it") for value in (-0.1, 1.1, "0")),
+        *(({"stream": value}, "stream: must be true or false; correct it") for value in (1, "false")),
+        (
+            {"stream_options": {"include_usage": True}},
+            "stream_options: only of a request with stream; leave it out, or stream",
+        ),
+        (
+            {"stream": True, "stream_options": {"include_everything": True}},
+            "stream_options.include_everything: no such parameter here; it would have no effect; leave it out",
+        ),
+        *(
+            ({"max_tokens": value}, "max_tokens: must be a whole number from 1 to 2147483648; correct it")
+            for value in (0, -1, "x", 1.5, True)
+        ),
+        (
+            {"max_completion_tokens": 0},
+            "max_completion_tokens: must be a whole number from 1 to 2147483648; correct it",
+        ),
+        (
+            {"max_tokens": 5, "max_completion_tokens": 6},
+            "max_tokens and max_completion_tokens: differ; leave one of the two out",
+        ),
+        *(
+            ({"temperature": value}, "temperature: must be 0 or a number from 0.001 to 1000; correct it")
             for value in (-1, "0", float("nan"), float("inf"), 1e-300, 10**400, 1001)
         ),
-        *(({"top_p": value}, "top_p") for value in (1.1, float("nan"))),
-        *(({"seed": value}, "seed") for value in ("x", 1.0, 2**63)),
-        ({"seed": 1, "random_seed": 2}, "seed"),
-        ({"user": 5}, "user"),
-        ({"metadata": "a"}, "metadata"),
+        *(({"top_p": value}, "top_p: must be a number from 0 to 1; correct it") for value in (1.1, float("nan"))),
+        *(
+            ({"seed": value}, f"seed: must be a whole number from {-(2**63)} to {2**63 - 1}; correct it")
+            for value in ("x", 1.0, 2**63)
+        ),
+        ({"seed": 1, "random_seed": 2}, "seed and random_seed: differ; leave one of the two out"),
+        ({"user": 5}, "user: must be a string; correct it"),
+        ({"metadata": "a"}, "metadata: must be an object; correct it"),
     ],
     ids=str,
 )
-def test_what_a_request_cannot_have_is_refused_by_name(options: dict[str, Any], parameter: str) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_what_a_request_cannot_have_is_refused_by_name(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RequestError, match=whole(problem)) as caught:
         read_chat_request(QUESTION | options)
-    assert caught.value.parameter == parameter
-    assert str(caught.value).startswith(parameter)
+    assert caught.value.parameter == re.split(r"[:\[ ]", problem)[0]
 
 
 def test_what_is_asked_for_is_read() -> None:
@@ -191,8 +249,17 @@ def test_log_probabilities_come_with_their_text() -> None:
 
 def test_json_is_read_strictly() -> None:
     assert read_json_object(b'{"a": null, "b": [null], "c": "\\ud83d\\ude00"}') == {"b": [None], "c": "😀"}
-    for body in (b"", b"[]", b"5", b'{"a": NaN}', b'{"a": -Infinity}', b"\xff", b'{"a": "\\ud800"}', b"[" * 100_000):
-        with pytest.raises(RequestError, match=r"^the body: "):
+    for body, problem in (
+        (b"", "no JSON (Expecting <*>); send a JSON object in UTF-8"),
+        (b"[]", "no JSON object; send an object with the parameters of the request"),
+        (b"5", "no JSON object; send an object with the parameters of the request"),
+        (b'{"a": NaN}', "no JSON (NaN is no JSON number); send a JSON object in UTF-8"),
+        (b'{"a": -Infinity}', "no JSON (-Infinity is no JSON number); send a JSON object in UTF-8"),
+        (b"\xff", "no JSON ('utf-8' codec <*>); send a JSON object in UTF-8"),
+        (b'{"a": "\\ud800"}', "no JSON ('utf-8' codec <*>); send a JSON object in UTF-8"),
+        (b"[" * 100_000, "nested too deeply; make it flatter"),
+    ):
+        with pytest.raises(RequestError, match=whole(f"the body: {problem}")):
             read_json_object(body)
     assert [is_number(value) for value in (1, 1.5, True, "1", 1e999, 10**400)] == [
         True,

@@ -185,7 +185,11 @@ def test_a_file_that_was_cut_meanwhile_is_an_error(tiny_config: MistralLargeConf
     stream = LayerStream(open_checkpoint(tmp_path))
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
+    with raises_exactly(
+        CheckpointError,
+        f"{path}: 'model.layers.2.self_attn.q_proj.weight' ends before its last byte: the file has changed since it "
+        "was opened; a checkpoint stays as it is while it is read; run it again",
+    ):
         stream.load_layer(2)
 
 

@@ -77,8 +77,8 @@ def test_a_conversation_without_a_prompt_is_named_by_its_line(tokenizer: Mistral
     sample = Sample("data.jsonl line 7", messages=[{"role": "assistant", "content": "Hi"}])
     with raises_exactly(
         SampleFileError,
-        "data.jsonl line 7: message 0: an assistant message alone; a conversation has a user or system message; "
-        "add one",
+        "data.jsonl line 7: message 0: the only message, and its role is assistant; a conversation has a user or "
+        "system message; add one",
     ):
         tokenize_samples([sample], tokenizer)
 
