@@ -1,10 +1,11 @@
 """What the tests of the converter remember of vocabularies is what is made each time."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from mistral_large_conversion import folder_tokenizer, sentencepiece_bpe
+from mistral_large_conversion import folder_tokenizer, read_folder_tokenizer, sentencepiece_bpe
 from mistral_large_conversion.errors import TokenizerFileError
 from mistral_large_conversion.sentencepiece_bpe import build_backend
 from mistral_large_conversion.sentencepiece_model import sentencepiece_model
@@ -32,6 +33,11 @@ def test_what_is_remembered_is_what_is_made(vocabulary: str, tmp_path: Path) -> 
         assert read.to_str() == made
         read.add_tokens(["more"])
         read.enable_padding()
+    parsed = remembered.read_json_object(tmp_path / "tokenizer.json")
+    assert read_folder_tokenizer(tmp_path, layout="hf").pieces == tuple(pieces)
+    # What is remembered is still what the file says.
+    assert parsed == json.loads(made)
+    assert remembered.read_json_object(tmp_path / "tokenizer.json") is parsed
     first.save(str(tmp_path / "tokenizer.json"))
     assert remembered.read_tokenizer_json(tmp_path / "tokenizer.json").to_str() == first.to_str()
     with pytest.raises(TokenizerFileError, match="no such file"):

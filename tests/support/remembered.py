@@ -17,6 +17,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from mistral_large_conversion import folder_tokenizer, sentencepiece_bpe, tokenizer, vocabulary
+from mistral_large_conversion.checkpoint import source_files
+from mistral_large_conversion.checkpoint.layout import TOKENIZER_JSON_NAME
 from mistral_large_conversion.sentencepiece_model import sentencepiece_model as model_of_pieces
 
 # Few, as some tests make many that are all different.
@@ -26,6 +28,19 @@ _model_of_pieces = lru_cache(MOST)(model_of_pieces)
 _backend_of_pieces = lru_cache(MOST)(sentencepiece_bpe.build_backend)
 _proven: dict[tuple[Any, ...], dict[str, bytes]] = {}
 _read: dict[bytes, Tokenizer] = {}
+
+
+@lru_cache(4)
+def _parsed(content: bytes) -> dict[str, Any]:
+    return source_files.parse_json_object(content)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """An object that the reader of tokenizers, which changes nothing in it, gets again."""
+    is_large = path.is_file() and path.stat().st_size > source_files.LARGEST_JSON
+    if path.name != TOKENIZER_JSON_NAME or not path.is_file() or is_large:
+        return source_files.read_json_object(path)
+    return _parsed(path.read_bytes())
 
 
 def sentencepiece_model(pieces: Sequence[str]) -> bytes:
@@ -68,6 +83,7 @@ def vocabularies() -> Iterator[None]:
     prove = tokenizer._proven
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "_content_sha256", _content_sha256)
+        patch.setattr(folder_tokenizer, "read_json_object", read_json_object)
         patch.setattr(folder_tokenizer, "sentencepiece_model", sentencepiece_model)
         for module in (folder_tokenizer, sentencepiece_bpe, tokenizer):
             patch.setattr(module, "build_backend", build_backend)
