@@ -282,7 +282,8 @@ def is_repository_id(source: str) -> bool:
 def _not_in_cache(repository: str) -> str:
     return (
         "no folder of this name here, the hub cannot be reached or is not to be asked, and the cache has not all that "
-        f"is needed of {huggingface_hub.constants.ENDPOINT}/{repository}; connect, and unset HF_HUB_OFFLINE"
+        f"is needed of {huggingface_hub.constants.ENDPOINT}/{repository}; connect, without HF_HUB_OFFLINE and "
+        "local_files_only"
     )
 
 

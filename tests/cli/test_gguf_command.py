@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mistral_large_cli import main
-from mistral_large_conversion.gguf import prepare_gguf
+from mistral_large_conversion.gguf import REPOSITORY, prepare_gguf
 from tests.support import folders
 
 # Writes the names of the files that it is given as its output, and where the weights are.
@@ -163,7 +163,9 @@ def test_options_of_gguf_are_refused_for_other_layouts(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2
-    assert f"{option} x: has no effect without --to gguf" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"mistral-large: {option} x: has no effect without --to gguf, which it is for; leave it out\n"
+    )
 
 
 @pytest.mark.slow
@@ -172,7 +174,10 @@ def test_without_llama_cpp_the_error_says_where_it_is_found(
 ) -> None:
     source = folders.vendor(tmp_path / "source")
     assert run(monkeypatch, source, out / "m.gguf") == 2
-    assert "--to gguf: needs llama.cpp, whose convert_hf_to_gguf.py writes the file; get it" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "mistral-large: --to gguf: needs llama.cpp, whose convert_hf_to_gguf.py writes the file; get it with "
+        f"`git clone {REPOSITORY}` and add --llama-cpp llama.cpp\n"
+    )
     assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", out) == 2
     assert "no convert_hf_to_gguf.py in it; get llama.cpp with `git clone" in capsys.readouterr().err
     # Where it is not built, the PATH counts.
@@ -180,7 +185,11 @@ def test_without_llama_cpp_the_error_says_where_it_is_found(
     command = (source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K")
     built.rename(llama_cpp / "elsewhere")
     assert run(monkeypatch, *command) == 2
-    assert "neither at " in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"mistral-large: llama-quantize: neither at {built / 'llama-quantize'} nor on the PATH; build it with `cmake "
+        "-B build "
+        f"&& cmake --build build --target llama-quantize` in {llama_cpp}, or say where it is\n"
+    )
     assert run(monkeypatch, *command, "--dry-run", "--llama-quantize", llama_cpp / "elsewhere") == 0
     monkeypatch.setenv("PATH", str(llama_cpp / "elsewhere"), prepend=os.pathsep)
     assert run(monkeypatch, *command, "--dry-run") == 0
@@ -220,7 +229,9 @@ def test_what_is_there_stays(
     (out / "link.gguf").symlink_to("nowhere")
     for name in ("m.gguf", "link.gguf", "."):
         assert run(monkeypatch, source, out / name, "--llama-cpp", llama_cpp) == 2
-        assert "is there already; choose a new name" in capsys.readouterr().err
+        assert capsys.readouterr().err == (
+            f"mistral-large: {out / name}: is there already; choose a new name, or remove it first\n"
+        )
     assert run(monkeypatch, source, source / "m.gguf", "--llama-cpp", llama_cpp) == 2
     assert "is in the source" in capsys.readouterr().err
     # One that comes while the tools run stays, too.
@@ -243,7 +254,11 @@ def test_a_disk_without_room_is_refused(
     assert usage.f_bavail * usage.f_frsize > needed
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
     assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 2
-    assert f"needs {needed:,} bytes, the disk has {needed - 1:,} free" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"mistral-large: {out / 'm.gguf'}: needs {needed:,} bytes, the disk has {needed - 1:,} free; make room or "
+        "choose "
+        "another disk\n"
+    )
     assert not [*out.iterdir()]
     # What the steps write fills it, and that is no reason to throw the file away.
     full = llama_cpp / "full"

@@ -180,7 +180,7 @@ def test_without_a_network_there_is_what_the_cache_has(hub: LoopbackHub) -> None
     with raises_exactly(
         CheckpointError,
         "owner/name: no folder of this name here, the hub cannot be reached or is not to be asked, and the cache "
-        f"has not all that is needed of {hub.url}/owner/name",
+        f"has not all that is needed of {hub.url}/owner/name; connect, without HF_HUB_OFFLINE and local_files_only",
     ):
         resolve_source(REPOSITORY, local_files_only=True)
     assert hub.downloads == []
@@ -278,7 +278,8 @@ def test_out_of_reach_what_is_not_here_is_one_line_at_once(
     if "/" in name:
         problem = (
             "no folder of this name here, the hub cannot be reached or is not to be asked, and the cache has not all "
-            f"that is needed of {huggingface_hub.constants.ENDPOINT}/{name}; connect, and unset HF_HUB_OFFLINE"
+            f"that is needed of {huggingface_hub.constants.ENDPOINT}/{name}; connect, without HF_HUB_OFFLINE and "
+            "local_files_only"
         )
     elif isinstance(error.value, TokenizerFileError):
         problem = (

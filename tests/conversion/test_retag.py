@@ -303,7 +303,7 @@ def link(name: str) -> Callable[[Path], object]:
 
 
 INCOMPLETE = " is not a complete hf checkpoint; nothing was done, fix or download it again:\n  "
-CHANGED = ": cannot be retagged, it is not as it was converted: "
+NOT_AS_CONVERTED = ": cannot be retagged, it is not as it was converted: "
 AGAIN = "convert it again"
 TOKENIZER_RULE = (
     "this package reads the v3 and v7 SentencePiece models of Mistral-Large-Instruct-2407 and 2411; pass a folder with "
@@ -325,23 +325,30 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: os.truncate(folder / WEIGHTS, 10**6),
         f"{INCOMPLETE}model.safetensors: is cut short: has 1000000 bytes, its header needs <*>",
     ),
-    "no tokenizer": (remove("tokenizer.json"), f"{CHANGED}<*>/tokenizer.json: no such file; {TOKENIZER_RULE}; {AGAIN}"),
+    "no tokenizer": (
+        remove("tokenizer.json"),
+        f"{NOT_AS_CONVERTED}<*>/tokenizer.json: no such file; {TOKENIZER_RULE}; {AGAIN}",
+    ),
     "a foreign tokenizer": (
         content("tokenizer.json", b"{}"),
-        f"{CHANGED}<*>/tokenizer.json: not a tokenizer.json (<*>); {TOKENIZER_RULE}; {AGAIN}",
+        f"{NOT_AS_CONVERTED}<*>/tokenizer.json: not a tokenizer.json (<*>); {TOKENIZER_RULE}; {AGAIN}",
     ),
     "no tokenizer config": (
         remove("tokenizer_config.json"),
-        f"{CHANGED}tokenizer_config.json is missing; tokenizer_config.json: [Errno 2] No such file or directory: "
+        f"{NOT_AS_CONVERTED}tokenizer_config.json is missing; tokenizer_config.json: [Errno 2] No such file or "
+        "directory: "
         f"'<*>'; {AGAIN}",
     ),
     "tokenizer config not JSON": (
         content("tokenizer_config.json", b"{"),
-        f"{CHANGED}tokenizer_config.json: Expecting <*>; {AGAIN}",
+        f"{NOT_AS_CONVERTED}tokenizer_config.json: Expecting <*>; {AGAIN}",
     ),
-    "no template": (remove("chat_template.jinja"), f"{CHANGED}chat_template.jinja is missing; {AGAIN}"),
-    "no model card": (remove("README.md"), f"{CHANGED}README.md is missing; {AGAIN}"),
-    "config a link": (link("config.json"), f"{CHANGED}config.json is a link: its target would not change; {AGAIN}"),
+    "no template": (remove("chat_template.jinja"), f"{NOT_AS_CONVERTED}chat_template.jinja is missing; {AGAIN}"),
+    "no model card": (remove("README.md"), f"{NOT_AS_CONVERTED}README.md is missing; {AGAIN}"),
+    "config a link": (
+        link("config.json"),
+        f"{NOT_AS_CONVERTED}config.json is a link: its target would not change; {AGAIN}",
+    ),
 }
 
 
