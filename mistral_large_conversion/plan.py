@@ -15,6 +15,7 @@ from mistral_large_conversion.checkpoint.hub import resolve_adapter
 from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, WEIGHTS_STEM, Layout, source_layout
 from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
 from mistral_large_conversion.checkpoint.params import (
+    TO_GEOMETRY,
     geometry_from_params,
     params_from_hf_config,
     params_problems,
@@ -241,7 +242,7 @@ def plan_export(
     tensors = [tensor for tensor in tensors if not is_buffer(tensor.name)]
     params, problems = params_from_hf_config(config)
     problems += derive_head_dim(params, tensors)
-    problems += params_problems(params)
+    problems += params_problems(params, names=TO_GEOMETRY)
     listed = [f"config: {problem}" for problem in problems]
     refuse(listed, "the config is not that of a Mistral Large", remedy="pass the model's own")
     geometry = geometry_from_params(params)

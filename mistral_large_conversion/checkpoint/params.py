@@ -25,6 +25,7 @@ TO_GEOMETRY = {
 # In the config it is inside of `rope_parameters`.
 ROPE_THETA = "rope_theta"
 KEYS = (*TO_GEOMETRY, ROPE_THETA)
+NAMES = {key: key for key in KEYS}
 OPTIONAL = ("max_position_embeddings",)
 REAL_NUMBERS = ("norm_eps", ROPE_THETA)
 # A hostile size must not make us list a billion layers before the files are looked at.
@@ -68,32 +69,37 @@ FIXED: dict[str, tuple[object, ...]] = {
 IGNORED = ("dtype", "max_batch_size", "max_seq_len")
 
 
-def params_problems(params: Mapping[str, Any]) -> list[str]:
-    """What keeps params.json from describing a Mistral Large geometry; empty if nothing does."""
+def params_problems(params: Mapping[str, Any], *, names: Mapping[str, str] = NAMES) -> list[str]:
+    """What keeps params.json from describing a Mistral Large geometry; empty if nothing does.
+
+    names: of the keys in the file that the params were read from: `TO_GEOMETRY` for a config.json.
+    """
+    named = {key: names.get(key, key) for key in KEYS}
     problems = []
     for key in KEYS:
         if key in params:
-            problems += _number_problems(key, params[key])
+            problems += _number_problems(key, params[key], named[key])
         elif key not in OPTIONAL:
-            problems.append(f"{key} is missing")
+            problems.append(f"{named[key]} is missing")
     for key, value in params.items():
         if key in FIXED and not _is_one_of(value, FIXED[key]):
             problems.append(f"{key} is {shown(value)}: only {FIXED[key][-1]!r} is this architecture")
         elif key not in (*KEYS, *FIXED, *IGNORED):
             problems.append(f"{shown(key)} is unknown: it may change the architecture")
     if not problems and params["n_heads"] % params["n_kv_heads"]:
-        problems.append(f"n_heads {params['n_heads']} is not a multiple of n_kv_heads {params['n_kv_heads']}")
+        heads, kv_heads = (f"{named[key]} {params[key]}" for key in ("n_heads", "n_kv_heads"))
+        problems.append(f"{heads} is not a multiple of {kv_heads}")
     if not problems and params["head_dim"] % 2:
         problems.append(f"head_dim {params['head_dim']} is odd: rope turns pairs")
     return problems
 
 
-def _number_problems(key: str, value: object) -> list[str]:
+def _number_problems(key: str, value: object, name: str) -> list[str]:
     if key in REAL_NUMBERS:
-        return [] if _is_positive(value) else [f"{key} is {shown(value)}: must be a finite number greater than 0"]
+        return [] if _is_positive(value) else [f"{name} is {shown(value)}: must be a finite number greater than 0"]
     largest = LARGEST_SIZE.get(key, LARGEST_OTHER_SIZE)
     valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
-    return [] if valid else [f"{key} is {shown(value)}: must be a whole number from 1 to {largest}"]
+    return [] if valid else [f"{name} is {shown(value)}: must be a whole number from 1 to {largest}"]
 
 
 def _is_one_of(value: object, values: tuple[object, ...]) -> bool:
@@ -110,14 +116,19 @@ def _is_positive(value: object) -> bool:
         return False
 
 
-def geometry_from_params(params: Mapping[str, Any]) -> Geometry:
+def geometry_from_params(params: Mapping[str, Any], *, source: str = PARAMS_NAME) -> Geometry:
     """The geometry of a params.json; what the file may leave out has the value of 2407.
+
+    source: what to call it in an error.
 
     Raises:
         CheckpointError: keys that are missing, unknown or wrong, all of them in one error.
     """
     if problems := params_problems(params):
-        raise CheckpointError(f"{PARAMS_NAME} is not a Mistral Large geometry: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{source}: not a Mistral Large geometry: {'; '.join(problems)}; no other architecture runs here; take the "
+            "file that was published with the weights"
+        )
     # A whole number is a real one too, in JSON.
     values: dict[str, Any] = {key: float(value) if key in REAL_NUMBERS else value for key, value in params.items()}
     sizes = {name: values[key] for key, name in TO_GEOMETRY.items() if key in values}
@@ -136,7 +147,7 @@ def read_params_file(folder: Path) -> Geometry:
         params = read_json_object(folder / PARAMS_NAME)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / PARAMS_NAME}: {error}; download it again") from error
-    return geometry_from_params(params)
+    return geometry_from_params(params, source=str(folder / PARAMS_NAME))
 
 
 def params_from_geometry(geometry: Geometry) -> dict[str, Any]:

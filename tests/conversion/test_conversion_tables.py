@@ -12,7 +12,13 @@ from transformers import MistralForCausalLM
 
 from mistral_large_conversion.checkpoint.geometry import PUBLISHED
 from mistral_large_conversion.checkpoint.names import SHAPES, TO_CONSOLIDATED, TO_HF, expected_tensors
-from mistral_large_conversion.checkpoint.params import geometry_from_params, params_from_geometry, params_problems
+from mistral_large_conversion.checkpoint.params import (
+    TO_GEOMETRY,
+    geometry_from_params,
+    params_from_geometry,
+    params_from_hf_config,
+    params_problems,
+)
 from mistral_large_conversion.checkpoint.rope import join_rope_pairs, split_rope_pairs
 from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large import MistralLargeConfig
@@ -116,6 +122,7 @@ def test_keys_that_change_nothing_are_accepted() -> None:
 
 
 WHOLE = "must be a whole number from 1 to 2147483647"
+TAKE_THE_PUBLISHED = "no other architecture runs here; take the file that was published with the weights"
 FINITE = "must be a finite number greater than 0"
 RULES = {
     **dict.fromkeys(PARAMS_2407, WHOLE),
@@ -155,7 +162,7 @@ RULES = {
     ],
 )
 def test_params_that_are_not_this_architecture_are_refused(change: dict[str, Any], problem: str) -> None:
-    with raises_exactly(CheckpointError, f"params.json is not a Mistral Large geometry: {problem}"):
+    with raises_exactly(CheckpointError, f"params.json: not a Mistral Large geometry: {problem}; {TAKE_THE_PUBLISHED}"):
         geometry_from_params({**PARAMS_2407, **change})
 
 
@@ -164,10 +171,26 @@ def test_every_param_must_be_there(key: str) -> None:
     assert params_problems({name: value for name, value in PARAMS_2407.items() if name != key}) == [f"{key} is missing"]
 
 
+def test_keys_of_a_config_have_its_own_names() -> None:
+    config = {"hidden_size": 12288, "num_attention_heads": 96, "num_key_value_heads": 7, "num_hidden_layers": 0}
+    params, _ = params_from_hf_config(config)
+    assert params_problems(params, names=TO_GEOMETRY) == [
+        "num_hidden_layers is 0: must be a whole number from 1 to 10000",
+        *(
+            f"{name} is missing"
+            for name in ("head_dim", "intermediate_size", "rms_norm_eps", "vocab_size", "rope_theta")
+        ),
+    ]
+    whole = {**PARAMS_2407, "n_kv_heads": 7}
+    assert params_problems(whole, names=TO_GEOMETRY) == [
+        "num_attention_heads 96 is not a multiple of num_key_value_heads 7"
+    ]
+
+
 def test_all_problems_come_in_one_error() -> None:
     with raises_exactly(
         CheckpointError,
-        f"params.json is not a Mistral Large geometry: dim is 0: {WHOLE}; head_dim is 'x': {WHOLE}; "
-        "moe is {}: only None is this architecture",
+        f"params.json: not a Mistral Large geometry: dim is 0: {WHOLE}; head_dim is 'x': {WHOLE}; "
+        f"moe is {{}}: only None is this architecture; {TAKE_THE_PUBLISHED}",
     ):
         geometry_from_params({**PARAMS_2407, "dim": 0, "head_dim": "x", "moe": {}})

@@ -276,7 +276,10 @@ def test_everything_wrong_with_the_tensors_is_one_error(damaged: Path) -> None:
 
 INCOMPLETE = "{} is not a complete consolidated checkpoint; nothing was done, fix or download it again:\n  {}"
 MISSING_KEYS = ("n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size", "rope_theta")
-NO_GEOMETRY = "params.json is not a Mistral Large geometry: " + "; ".join(f"{key} is missing" for key in MISSING_KEYS)
+NO_GEOMETRY = (
+    f"not a Mistral Large geometry: {'; '.join(f'{key} is missing' for key in MISSING_KEYS)}; no other architecture "
+    "runs here; take the file that was published with the weights"
+)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +296,7 @@ def test_a_config_without_its_params_is_one_error(damaged: Path, params: str | N
         (damaged / "params.json").write_text(params)
     config_problem = {
         "{": f"{damaged}/params.json: Expecting <*>; download it again",
-        '{"dim": 80}': NO_GEOMETRY,
+        '{"dim": 80}': f"{damaged}/params.json: {NO_GEOMETRY}",
     }.get(params or "", f"{damaged}: params.json is missing; it holds the geometry of the weights, download it again")
     with pytest.raises(CheckpointError, match=whole(config_problem)):
         MistralLargeConfig.from_pretrained(damaged)
