@@ -45,7 +45,10 @@ def read_conversation(path: Path, *prompt_formats: str) -> tuple[list[Any], list
         raise ConversationError(f"{path}: no messages; a conversation is JSON as /save writes it; name one")
     if not isinstance(tools, list | None):
         raise ConversationError(f"{path}: tools is not a list; tools are definitions as OpenAI has them; pass a list")
-    check_messages(messages, tools, *prompt_formats)
+    try:
+        check_messages(messages, tools, *prompt_formats)
+    except ConversationError as error:
+        raise ConversationError(f"{path}: {error}") from error
     return messages, tools
 
 

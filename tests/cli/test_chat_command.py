@@ -351,7 +351,8 @@ TEMPERATURE_RULE = "must be finite, and 0 or at least 0.001; 0 takes the most li
         ("/load {folder}/number.json", f"{{folder}}/number.json: no messages; {NO_CONVERSATION}"),
         (
             "/load {folder}/role.json",
-            "message 0: role 'nobody'; the roles are system, developer, user, assistant, tool; choose one of them",
+            "{folder}/role.json: message 0: role 'nobody'; the roles are system, developer, user, assistant, tool; "
+            "choose one of them",
         ),
         ("/tools {folder}/none.py", f"{{folder}}/none.py: {NO_PYTHON}"),
         ("/tools {folder}/number.json", f"{{folder}}/number.json: {NO_PYTHON}"),

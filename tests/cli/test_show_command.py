@@ -190,9 +190,9 @@ REFUSED: dict[str, tuple[object, tuple[object, ...], str]] = {
     "nested": ("[" * 100_000, (), "conversation.json: "),
     "no messages": ({"tools": []}, (), "conversation.json: no messages"),
     "a number": (7, (), "conversation.json: no messages"),
-    "empty": ([], (), "no messages: a conversation has at least one"),
+    "empty": ([], (), "conversation.json: no messages: a conversation has at least one"),
     "tools no list": ({"messages": MESSAGES, "tools": "all"}, (), "conversation.json: tools is not a list"),
-    "another role": ([{"role": "bot", "content": "x"}], (), "message 0: role 'bot'"),
+    "another role": ([{"role": "bot", "content": "x"}], (), "conversation.json: message 0: role 'bot'"),
     "ids without a tokenizer": (MESSAGES, ("--ids",), "--ids: no tokenizer"),
     "no tokenizer": (
         MESSAGES,

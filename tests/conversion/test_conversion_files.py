@@ -386,8 +386,8 @@ def test_a_config_that_params_cannot_say_is_refused(
     [
         ("head_dim", "head_dim"),
         ("rope_parameters", "rope_theta"),
-        ("num_key_value_heads", "n_kv_heads"),
-        ("rms_norm_eps", "norm_eps"),
+        ("num_key_value_heads", "num_key_value_heads"),
+        ("rms_norm_eps", "rms_norm_eps"),
     ],
 )
 def test_a_config_without_a_size_is_refused(
