@@ -480,7 +480,6 @@ def test_save_writes_both_files_and_each_loads_alone(
     assert MistralLargeTokenizer.from_pretrained(saved_folder).encode_texts(some_texts) == ids
 
 
-@pytest.mark.slow
 def test_tokenizer_json_is_parsed_once(saved_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes most of the time of loading a tokenizer."""
     parsed: list[str] = []
