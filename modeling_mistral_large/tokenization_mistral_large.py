@@ -200,7 +200,9 @@ class MistralLargeTokenizer(ChatTokenizer):
         if tokenizer_file is None and vocab_file is None:
             names = ", ".join(vocabulary.file_name for vocabulary in VOCABULARIES.values())
             raise TokenizerFileError(f"{name}: has none of {names} and tokenizer.json; {RULE}; {WAY_OUT}")
-        if Path(name).is_file() or _is_own(tokenizer_file):
+        if (exact := _read_exact(tokenizer_file)) is not None:
+            return {"read_backend": _agreeing(exact, vocab_file), "vocab_file": vocab_file}
+        if Path(name).is_file():
             return {"read_backend": _read_backend(tokenizer_file, vocab_file), "vocab_file": vocab_file}
         # Imported here, because it imports what only such folders need.
         from modeling_mistral_large.foreign_tokenizer import read_foreign_tokenizer
@@ -314,12 +316,12 @@ class MistralLargeTokenizer(ChatTokenizer):
         return [encode(text) for text in texts]
 
 
-def _is_own(tokenizer_file: str | None) -> bool:
-    """Whether a tokenizer.json has the exact backend, as this package writes it."""
+def _read_exact(tokenizer_file: str | None) -> Tokenizer | None:
+    """Return the exact backend of a tokenizer.json, as this package writes it, or None where it is another one."""
     try:
-        return tokenizer_file is not None and bool(read_tokenizer_json(tokenizer_file))
+        return None if tokenizer_file is None else read_tokenizer_json(tokenizer_file)
     except TokenizerFileError:
-        return False
+        return None
 
 
 def _unknown_vocabulary(tokenizer_file: str | None, vocab_file: str | None, name: Any) -> UnknownVocabularyError:
@@ -342,15 +344,20 @@ def _read_backend(tokenizer_file: str | None, vocab_file: str | None) -> Tokeniz
             if vocab_file is None:
                 raise
         else:
-            if vocab_file is not None and known_vocabulary(vocab_file) != vocabulary_of(backend).name:
-                raise TokenizerFileError(
-                    f"{vocab_file}: other pieces, scores, types or settings than the vendor's file, which "
-                    f"tokenizer.json next to it was made of; {RULE}; download it again, or remove it"
-                )
-            return backend
+            return _agreeing(backend, vocab_file)
     if vocab_file is None:
         raise TokenizerFileError(f"neither vocab_file nor tokenizer_file is given; {RULE}; {WAY_OUT}")
     return load_sentencepiece_bpe(vocab_file)
+
+
+def _agreeing(backend: Tokenizer, vocab_file: str | None) -> Tokenizer:
+    """Return the backend of a tokenizer.json, which the SentencePiece file next to it must agree with."""
+    if vocab_file is not None and known_vocabulary(vocab_file) != vocabulary_of(backend).name:
+        raise TokenizerFileError(
+            f"{vocab_file}: other pieces, scores, types or settings than the vendor's file, which "
+            f"tokenizer.json next to it was made of; {RULE}; download it again, or remove it"
+        )
+    return backend
 
 
 def _text_encoder(backend: Tokenizer, reference_documents_as_text: bool) -> Callable[[str], list[int]]:

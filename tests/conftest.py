@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         for name in UPPER_FLOORS:
             patch.setitem(sys.modules, name, None)
         return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _merges_made_once() -> Iterator[None]:
+    """Remember the merges of a vocabulary, which are most of what it takes to convert one: hundreds of tests do."""
+    # The environments of client libraries have no tokenizers.
+    if find_spec("tokenizers") is None or find_spec("sentencepiece") is None:
+        yield
+        return
+    from mistral_large_conversion import sentencepiece_bpe
+
+    make = sentencepiece_bpe._text_merges
+    made = lru_cache(maxsize=2)(lambda pieces: tuple(make(pieces)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sentencepiece_bpe, "_text_merges", lambda pieces: iter(made(tuple(pieces))))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +156,31 @@ def convert(source: Path, folder: Path, *options: str) -> Any:
     return run("convert", str(source), str(folder), *to, *options)
 
 
+@pytest.fixture(scope="module")
+def converted(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Each kind of folder in the other layout, converted when it is first asked for."""
+
+    @cache
+    def folder(kind: str) -> Path:
+        target = tmp_path_factory.mktemp("converted") / kind
+        assert convert(folders(kind), target).exit_code == 0
+        return target
+
+    return folder
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("quantize", [(), ("--quantize", "int4")], ids=["convert", "int4"])
 @pytest.mark.filterwarnings("ignore:.*(another program|prompts are v3)")
 def test_convert_writes_a_folder_with_the_same_ids(
-    kind: str, quantize: tuple[str, ...], folders: Any, reference: Any, tmp_path: Path
+    kind: str, quantize: tuple[str, ...], folders: Any, converted: Any, reference: Any, tmp_path: Path
 ) -> None:
-    assert convert(folders(kind), tmp_path / "converted", *quantize).exit_code == 0
-    tokenizer = MistralLargeTokenizer.from_pretrained(tmp_path / "converted")
+    folder = tmp_path / "quantized" if quantize else converted(kind)
+    if quantize:
+        assert convert(folders(kind), folder, *quantize).exit_code == 0
+    tokenizer = MistralLargeTokenizer.from_pretrained(folder)
     assert ids_of(tokenizer, MESSAGES) == reference(MESSAGES)
-    assert MistralLargeForCausalLM.from_pretrained(tmp_path / "converted").dtype == torch.bfloat16
+    assert MistralLargeForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -175,9 +191,8 @@ def test_inspect_finds_no_damage(kind: str, folders: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_verify_compares_with_the_source(kind: str, folders: Any, tmp_path: Path) -> None:
-    convert(folders(kind), tmp_path / "converted")
-    assert run("verify", str(tmp_path / "converted"), str(folders(kind))).exit_code == 0
+def test_verify_compares_with_the_source(kind: str, folders: Any, converted: Any) -> None:
+    assert run("verify", str(converted(kind)), str(folders(kind))).exit_code == 0
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

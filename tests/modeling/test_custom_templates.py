@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -87,10 +88,26 @@ def own(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
     return copy.deepcopy(tokenizer)
 
 
+@pytest.fixture(scope="module")
+def saved_files(tokenizer: MistralLargeTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_pretrained` writes, to be copied."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def saved(tokenizer: MistralLargeTokenizer, tmp_path: Path) -> Path:
-    tokenizer.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
+def saved(saved_files: Path, tmp_path: Path) -> Path:
+    """A copy of one's own."""
+    return shutil.copytree(saved_files, tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def of_simple_template(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
+    """A copy with another template, for calls that are refused."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = SIMPLE
+    return copied
 
 
 @pytest.fixture
@@ -171,7 +188,7 @@ def test_a_template_that_renders_otherwise_is_another_one(prompt_format: str) ->
     rng = random.Random(11)
     body = re.sub(r"\{#-.*?-#\}\s*", "", CHAT_TEMPLATES[prompt_format], flags=re.DOTALL)
     places = [place for place, character in enumerate(body) if not character.isspace()]
-    known = [place for place in rng.sample(places, 400) if prompt_format_of(body[:place] + body[place + 1 :])]
+    known = [place for place in rng.sample(places, 150) if prompt_format_of(body[:place] + body[place + 1 :])]
     assert known == []
     for old, new in (("</s>", "< /s>"), ("\\n\\n", "\\n"), ("[INST]", " [INST]"), ("-%}", "%}"), ('" " ~', '"" ~')):
         assert old in body
@@ -483,8 +500,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_done_with_another_template_is_refused(own: MistralLargeTokenizer, case: str) -> None:
-    own.chat_template = SIMPLE
+def test_what_cannot_be_done_with_another_template_is_refused(
+    of_simple_template: MistralLargeTokenizer, case: str
+) -> None:
+    own = of_simple_template
     options, error, reason = REFUSED[case]
     with pytest.raises(error, match=whole(reason)):
         own.apply_chat_template([*HOSTILE, {"role": "assistant", "content": "a"}], **options)

@@ -1,6 +1,7 @@
 """The demo model of v7: prompts as the reference writes them, and the answers that it was trained to give."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,18 @@ pytestmark = pytest.mark.slow
 GOLDEN = golden_conversations("v7")
 
 
+@cache
+def reference_tokenizer() -> Any:
+    return MistralTokenizer.v7()
+
+
 def reference_prompt(golden: GoldenConversation) -> list[int]:
     messages: list[dict[str, Any]] = json.loads(json.dumps(golden.messages))
     for message in messages:
         for call in message.get("tool_calls", []):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     request = ChatCompletionRequest.from_openai(messages=messages, tools=golden.tools)
-    ids: list[int] = MistralTokenizer.v7().encode_chat_completion(request).tokens
+    ids: list[int] = reference_tokenizer().encode_chat_completion(request).tokens
     return ids
 
 

@@ -8,7 +8,6 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from modeling_mistral_large.streamed_weights import SWITCH, Staging, StreamedTen
 from tests.support.adapters import save_peft_adapter
 from tests.support.checkpoints import write_consolidated
 from tests.support.errors import raises_exactly
+from tests.support.warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 CONFIG = MistralLargeConfig(
@@ -235,13 +235,13 @@ def test_quantizers_that_work_while_loading_get_the_same_weights(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
-def test_a_rank_reads_its_shards_only(folders: dict[str, Path], tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_a_rank_reads_its_shards_only(folders: dict[str, Path], tmp_path: Path, warm_python: WarmPython) -> None:
+    launch = [warm_python.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     forms = ["consolidated", "hf", "int4"]
     run = subprocess.run(
         [*launch, "-m", "tests.support.streamed_ranks", tmp_path / "result", *(folders[form] for form in forms)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**warm_python.environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -34,7 +34,6 @@ from mistral_large_conversion.vocabulary import PAD, V3, find_vocabulary, known_
 from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
 from modeling_mistral_large.errors import ConversationError, KeywordError
 from modeling_mistral_large.generation.streaming import MistralLargeTextIteratorStreamer, MistralLargeTextStreamer
-from tests.support import checkpoints
 from tests.support.errors import raises_exactly, whole
 from tests.support.texts import all_texts, mixed_texts
 
@@ -71,10 +70,30 @@ def some_texts(pieces: list[str]) -> list[str]:
     return [text for text in mixed_texts(pieces[:1027], seed=5, count=3000) if "▁" not in text]
 
 
+@pytest.fixture(scope="module")
+def saved_files(tokenizer: MistralLargeTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_pretrained` writes, to be copied."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def saved_folder(tokenizer: MistralLargeTokenizer, tmp_path: Path) -> Path:
-    tokenizer.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
+def saved_folder(saved_files: Path, tmp_path: Path) -> Path:
+    """A copy of one's own."""
+    return shutil.copytree(saved_files, tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def exact_json(tokenizer_model_file: Path) -> str:
+    """The backend made of the vendor's file."""
+    return MistralLargeTokenizer(vocab_file=str(tokenizer_model_file)).backend_tokenizer.to_str()
+
+
+@pytest.fixture(scope="module")
+def copied_tokenizer(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
+    """A copy whose sides each test sets anew."""
+    return copy.deepcopy(tokenizer)
 
 
 # Ids
@@ -316,7 +335,7 @@ class CollectingStreamer(MistralLargeTextStreamer):
 
 @pytest.mark.slow
 def test_text_streamer_gives_the_text_back(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
-    texts = ["def f(x):\n    if x:\n\n        return 1\n  \n", "慹慹", *some_texts[:500]]
+    texts = ["def f(x):\n    if x:\n\n        return 1\n  \n", "慹慹", *some_texts[:200]]
     for text, ids in zip(texts, tokenizer.encode_texts(texts), strict=True):
         streamer = CollectingStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         streamer.parts = []
@@ -460,6 +479,19 @@ def test_save_writes_both_files_and_each_loads_alone(
     (saved_folder / "kept").rename(saved_folder / "tokenizer.model.v3")
     (saved_folder / "tokenizer.json").unlink()
     assert MistralLargeTokenizer.from_pretrained(saved_folder).encode_texts(some_texts) == ids
+
+
+def test_tokenizer_json_is_parsed_once(saved_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes most of the time of loading a tokenizer."""
+    parsed: list[str] = []
+
+    def counted(path: str) -> Tokenizer:
+        parsed.append(path)
+        return sentencepiece_bpe.read_tokenizer_json(path)
+
+    monkeypatch.setattr("modeling_mistral_large.tokenization_mistral_large.read_tokenizer_json", counted)
+    MistralLargeTokenizer.from_pretrained(saved_folder)
+    assert parsed == [str(saved_folder / "tokenizer.json")]
 
 
 @pytest.mark.slow
@@ -806,7 +838,7 @@ WRONG_JSON: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG_JSON)
-def test_other_tokenizer_jsons_are_refused(saved_folder: Path, case: str) -> None:
+def test_other_tokenizer_jsons_are_refused(saved_folder: Path, exact_json: str, case: str) -> None:
     (saved_folder / "tokenizer.model.v3").unlink()
     edit, reason = WRONG_JSON[case]
     edit_json(saved_folder, edit)
@@ -824,8 +856,7 @@ def test_other_tokenizer_jsons_are_refused(saved_folder: Path, case: str) -> Non
     )
     with pytest.warns(UserWarning, match=whole(said)):
         made = MistralLargeTokenizer.from_pretrained(saved_folder)
-    exact = MistralLargeTokenizer(vocab_file=str(checkpoints.tokenizer_model_file()))
-    assert made.backend_tokenizer.to_str() == exact.backend_tokenizer.to_str()
+    assert made.backend_tokenizer.to_str() == exact_json
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model.v3"])
@@ -952,7 +983,7 @@ def test_use_does_not_change_the_state(tokenizer: MistralLargeTokenizer, tmp_pat
             warnings.simplefilter("ignore")
             use()
         assert pickle.dumps(own) == before, name
-        assert pickle.dumps(copy.deepcopy(own)) == before, name
+    assert pickle.dumps(copy.deepcopy(own)) == before
     content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     assert (content["truncation"], content["padding"]) == (None, None)
     own.add_tokens(["<new>"])
@@ -1180,9 +1211,9 @@ def test_assistant_masks_cover_what_the_assistant_says(tokenizer: MistralLargeTo
 @pytest.mark.parametrize("padding_side", [None, "left", "right"])
 @pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
 def test_padding_and_truncation_of_prompts(
-    tokenizer: MistralLargeTokenizer, truncation_side: str, padding_side: str | None, return_tensors: str | None
+    copied_tokenizer: MistralLargeTokenizer, truncation_side: str, padding_side: str | None, return_tensors: str | None
 ) -> None:
-    own = copy.deepcopy(tokenizer)
+    own = copied_tokenizer
     own.truncation_side = truncation_side
     conversations = [CONVERSATION, TOOL_CONVERSATION, CONVERSATION[2:]]
     whole = own.apply_chat_template(conversations, return_assistant_tokens_mask=True)

@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -39,16 +39,17 @@ class Weights:
     def splits(self, m: int) -> int:
         return 1
 
-    def dense(self) -> Tensor:
-        matrices = []
+    def matrices(self) -> Iterator[Tensor]:
+        """Each weight in FP32, dequantized."""
         for weight, scale in zip(self.weights, self.scales, strict=True):
             if self.kind == "int4":
                 codes = unpack_words(weight).float() - 8
                 groups = codes.view(len(codes), -1, self.group) * scale.float()[..., None]
-                matrices.append(groups.flatten(1))
+                yield groups.flatten(1)
+            elif self.kind == "fp8":
+                yield weight.float() * scale.float()
             else:
-                matrices.append(weight.float() * (scale.float() if self.kind == "fp8" else 1))
-        return torch.cat(matrices)
+                yield weight.float()
 
 
 # Activations stay in their order: `multiply` here wants no other.
@@ -61,7 +62,7 @@ def multiply(
             codes, column = round_to_fp8(x)
             wide, scales = codes.float(), column[:, 0]
         wide = wide * scales[:, None]
-    product = wide @ weights.dense().T
+    product = torch.cat([wide @ matrix.T for matrix in weights.matrices()], dim=-1)
     part.view(-1)[: product.numel()] = product.view(-1)
     return 1
 

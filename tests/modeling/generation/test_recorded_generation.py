@@ -4,10 +4,12 @@ The kernels of a step are torch's here, see `tests/support/torch_kernels.py`, so
 """
 
 import copy
+import functools
 import gc
 import logging
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +81,24 @@ def prompt_of(tokenizer: MistralLargeTokenizer, name: str) -> Any:
     return tokenizer.apply_chat_template(golden.messages, tools=golden.tools, return_tensors="pt")
 
 
+@pytest.fixture(scope="module")
+def plain_of(demo: Any, demo_tokenizer: MistralLargeTokenizer) -> Callable[[str], Tensor]:
+    """The demo's greedy sequence of a golden prompt without recorded steps, made once for all tests."""
+
+    @functools.cache
+    def sequence(name: str) -> Tensor:
+        made: Tensor = demo.generate(**prompt_of(demo_tokenizer, name), **GREEDY, **PLAIN)
+        return made
+
+    return lambda name: sequence(name).clone()
+
+
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_prompts(name: str, model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
+def test_golden_prompts(
+    name: str, model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
+) -> None:
     prompt = prompt_of(demo_tokenizer, name)
-    plain = model.generate(**prompt, **GREEDY, **PLAIN)
+    plain = plain_of(name)
     assert not steps
     found = model.generate(**prompt, **GREEDY)
     assert torch.equal(found, plain)
@@ -93,14 +109,21 @@ def test_golden_prompts(name: str, model: Any, demo_tokenizer: MistralLargeToken
 
 @pytest.mark.slow
 def test_one_recording_for_many_calls(
-    model: Any, demo_tokenizer: MistralLargeTokenizer, monkeypatch: pytest.MonkeyPatch
+    model: Any,
+    demo_tokenizer: MistralLargeTokenizer,
+    plain_of: Callable[[str], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    names = [*GOLDEN][:6]
+    expected = [plain_of(name) for name in names]
     made = counted_recordings(monkeypatch)
-    prompts = [prompt_of(demo_tokenizer, name) for name in [*GOLDEN][:6]]
+    prompts = [prompt_of(demo_tokenizer, name) for name in names]
     found = [model.generate(**prompt, **GREEDY) for prompt in prompts]
     assert len(made) == 1
-    for prompt, each in zip(prompts, found, strict=True):
-        assert torch.equal(each, model.generate(**prompt, **GREEDY, **PLAIN))
+    for each, plain in zip(found, expected, strict=True):
+        assert torch.equal(each, plain)
+    # A plain call takes the memory of the recording.
+    assert torch.equal(model.generate(**prompts[0], **GREEDY, **PLAIN), expected[0])
     made.clear()
     model.generate(**prompts[0], **GREEDY)
     assert len(made) == 1
@@ -194,7 +217,9 @@ class Kept(BaseStreamer):
         self.is_ended = True
 
 
-def test_streaming_and_stopping(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
+def test_streaming_and_stopping(
+    model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
+) -> None:
     prompt = prompt_of(demo_tokenizer, "weather_call")
     length = prompt["input_ids"].shape[1]
 
@@ -204,7 +229,7 @@ def test_streaming_and_stopping(model: Any, demo_tokenizer: MistralLargeTokenize
 
     streamer = Kept()
     stopped = model.generate(**prompt, **GREEDY, streamer=streamer, stopping_criteria=StoppingCriteriaList([Enough()]))
-    whole = model.generate(**prompt, **GREEDY, **PLAIN)
+    whole = plain_of("weather_call")
     assert stopped.tolist() == [streamer.ids] == whole[:, : length + 5].tolist()
     assert streamer.is_ended
     # The next call is not touched by what was left.
@@ -212,7 +237,9 @@ def test_streaming_and_stopping(model: Any, demo_tokenizer: MistralLargeTokenize
     assert steps
 
 
-def test_a_call_that_breaks_off(model: Any, demo_tokenizer: MistralLargeTokenizer) -> None:
+def test_a_call_that_breaks_off(
+    model: Any, demo_tokenizer: MistralLargeTokenizer, plain_of: Callable[[str], Tensor]
+) -> None:
     prompt = prompt_of(demo_tokenizer, "weather_call")
     forwards: list[int] = []
 
@@ -225,14 +252,16 @@ def test_a_call_that_breaks_off(model: Any, demo_tokenizer: MistralLargeTokenize
     with pytest.raises(KeyboardInterrupt):
         model.generate(**prompt, **GREEDY)
     handle.remove()
-    assert torch.equal(model.generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY, **PLAIN))
+    assert torch.equal(model.generate(**prompt, **GREEDY), plain_of("weather_call"))
 
 
 @pytest.mark.slow
-def test_long_prompts_in_chunks(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
+def test_long_prompts_in_chunks(
+    model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
+) -> None:
     """Chunks of a few tokens, and the last of one, are steps of their own."""
     prompt = prompt_of(demo_tokenizer, "weather_call")
-    plain = model.generate(**prompt, **GREEDY, **PLAIN)
+    plain = plain_of("weather_call")
     for chunk in (7, 40, prompt["input_ids"].shape[1] - 1):
         del steps[:]
         assert torch.equal(model.generate(**prompt, **GREEDY, prefill_chunk_size=chunk), plain)
@@ -249,7 +278,11 @@ def test_embeddings_as_a_prompt(model: Any, demo_tokenizer: MistralLargeTokenize
 
 @pytest.mark.parametrize("ahead", [1, 7])
 def test_the_cache_grows(
-    ahead: int, model: Any, demo_tokenizer: MistralLargeTokenizer, monkeypatch: pytest.MonkeyPatch
+    ahead: int,
+    model: Any,
+    demo_tokenizer: MistralLargeTokenizer,
+    plain_of: Callable[[str], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(automatic, "ROOM_AHEAD", ahead)
     monkeypatch.setattr(decoding, "LEAST_SLOTS", 8)
@@ -263,7 +296,7 @@ def test_the_cache_grows(
     monkeypatch.setattr(decoding.RecordedDecoding, "_allocate", kept)
     prompt = prompt_of(demo_tokenizer, "weather_call")
     found = model.generate(**prompt, **GREEDY)
-    assert torch.equal(found, model.generate(**prompt, **GREEDY, **PLAIN))
+    assert torch.equal(found, plain_of("weather_call"))
     assert len(sizes) > 1
     assert sizes == sorted(sizes)
     assert sizes[-1] <= 1.25 * (found.shape[1] + decoding.MOST_ROWS) + 8
@@ -276,25 +309,31 @@ def test_sizes_of_caches() -> None:
 
 
 @pytest.mark.slow
-def test_a_cache_that_was_returned_stays(model: Any, demo_tokenizer: MistralLargeTokenizer) -> None:
+def test_a_cache_that_was_returned_stays(
+    model: Any, demo_tokenizer: MistralLargeTokenizer, plain_of: Callable[[str], Tensor]
+) -> None:
     """Whoever holds it goes on from it, whatever `generate` did meanwhile."""
     first, second = (prompt_of(demo_tokenizer, name) for name in ("weather_call", next(iter(GOLDEN))))
-    whole = model.generate(**first, **GREEDY, **PLAIN)
+    whole = plain_of("weather_call")
     begun = model.generate(**first, **{**GREEDY, "max_new_tokens": 6}, return_dict_in_generate=True)
     cache: Any = cache_in(begun)
     assert type(cache) is RecordedCache
     of_layer: Any = cache.layers[1]
     keys = of_layer.keys.clone()
-    assert torch.equal(model.generate(**second, **GREEDY), model.generate(**second, **GREEDY, **PLAIN))
+    # With recorded steps, and without them.
+    for options in ({}, PLAIN):
+        assert torch.equal(model.generate(**second, **GREEDY, **options), plain_of(next(iter(GOLDEN))))
     assert torch.equal(of_layer.keys, keys)
     assert torch.equal(model.generate(begun.sequences, **GREEDY, **cache_argument(cache)), whole)
 
 
 @pytest.mark.slow
-def test_a_cache_over_several_turns(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
+def test_a_cache_over_several_turns(
+    model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
+) -> None:
     """Cropped, copied, emptied: as a DynamicCache."""
     prompt = prompt_of(demo_tokenizer, "weather_call")
-    whole = model.generate(**prompt, **GREEDY, **PLAIN)
+    whole = plain_of("weather_call")
     cache: Any = RecordedCache(record_decoding(model, 64))
     for _ in range(2):
         assert torch.equal(model.generate(**prompt, **GREEDY, **cache_argument(cache)), whole)
@@ -450,9 +489,11 @@ def test_memory_is_released(tiny_config: MistralLargeConfig, steps: list[int]) -
 
 
 @pytest.mark.slow
-def test_two_threads(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
+def test_two_threads(
+    model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
+) -> None:
     prompts = [prompt_of(demo_tokenizer, name) for name in [*GOLDEN][:4]]
-    plain = [model.generate(**prompt, **GREEDY, **PLAIN).tolist() for prompt in prompts]
+    plain = [plain_of(name).tolist() for name in [*GOLDEN][:4]]
     found: list[Any] = [None] * len(prompts)
 
     def complete(place: int) -> None:
@@ -626,11 +667,17 @@ def test_chat_over_several_turns(
 @pytest.mark.parametrize("drafted", ["draft", "lookup"])
 @pytest.mark.parametrize("name", ["weather_call", "window_cleaner_follow_up"])
 def test_drafts_are_checked_by_one_step(
-    drafted: str, name: str, model: Any, demo_folder: Path, demo_tokenizer: MistralLargeTokenizer, steps: list[int]
+    drafted: str,
+    name: str,
+    model: Any,
+    demo_folder: Path,
+    demo_tokenizer: MistralLargeTokenizer,
+    steps: list[int],
+    plain_of: Callable[[str], Tensor],
 ) -> None:
     """Greedy tokens are those of a plain call; several rows of one sequence are read by one step."""
     prompt = prompt_of(demo_tokenizer, name)
-    plain = model.generate(**prompt, **GREEDY, **PLAIN)
+    plain = plain_of(name)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 5}
     if drafted == "draft":
         draft = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype=torch.bfloat16).eval()
