@@ -64,6 +64,11 @@ def proven(
     return dict(_proven[key])
 
 
+def forget_proofs() -> None:
+    """Have the next proof made anew: for a test in which it must fail."""
+    _proven.clear()
+
+
 def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     """A backend of its own on the model that was read first, where a clone has all that the file says."""
     content = Path(path).read_bytes() if Path(path).is_file() else b""
