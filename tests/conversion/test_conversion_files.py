@@ -38,7 +38,6 @@ from mistral_large_conversion.stream import write_weights
 from mistral_large_conversion.transforms import Rows
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.conversion.test_conversion_tables import split_row_by_row
-from tests.support import remembered
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
 from tests.support.errors import raises_exactly, whole
 from tests.support.models import stock_config
@@ -604,7 +603,6 @@ def test_a_foreign_tokenizer_file_is_refused(source: Path, tmp_path: Path) -> No
 def test_a_tokenizer_that_is_not_exact_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remembered.forget_proofs()
     exact = TextEncoder.__call__
     monkeypatch.setattr(
         TextEncoder, "__call__", lambda self, text: exact(self, text)[: -1 if "REFERENCE_DOC" in text else None]

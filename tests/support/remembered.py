@@ -1,13 +1,13 @@
 """What is made of a vocabulary, remembered by its whole input, for tests that are not about how it is made.
 
 Many tests convert, adopt and verify folders of the same two vocabularies. Each would make the same merges, the same
-SentencePiece file and the same proof anew, which takes most of its time. The first call with an input is the real one.
+SentencePiece file anew, which takes most of its time. The first call with an input is the real one. That ids are exact
+is proven each time.
 """
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,6 @@ MOST = 16
 _content_sha256 = lru_cache(MOST)(vocabulary._content_sha256)
 _model_of_pieces = lru_cache(MOST)(model_of_pieces)
 _backend_of_pieces = lru_cache(MOST)(sentencepiece_bpe.build_backend)
-_proven: dict[tuple[Any, ...], dict[str, bytes]] = {}
 _read: dict[bytes, Tokenizer] = {}
 
 
@@ -52,23 +51,6 @@ def build_backend(pieces: Sequence[str]) -> Tokenizer:
     return sentencepiece_bpe.clone_backend(_backend_of_pieces(tuple(pieces)))
 
 
-def proven(
-    where: Path, model: bytes, backend: Tokenizer, settings: dict[str, Any], name: str, *, prove: Callable[..., Any]
-) -> dict[str, bytes]:
-    key = (model, backend.to_str(), json.dumps(settings), name)
-    if key not in _proven:
-        files = prove(where, model, backend, settings, name)
-        if len(_proven) >= MOST:
-            _proven.clear()
-        _proven[key] = files
-    return dict(_proven[key])
-
-
-def forget_proofs() -> None:
-    """Have the next proof made anew: for a test in which it must fail."""
-    _proven.clear()
-
-
 def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     """A backend of its own on the model that was read first, where a clone has all that the file says."""
     content = Path(path).read_bytes() if Path(path).is_file() else b""
@@ -85,7 +67,6 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
 @contextmanager
 def vocabularies() -> Iterator[None]:
     """Remember what is made of vocabularies, wherever the converter makes it."""
-    prove = tokenizer._proven
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "_content_sha256", _content_sha256)
         patch.setattr(folder_tokenizer, "read_json_object", read_json_object)
@@ -96,5 +77,4 @@ def vocabularies() -> Iterator[None]:
         # The ground floor does without.
         if (library := sys.modules.get("modeling_mistral_large.tokenization_mistral_large")) is not None:
             patch.setattr(library, "read_tokenizer_json", read_tokenizer_json)
-        patch.setattr(tokenizer, "_proven", lambda *args: proven(*args, prove=prove))
         yield
