@@ -455,6 +455,7 @@ def test_other_heads_get_the_decoder_and_a_new_head(checkpoint: Checkpoint) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quanto_kernels")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantizers_get_the_converted_weights(checkpoint: Checkpoint, weights: str) -> None:
     found, expected = (
