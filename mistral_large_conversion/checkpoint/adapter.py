@@ -13,7 +13,13 @@ from typing import Any
 
 import xxhash
 
-from mistral_large_conversion.checkpoint.adapter_config import config_problems, is_number, is_target, rank_and_scaling
+from mistral_large_conversion.checkpoint.adapter_config import (
+    LET_PEFT_MERGE,
+    config_problems,
+    is_number,
+    is_target,
+    rank_and_scaling,
+)
 from mistral_large_conversion.checkpoint.adapter_folder import ADAPTER_WEIGHTS_NAME, FILES, require_adapter
 from mistral_large_conversion.checkpoint.geometry import Geometry
 from mistral_large_conversion.checkpoint.layout import Layout
@@ -36,7 +42,6 @@ LORA_DTYPES = ("F32", "F16", "BF16")
 # The context length is no size of a weight, and params.json of the vendor leaves it out.
 NOT_OF_WEIGHTS = ("max_position_embeddings",)
 READ_BLOCK_BYTES = 2**20
-WAY_OUT = "merge it with PEFT's merge_and_unload() and convert what that returns"
 # Parts of names in an adapter's file that are something else than LoRA of a linear layer.
 OTHER_KINDS = {
     "lora_magnitude_vector": "is of DoRA",
@@ -163,7 +168,7 @@ def _read_peft(folder: Path, config: dict[str, Any], geometry: Geometry | None, 
             f"{folder}: an adapter of PEFT, which does not say the sizes of its base; give the folder of the base"
         )
     base = config.get("base_model_name_or_path")
-    problems = [f"{ADAPTER_CONFIG_NAME}: {problem}; {WAY_OUT}" for problem in config_problems(config)]
+    problems = [f"{ADAPTER_CONFIG_NAME}: {problem}" for problem in config_problems(config)]
     if base is not None and not isinstance(base, str):
         problems.append(f"{ADAPTER_CONFIG_NAME}: base_model_name_or_path is {shown(base)}: must be a text")
     _refuse(problems, folder)
@@ -257,7 +262,7 @@ def _read_pairs(folder: Path, file: str, wanted: Mapping[str, _Wanted]) -> dict[
     _refuse(problems, folder)
     stored = {tensor.name: tensor for tensor in tensors}
     expected = {f"{each.stem}.{end}" for each in wanted.values() for end in (DOWN, UP)}
-    problems = [f"tensor {shown(name)} {_kind(name)}; {WAY_OUT}" for name in stored if name not in expected]
+    problems = [f"tensor {shown(name)} {_kind(name)}" for name in stored if name not in expected]
     problems += [f"tensor {name!r} is missing: the settings name its layer" for name in sorted(expected - {*stored})]
     for each in wanted.values():
         shapes = {DOWN: (each.rank, each.shape[1]), UP: (each.shape[0], each.rank)}
@@ -289,7 +294,8 @@ def _kind(name: str) -> str:
     """What a tensor is that has no place in an adapter."""
     if name.endswith((DOWN, UP)):
         return "is extra: the settings name no such linear layer"
-    return next((kind for part, kind in OTHER_KINDS.items() if part in name), "is a weight that was saved whole")
+    kind = next((kind for part, kind in OTHER_KINDS.items() if part in name), "is a weight that was saved whole")
+    return f"{kind}; {LET_PEFT_MERGE}"
 
 
 def read_bytes(tensor: FileTensor) -> bytearray:

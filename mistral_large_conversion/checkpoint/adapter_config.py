@@ -45,13 +45,15 @@ READ = (
 INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 OFF: tuple[object, ...] = (None, False, "none", [], {})
 ALL_LINEAR = "all-linear"
+# What to do with a sound adapter that is not merged here.
+LET_PEFT_MERGE = "merge it with PEFT's merge_and_unload() and convert what that returns"
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """Return what keeps a config from being that of a LoRA of linear layers which merges exactly."""
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {shown(config.get('peft_type'))}: only 'LORA' is read")
+        problems.append(f"peft_type is {shown(config.get('peft_type'))}: only 'LORA' is read; {LET_PEFT_MERGE}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not _is_rank(rank):
         problems.append(f"r is {shown(rank)}: must be a whole number greater than 0")
@@ -76,10 +78,10 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if not any(type(kind) is type(each) and kind == each for each in INITIALIZATIONS):
         problems.append(
             f"init_lora_weights is {shown(kind)}: it has changed the weights of the base, too; save the adapter with "
-            "path_initial_model_for_weight_conversion"
+            f"path_initial_model_for_weight_conversion; or {LET_PEFT_MERGE}"
         )
     problems += [
-        f"{name} is {shown(value)}: only an adapter without it is read"
+        f"{name} is {shown(value)}: only an adapter without it is read; {LET_PEFT_MERGE}"
         for name, value in config.items()
         if name not in (*READ, *WITHOUT_EFFECT) and not any(type(value) is type(each) and value == each for each in OFF)
     ]

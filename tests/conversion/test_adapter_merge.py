@@ -250,28 +250,28 @@ PEFT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "PiSSA": (
         config(init_lora_weights="pissa"),
         "adapter_config.json: init_lora_weights is 'pissa': it has changed the weights of the base, too; save the "
-        f"adapter with path_initial_model_for_weight_conversion; {MERGE}",
+        f"adapter with path_initial_model_for_weight_conversion; or {MERGE}",
     ),
-    "no rank": (config(r=0), f"adapter_config.json: r is 0: must be a whole number greater than 0; {MERGE}"),
+    "no rank": (config(r=0), "adapter_config.json: r is 0: must be a whole number greater than 0"),
     "a wrong alpha": (
         config(lora_alpha="16"),
-        f"adapter_config.json: lora_alpha is '16': must be a finite number; {MERGE}",
+        "adapter_config.json: lora_alpha is '16': must be a finite number",
     ),
     "a broken pattern": (
         config(rank_pattern={"(": 3}),
-        f"adapter_config.json: rank_pattern has '(': not a regular expression: <*>; {MERGE}",
+        "adapter_config.json: rank_pattern has '(': not a regular expression: <*>",
     ),
     "no targets": (
         config(target_modules=None),
-        f"adapter_config.json: target_modules is None: must be a list of names or a regular expression; {MERGE}",
+        "adapter_config.json: target_modules is None: must be a list of names or a regular expression",
     ),
     "targets of another model": (
         config(target_modules=["c_attn"]),
-        f"<*>\n  tensor '{FIRST}.lora_A.weight' is extra: the settings name no such linear layer; {MERGE}\n  <*>",
+        f"<*>\n  tensor '{FIRST}.lora_A.weight' is extra: the settings name no such linear layer\n  <*>",
     ),
     "fewer targets": (
         config(target_modules=["k_proj"]),
-        f"<*>\n  tensor '{FIRST}.lora_A.weight' is extra: the settings name no such linear layer; {MERGE}\n  <*>",
+        f"<*>\n  tensor '{FIRST}.lora_A.weight' is extra: the settings name no such linear layer\n  <*>",
     ),
     "another rank": (
         config(r=5),
