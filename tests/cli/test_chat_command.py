@@ -188,7 +188,7 @@ def test_a_conversation_is_checked_by_the_format_of_the_model(
     for line, options in ((f"/load {saved}", ()), ("/help", ("--load", str(saved)))):
         printed = talk(demo_folder_of_v7, line, f"/save {tmp_path / f'{len(options)}.json'}", options=options)
         assert printed[-1] == f"3 messages in {tmp_path / f'{len(options)}.json'}"
-        with raises_exactly(ConversationError, REFUSED_BY_V3):
+        with raises_exactly(ConversationError, f"{saved}: {REFUSED_BY_V3}"):
             talk(demo_folder, line, options=options)
 
 

@@ -395,7 +395,7 @@ def test_the_auto_classes_say_of_other_folders_what_they_said(damaged: Path, tmp
     with pytest.raises(ValueError, match="model_type"):
         AutoConfig.from_pretrained(tmp_path)
     (damaged / "params.json").write_text('{"dim": 80}')
-    with raises_exactly(CheckpointError, NO_GEOMETRY):
+    with raises_exactly(CheckpointError, f"{damaged}/params.json: {NO_GEOMETRY}"):
         AutoConfig.from_pretrained(damaged)
 
 

@@ -113,6 +113,7 @@ class Damage:
     def problem_in(self, layout: Layout) -> str:
         names = {"settings": layout.settings, "index": layout.index, "norm": layout.norm, "query": layout.query}
         names |= {"last": layout.weights[-1], "stem": layout.stem}
+        names |= {key: key if layout.is_consolidated else name for key, name in TO_GEOMETRY.items()}
         problem = self.problem
         for name, value in names.items():
             problem = problem.replace(f"<{name}>", value)
@@ -317,23 +318,25 @@ DAMAGES: dict[str, Damage] = {
     "settings of 100 MB": Damage(
         lambda folder, layout: os.truncate(folder / layout.settings, 100_000_001), "more than 100000000 bytes"
     ),
-    "zero heads": Damage(setting("n_heads", 0), "n_heads is 0: must be a whole number from 1"),
-    "zero kv heads": Damage(setting("n_kv_heads", 0), "n_kv_heads is 0: must be a whole number from 1"),
-    "negative width": Damage(setting("dim", -64), "dim is -64: must be a whole number from 1"),
-    "NaN norm_eps": Damage(setting("norm_eps", float("nan")), "norm_eps is nan: must be a finite number"),
+    "zero heads": Damage(setting("n_heads", 0), "<n_heads> is 0: must be a whole number from 1"),
+    "zero kv heads": Damage(setting("n_kv_heads", 0), "<n_kv_heads> is 0: must be a whole number from 1"),
+    "negative width": Damage(setting("dim", -64), "<dim> is -64: must be a whole number from 1"),
+    "NaN norm_eps": Damage(setting("norm_eps", float("nan")), "<norm_eps> is nan: must be a finite number"),
     "infinite theta": Damage(
         setting("rope_theta", float("inf")), "rope_theta is inf: must be a finite number", consolidated
     ),
     "a billion layers": Damage(
-        setting("n_layers", 10**9), "n_layers is 1000000000: must be a whole number from 1 to 10000"
+        setting("n_layers", 10**9), "<n_layers> is 1000000000: must be a whole number from 1 to 10000"
     ),
     "ten thousand layers": Damage(setting("n_layers", 10_000), "tensor '<query>' is missing"),
     "huge width": Damage(setting("dim", 2**31 - 1), "this geometry needs [2147483647]"),
-    "heads that do not divide": Damage(setting("n_kv_heads", 4), "n_heads 6 is not a multiple of n_kv_heads 4"),
+    "heads that do not divide": Damage(setting("n_kv_heads", 4), "<n_heads> 6 is not a multiple of <n_kv_heads> 4"),
     "odd head_dim": Damage(setting("head_dim", 31), "head_dim 31 is odd"),
     "head_dim a text": Damage(setting("head_dim", "32"), "head_dim is '32': must be a whole number"),
     "another head_dim": Damage(setting("head_dim", 64), "this geometry needs [384, 64]"),
-    "a path for a size": Damage(setting("dim", "../../outside/x"), "dim is '../../outside/x': must be a whole number"),
+    "a path for a size": Damage(
+        setting("dim", "../../outside/x"), "<dim> is '../../outside/x': must be a whole number"
+    ),
     "a mixture of experts": Damage(setting("moe", {"num_experts": 8}), "moe is {'num_experts': 8}", consolidated),
     "an unknown key": Damage(setting("q_lora_rank", 8), "'q_lora_rank' is unknown", consolidated),
     "a path for a key": Damage(
