@@ -25,7 +25,6 @@ TO_GEOMETRY = {
 # In the config it is inside of `rope_parameters`.
 ROPE_THETA = "rope_theta"
 KEYS = (*TO_GEOMETRY, ROPE_THETA)
-NAMES = {key: key for key in KEYS}
 OPTIONAL = ("max_position_embeddings",)
 REAL_NUMBERS = ("norm_eps", ROPE_THETA)
 # A hostile size must not make us list a billion layers before the files are looked at.
@@ -69,12 +68,13 @@ FIXED: dict[str, tuple[object, ...]] = {
 IGNORED = ("dtype", "max_batch_size", "max_seq_len")
 
 
-def params_problems(params: Mapping[str, Any], *, names: Mapping[str, str] = NAMES) -> list[str]:
+def params_problems(params: Mapping[str, Any], *, names: Mapping[str, str] | None = None) -> list[str]:
     """What keeps params.json from describing a Mistral Large geometry; empty if nothing does.
 
-    names: of the keys in the file that the params were read from: `TO_GEOMETRY` for a config.json.
+    names: of the keys in the file that the params were read from, where it is another one: `TO_GEOMETRY` for a
+        config.json.
     """
-    named = {key: names.get(key, key) for key in KEYS}
+    named = {key: (names or {}).get(key, key) for key in KEYS}
     problems = []
     for key in KEYS:
         if key in params:

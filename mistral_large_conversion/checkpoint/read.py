@@ -18,7 +18,6 @@ from mistral_large_conversion.checkpoint.layout import (
 )
 from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
 from mistral_large_conversion.checkpoint.params import (
-    NAMES,
     TO_GEOMETRY,
     geometry_from_params,
     params_from_hf_config,
@@ -202,7 +201,7 @@ def _read_params(
             raise CheckpointError(f"{folder}: {foreign_quantization(settings)}")
         params, problems = params_from_hf_config(params)
         problems += derive_head_dim(params, tensors)
-    problems += params_problems(params, names=TO_GEOMETRY if layout == "hf" else NAMES)
+    problems += params_problems(params, names=TO_GEOMETRY if layout == "hf" else None)
     return (None if problems else params), quantization, [f"{name}: {problem}" for problem in problems]
 
 

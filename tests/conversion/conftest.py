@@ -1,13 +1,3 @@
 """What the tests of the converter share."""
 
-from collections.abc import Iterator
-
-import pytest
-
-from tests.support import remembered
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _remembered_vocabularies() -> Iterator[None]:
-    with remembered.vocabularies():
-        yield
+from tests.support.remembered import remembered_vocabularies as remembered_vocabularies

@@ -1,6 +1,6 @@
 """What is made of a vocabulary, remembered by its whole input, for tests that are not about how it is made.
 
-Many tests convert, adopt and verify folders of the same two vocabularies. Each would make the same merges, the same
+Many tests convert, adopt and verify folders of the same two vocabularies. Each would make the same backend and the same
 SentencePiece file anew, which takes most of its time. The first call with an input is the real one. That ids are exact
 is proven each time.
 """
@@ -8,7 +8,6 @@ is proven each time.
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,9 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     return sentencepiece_bpe.clone_backend(_read[content])
 
 
-@contextmanager
-def vocabularies() -> Iterator[None]:
-    """Remember what is made of vocabularies, wherever the converter makes it."""
+@pytest.fixture(scope="package", autouse=True)
+def remembered_vocabularies() -> Iterator[None]:
+    """Remember what is made of vocabularies, wherever the converter makes it, in the packages that import this."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "_content_sha256", _content_sha256)
         patch.setattr(folder_tokenizer, "read_json_object", read_json_object)
