@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 from mistral_large_conversion.checkpoint.adapter import Adapter, read_adapter
 from mistral_large_conversion.checkpoint.hub import resolve_adapter
@@ -54,9 +53,6 @@ from mistral_large_conversion.tensor_comparison import (
 )
 from mistral_large_conversion.tokenizer import tokenizer_problems
 from mistral_large_conversion.vocabulary import find_vocabulary, known_vocabulary
-
-if TYPE_CHECKING:
-    pass
 
 # What config.json says and no shape of a tensor shows.
 NOT_IN_SHAPES = ("numbers of heads", "head_dim", "norm_eps", "rope_theta", "max_position_embeddings")
@@ -111,6 +107,7 @@ def verify_checkpoint(
     origin = None if source is None else load_headers(Path(source), may_mix_dtypes=True)
     lora = None if origin is None or adapter is None else _read_adapter(adapter, origin)
     checks = [_check("finished", unfinished_problems(folder), "no conversion was interrupted here")]
+    manifest, manifest_problem = _read_manifest(folder)
     checkpoint = None
     try:
         checkpoint = load_headers(folder, layouts[0])
@@ -120,15 +117,27 @@ def verify_checkpoint(
     else:
         count = len(checkpoint.tensors)
         checks.append(_check("headers", [], f"{count} tensors, {checkpoint.dtype}, match the config"))
-        checks.append(_config_check(checkpoint, origin))
-        checks.append(_tensor_check(checkpoint, origin, lora, progress))
+        checks.append(_config_check(checkpoint, origin, manifest))
+        if origin is None and manifest_problem is not None:
+            checks.append(Check("tensors", False, manifest_problem))
+        else:
+            checks.append(_tensor_check(checkpoint, origin, lora, manifest, progress))
         checks.append(_tokenizer_check(checkpoint, origin))
     if layouts[0] == "hf":
         detail = TEMPLATE_DETAILS.get(recorded_prompt_format(folder), "the bundled one")
         checks.append(_check("chat template", chat_template_problems(folder), detail))
-    checks.append(_licence_check(folder, origin, layouts[0]))
-    checks.append(_files_check(folder, checkpoint, origin, lora))
-    return checks
+    checks.append(_licence_check(folder, origin, layouts[0], manifest))
+    if manifest_problem is not None:
+        return [*checks, Check("files", False, manifest_problem)]
+    return [*checks, _files_check(folder, checkpoint, origin, lora, manifest)]
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
+    """The manifest of a folder, or None, with the reason where it is there and cannot be read."""
+    try:
+        return read_manifest(folder), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def _read_adapter(adapter: Path | str, origin: Checkpoint) -> Adapter:
@@ -138,12 +147,8 @@ def _read_adapter(adapter: Path | str, origin: Checkpoint) -> Adapter:
     return read_adapter(folder, origin.geometry, name=name)
 
 
-def _merged_problem(folder: Path, lora: Adapter | None) -> str | None:
-    """Where the manifest of a folder says that another adapter was merged, or that none was; None if nowhere."""
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError:
-        return None
+def _merged_problem(manifest: Manifest | None, lora: Adapter | None) -> str | None:
+    """Where a manifest says that another adapter was merged, or that none was; None if nowhere."""
     merged = None if manifest is None else manifest.adapter
     if merged is not None and lora is None:
         return f"the adapter {shown(merged.name)} was merged into this folder; give it with --adapter"
@@ -158,18 +163,10 @@ def _check(name: str, problems: Sequence[str], detail: str) -> Check:
     return Check(name, not problems, "; ".join(problems) or detail)
 
 
-def _has_file_checksums(folder: Path) -> bool:
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError:
-        return False
-    return manifest is not None and manifest.files is not None
-
-
-def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None) -> Check:
+def _config_check(checkpoint: Checkpoint, origin: Checkpoint | None, manifest: Manifest | None) -> Check:
     if problems := config_problems(checkpoint, origin):
         return _check("config", problems, "")
-    if origin is None and not _has_file_checksums(checkpoint.folder):
+    if origin is None and (manifest is None or manifest.files is None):
         return Check("config", None, f"matches the weights; not proven: {', '.join(NOT_IN_SHAPES)}; give the source")
     return Check("config", True, "matches the weights" if origin is None else "matches the weights and the source")
 
@@ -226,17 +223,22 @@ def _tokenizer_problems(checkpoint: Checkpoint, origin: Checkpoint | None) -> li
     return problems
 
 
-def _licence_check(folder: Path, origin: Checkpoint | None, layout: Layout) -> Check:
+def _licence_check(folder: Path, origin: Checkpoint | None, layout: Layout, manifest: Manifest | None) -> Check:
     problems = licence_problems(folder, origin, layout)
-    if problems or origin is not None or _has_file_checksums(folder):
+    if problems or origin is not None or (manifest is not None and manifest.files is not None):
         return _check("licence", problems, "is copied with the weights")
     return Check("licence", None, "not proven: no manifest to compare it with; give the source")
 
 
-def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint | None, lora: Adapter | None) -> Check:
+def _files_check(
+    folder: Path,
+    checkpoint: Checkpoint | None,
+    origin: Checkpoint | None,
+    lora: Adapter | None,
+    manifest: Manifest | None,
+) -> Check:
     """Compare every file with the manifest; without one, say which are as a conversion would write them."""
     try:
-        manifest = read_manifest(folder)
         if manifest is not None and manifest.files is not None:
             if problems := manifest_problems(folder, manifest):
                 return _check("files", problems, "")
@@ -244,8 +246,6 @@ def _files_check(folder: Path, checkpoint: Checkpoint | None, origin: Checkpoint
             if added := added_files(folder, manifest):
                 return Check("files", None, f"{detail}; not proven, added since: {', '.join(map(repr, added))}")
             return Check("files", True, detail)
-    except CheckpointError as error:
-        return Check("files", False, str(error))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be compared: {error}") from error
     what = "no manifest" if manifest is None else "a manifest without checksums of files"
@@ -310,27 +310,17 @@ def _file_difference(folder: Path, name: str, wanted: bytes) -> str | None:
     return f"{name} differs in {', '.join(differing) or 'its layout'}"
 
 
-def _calibrated_manifest(checkpoint: Checkpoint) -> Manifest | None:
-    """The manifest of a folder with calibrated weights; None where it says of none."""
-    try:
-        manifest = read_manifest(checkpoint.folder)
-    except CheckpointError:
-        return None
-    return None if manifest is None or manifest.calibration is None else manifest
-
-
 def _tensor_check(
-    checkpoint: Checkpoint, origin: Checkpoint | None, lora: Adapter | None, progress: Progress | bool
+    checkpoint: Checkpoint,
+    origin: Checkpoint | None,
+    lora: Adapter | None,
+    manifest: Manifest | None,
+    progress: Progress | bool,
 ) -> Check:
     """Compare every byte of the weights with the source's, or with the checksums of the manifest."""
     count = len(checkpoint.tensors)
     compare: Callable[[PlannedTensor], str | None]
-    manifest = None
     if origin is None:
-        try:
-            manifest = read_manifest(checkpoint.folder)
-        except CheckpointError as error:
-            return Check("tensors", False, str(error))
         if manifest is None:
             return Check("tensors", None, "not compared: the folder has no manifest; give the source")
         compare, agreement = partial(manifest_difference, manifest=manifest), "manifest's checksums"
@@ -356,9 +346,9 @@ def _tensor_check(
             )
             if lora is not None:
                 agreement += " with the adapter merged"
-            if (calibrated := _calibrated_manifest(checkpoint)) is not None:
+            if manifest is not None and manifest.calibration is not None:
                 agreement += "; of calibrated ones the manifest's checksums, and values near the source's"
-                compare = partial(source_difference, stored=checkpoint.tensors, calibrated=calibrated)
+                compare = partial(source_difference, stored=checkpoint.tensors, calibrated=manifest)
             elif checkpoint.quantization is not None:
                 agreement += f", quantized to {checkpoint.quantization.scheme}"
             elif {tensor.dtype for tensor in origin.tensors.values()} != {checkpoint.dtype}:
@@ -377,7 +367,7 @@ def _tensor_check(
     except OSError as error:
         raise CheckpointError(f"{checkpoint.folder}: cannot be compared: {error}") from error
     if differences:
-        hint = "" if origin is None or (problem := _merged_problem(checkpoint.folder, lora)) is None else f"; {problem}"
+        hint = "" if origin is None or (problem := _merged_problem(manifest, lora)) is None else f"; {problem}"
         return Check("tensors", False, f"{len(differences)} of {count} differ, first {differences[0]}{hint}")
     if origin is None and manifest is not None and any(each.checksum is None for each in manifest.tensors.values()):
         detail = "weights were linked, not read: of their bytes only the headers are compared; give the source"
