@@ -25,7 +25,6 @@ from mistral_large_conversion.errors import CheckpointError, DestinationError
 from mistral_large_conversion.folder_tokenizer import FolderTokenizer, PromptFormat, read_folder_tokenizer
 from mistral_large_conversion.hf_files import hf_files
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, ManifestFile, ManifestTensor
-from mistral_large_conversion.model_card import licence_files
 from mistral_large_conversion.vocabulary import VOCABULARY_NAMES
 
 Link = Literal["clone", "hard link", "symbolic link"]
@@ -143,8 +142,7 @@ def _small_files(checkpoint: Checkpoint, tokenizer: FolderTokenizer) -> dict[str
         dtype=checkpoint.dtype,
         model_type="mistral_large",
         source=folder,
-        licences=licence_files(folder),
-        kept_from=folder,
+        keeps_settings=True,
         tokenizer=tokenizer,
     )
     if tokenizer.vocabulary is not None:

@@ -30,7 +30,7 @@ from mistral_large_conversion.hf_files import (
     refuse_outside_layout,
 )
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, new_checksum
-from mistral_large_conversion.model_card import ModelType, licence_files
+from mistral_large_conversion.model_card import ModelType
 from mistral_large_conversion.options import check_option
 from mistral_large_conversion.plan import (
     DEFAULT_SHARD_SIZE,
@@ -193,7 +193,6 @@ def prepare_conversion(
             f"prompt_format {prompt_format!r}: has no effect on the consolidated layout, whose vocabulary decides; "
             "leave it out"
         )
-    licences = licence_files(folder)
     if to == "hf":
         small_files = hf_files(
             plan.geometry,
@@ -201,9 +200,8 @@ def prepare_conversion(
             dtype=plan.dtype,
             model_type=model_type,
             source=folder,
-            licences=licences,
+            keeps_settings=is_hf,
             cast=plan.cast,
-            kept_from=folder if is_hf else None,
             adapter=plan.adapter,
             calibration=plan.calibration,
             tokenizer=tokenizer,
@@ -213,12 +211,7 @@ def prepare_conversion(
         refuse_other_ids(folder, kept_settings(folder)[0])
         refuse_outside_layout(tokenizer, plan.geometry.vocab_size)
         small_files = consolidated_files(
-            plan.geometry,
-            source=folder,
-            licences=licences,
-            cast=plan.cast,
-            adapter=plan.adapter,
-            tokenizer=tokenizer,
+            plan.geometry, source=folder, cast=plan.cast, adapter=plan.adapter, tokenizer=tokenizer
         )
     return Conversion(plan, folder, Path(destination), small_files, remarks_of(tokenizer), calibrator)
 
@@ -321,7 +314,7 @@ def export_checkpoint(
         folder = resolve_source(origin, patterns=(f"{TOKENIZER_STEM}*", *LICENCE_PATTERNS))
         if problem := vocabulary_problem(folder):
             raise CheckpointError(f"{folder}: {problem}; give the folder that holds it")
-        small_files = consolidated_files(plan.geometry, source=folder, licences=licence_files(folder), cast=plan.cast)
+        small_files = consolidated_files(plan.geometry, source=folder, cast=plan.cast)
     Conversion(plan, None, Path(destination), small_files).run(jobs=jobs, progress=progress)
     return plan
 

@@ -26,7 +26,14 @@ from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES
 from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.folder_tokenizer import FolderTokenizer, read_folder_tokenizer
-from mistral_large_conversion.model_card import ModelType, SourceCard, is_vendors, model_card, source_card
+from mistral_large_conversion.model_card import (
+    ModelType,
+    SourceCard,
+    is_vendors,
+    licence_files,
+    model_card,
+    source_card,
+)
 from mistral_large_conversion.tokenizer import tokenizer_files
 from mistral_large_conversion.vocabulary import (
     SPECIAL_IDS,
@@ -74,9 +81,8 @@ def hf_files(
     dtype: str,
     model_type: ModelType,
     source: Path,
-    licences: Mapping[str, bytes],
+    keeps_settings: bool = False,
     cast: tuple[str, str] | None = None,
-    kept_from: Path | None = None,
     adapter: Adapter | None = None,
     calibration: Calibration | None = None,
     tokenizer: FolderTokenizer | None = None,
@@ -87,19 +93,19 @@ def hf_files(
     dtype: that of the weights, as safetensors names it: BF16.
     cast: the dtypes of the source's weights and of these, where they differ.
     model_type: `mistral` for stock transformers and engines that do not know us.
-    source: the folder with the tokenizer.
-    kept_from: a folder of the HF layout whose own settings stay, see `kept_settings`.
+    source: the folder with the tokenizer and the licence files, see `model_card.licence_files`.
+    keeps_settings: whether the source is of the HF layout and its own settings stay, see `kept_settings`.
     tokenizer: that of the source; without it, it is read from there.
-    licences: see `model_card.licence_files`.
     adapter: the LoRA that is merged into the weights, or None.
     calibration: what quantized weights are calibrated with, or None.
 
     Raises:
         CheckpointError, TokenizerFileError: the reasons of `tokenizer_files`.
     """
-    ids, generation_config = ({}, {}) if kept_from is None else kept_settings(kept_from)
+    licences = licence_files(source)
+    ids, generation_config = kept_settings(source) if keeps_settings else ({}, {})
     ids = {**SPECIAL_IDS, **ids}
-    if kept_from is not None:
+    if keeps_settings:
         tokenizer = tokenizer or read_folder_tokenizer(source, layout="hf")
         files = tokenizer_files(source, vocab_size=geometry.vocab_size, tokenizer=tokenizer)
         vocabulary, prompt_format, templates = tokenizer.vocabulary, tokenizer.prompt_format, tokenizer.chat_templates
@@ -108,7 +114,7 @@ def hf_files(
         vocabulary = next(name for name, each in VOCABULARIES.items() if each.file_name in files)
         prompt_format, templates = vocabulary, {}
     carried = source_card(source)
-    is_model = is_vendors(source) or (kept_from is None and carried == SourceCard())
+    is_model = is_vendors(source) or (not keeps_settings and carried == SourceCard())
     card = model_card(
         licences,
         model_type=model_type,
@@ -220,43 +226,30 @@ def refuse_other_ids(where: object, ids: Mapping[str, Any]) -> None:
 def consolidated_files(
     geometry: Geometry,
     *,
-    source: Path | None,
-    licences: Mapping[str, bytes],
+    source: Path,
     cast: tuple[str, str] | None = None,
     adapter: Adapter | None = None,
     tokenizer: FolderTokenizer | None = None,
 ) -> dict[str, bytes]:
-    """Names and contents of all small files of the consolidated layout; without `source`, there is no tokenizer.
+    """Names and contents of all small files of the consolidated layout.
 
     The arguments are those of `hf_files`.
 
     Raises:
         CheckpointError, TokenizerFileError: the reasons of `tokenizer_files`.
     """
-    is_model = source is not None and is_vendors(source)
-    model = known_vocabulary(find_vocabulary(source) or source) if source is not None and is_model else None
-    if tokenizer is not None and is_model:
-        model = tokenizer.vocabulary
-    card = model_card(
-        licences,
-        model_type=None,
-        cast=cast,
-        adapter=adapter,
-        model=model,
-        source=None if source is None else source_card(source),
-    )
-    files = {
+    licences, model = licence_files(source), None
+    if is_vendors(source):
+        model = tokenizer.vocabulary if tokenizer is not None else known_vocabulary(find_vocabulary(source) or source)
+    card = model_card(licences, model_type=None, cast=cast, adapter=adapter, model=model, source=source_card(source))
+    # Proven as on the way there; of what is made of it, the SentencePiece file is wanted here.
+    made = tokenizer_files(source, vocab_size=geometry.vocab_size, tokenizer=tokenizer)
+    return {
         **licences,
         MODEL_CARD_NAME: card.encode(errors="surrogateescape"),
         PARAMS_NAME: json_bytes(params_from_geometry(geometry)),
+        **{name: content for name, content in made.items() if name in VOCABULARY_NAMES},
     }
-    if source is not None:
-        # Proven as on the way there; of what is made of it, the SentencePiece file is wanted here.
-        made = tokenizer_files(
-            source, vocab_size=geometry.vocab_size, **({} if tokenizer is None else {"tokenizer": tokenizer})
-        )
-        files |= {name: content for name, content in made.items() if name in VOCABULARY_NAMES}
-    return files
 
 
 def refuse_outside_layout(tokenizer: FolderTokenizer, vocab_size: int) -> None:

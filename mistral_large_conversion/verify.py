@@ -41,7 +41,6 @@ from mistral_large_conversion.folder_checks import (
 from mistral_large_conversion.folder_tokenizer import read_folder_tokenizer
 from mistral_large_conversion.hf_files import consolidated_files, hf_files
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
-from mistral_large_conversion.model_card import licence_files
 from mistral_large_conversion.plan import planned_tensors
 from mistral_large_conversion.planned_tensor import PlannedTensor
 from mistral_large_conversion.progress import Progress, progress_calls
@@ -264,7 +263,6 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None, lora: Adapter
     if problem := vocabulary_problem(source):
         return f"nothing made again: {problem}"
     try:
-        licences = licence_files(source)
         if checkpoint.layout == "hf":
             model_type = read_json_object(folder / CONFIG_NAME)["model_type"]
             files = hf_files(
@@ -273,13 +271,12 @@ def _made_again(checkpoint: Checkpoint, origin: Checkpoint | None, lora: Adapter
                 dtype=checkpoint.dtype,
                 model_type=model_type,
                 source=source,
-                licences=licences,
+                keeps_settings=origin is not None and origin.layout == "hf",
                 cast=cast,
-                kept_from=source if origin is not None and origin.layout == "hf" else None,
                 adapter=lora,
             )
         else:
-            files = consolidated_files(geometry, source=source, licences=licences, cast=cast, adapter=lora)
+            files = consolidated_files(geometry, source=source, cast=cast, adapter=lora)
     except (CheckpointError, TokenizerFileError) as error:
         return f"nothing made again: {error}"
     weights = {tensor.path.name for tensor in checkpoint.tensors.values()}

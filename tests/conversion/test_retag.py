@@ -24,7 +24,7 @@ from mistral_large_conversion.errors import CheckpointError, DestinationError
 from mistral_large_conversion.folder_checks import manifest_problems
 from mistral_large_conversion.hf_files import hf_files
 from mistral_large_conversion.manifest import read_manifest
-from mistral_large_conversion.model_card import ModelType, licence_files
+from mistral_large_conversion.model_card import ModelType
 from mistral_large_conversion.retag import retag_checkpoint
 from mistral_large_conversion.verify import verify_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
@@ -158,19 +158,19 @@ def test_retagging_touches_no_weights_and_goes_back_to_the_same_bytes(folder: Pa
 
 @pytest.mark.slow
 def test_the_converter_writes_what_retagging_writes(folder: Path, demo_folder: Path) -> None:
-    def written(model_type: ModelType, licences: dict[str, bytes]) -> dict[str, bytes]:
+    def written(model_type: ModelType) -> dict[str, bytes]:
         geometry = load_headers(demo_folder).geometry
         options: dict[str, Any] = {"quantization": None, "dtype": "BF16", "source": demo_folder}
-        return hf_files(geometry, model_type=model_type, licences=licences, **options)
+        return hf_files(geometry, model_type=model_type, **options)
 
     model_types: tuple[ModelType, ...] = ("mistral", "mistral_large")
     for model_type in model_types:
-        files = written(model_type, licence_files(demo_folder))
+        files = written(model_type)
         retag_checkpoint(folder, model_type)
         after = contents(folder)
         assert {name: after[name] for name in files} == files
         assert set(after) - set(files) <= {WEIGHTS, "conversion.manifest.json"}
-    assert b"generation -%}" not in written("mistral", {})["chat_template.jinja"]
+    assert b"generation -%}" not in written("mistral")["chat_template.jinja"]
 
 
 @pytest.mark.slow
