@@ -14,12 +14,7 @@ from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
 from mistral_large_conversion.checkpoint.hub import resolve_adapter
 from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, WEIGHTS_STEM, Layout, source_layout
 from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
-from mistral_large_conversion.checkpoint.params import (
-    TO_GEOMETRY,
-    geometry_from_params,
-    params_from_hf_config,
-    params_problems,
-)
+from mistral_large_conversion.checkpoint.params import geometry_from_params
 from mistral_large_conversion.checkpoint.quantization import (
     CANNOT_UNDO,
     FORMATS,
@@ -32,9 +27,9 @@ from mistral_large_conversion.checkpoint.quantization import (
     quantized_entries,
 )
 from mistral_large_conversion.checkpoint.read import (
-    derive_head_dim,
     dtype_problems,
     expected_entries,
+    params_of_config,
     read_checkpoint,
     refuse,
     tensor_problems,
@@ -174,44 +169,28 @@ def plan_conversion(
             f"calibration with quantize {quantize!r}: only int4 is calibrated; pass quantize='int4' or leave it out"
         )
     layout = layout_to_read(source, to=to, quantize=quantize)
-    if quantize is None:
-        checkpoint = read_checkpoint(
-            source, layout, needs_tokenizer=layout == "consolidated", may_mix_dtypes=dtype is not None
-        )
-        return _plan(
-            checkpoint.tensors,
-            checkpoint.geometry,
-            layout,
-            to,
-            dtype,
-            max_shard_size,
-            adapter=_read_adapter(adapter, checkpoint.geometry),
-        )
-    if to != "hf":
-        raise CheckpointError(f"quantizing to {quantize}: only the HF layout has a place for it; leave `to` out")
-    if dtype is not None:
-        raise CheckpointError(
-            f"quantizing to {quantize}: what is not quantized is bf16, with dtype {dtype} too; leave `dtype` out"
-        )
-    checkpoint = read_checkpoint(source, layout, needs_tokenizer=layout == "consolidated", may_mix_dtypes=True)
-    shapes = [tensor.shape for tensor in expected_tensors(checkpoint.geometry) if is_quantized(tensor.hf)]
-    quantization = Quantization(quantize, choose_group_size(shapes, quantize))
-    plan = _plan(
-        checkpoint.tensors,
-        checkpoint.geometry,
-        layout,
-        to,
-        "bf16",
-        max_shard_size,
-        quantization,
-        _read_adapter(adapter, checkpoint.geometry),
+    if quantize is not None:
+        if to != "hf":
+            raise CheckpointError(f"quantizing to {quantize}: only the HF layout has a place for it; leave `to` out")
+        if dtype is not None:
+            raise CheckpointError(
+                f"quantizing to {quantize}: what is not quantized is bf16, with dtype {dtype} too; leave `dtype` out"
+            )
+        dtype = "bf16"
+    checkpoint = read_checkpoint(
+        source, layout, needs_tokenizer=layout == "consolidated", may_mix_dtypes=dtype is not None
     )
+    geometry, quantization = checkpoint.geometry, None
+    if quantize is not None:
+        shapes = [tensor.shape for tensor in expected_tensors(geometry) if is_quantized(tensor.hf)]
+        quantization = Quantization(quantize, choose_group_size(shapes, quantize))
+    lora = None if adapter is None else open_adapter(adapter, geometry)
+    plan = _plan(checkpoint.tensors, geometry, layout, to, dtype, max_shard_size, quantization, lora)
     return replace(plan, calibration=calibration)
 
 
-def _read_adapter(adapter: Path | str | None, geometry: Geometry) -> Adapter | None:
-    if adapter is None:
-        return None
+def open_adapter(adapter: Path | str, geometry: Geometry) -> Adapter:
+    """The adapter in a folder or hub repository, for a base of this geometry; see `read_adapter`."""
     folder, name = resolve_adapter(adapter)
     return read_adapter(folder, geometry, name=name)
 
@@ -240,9 +219,7 @@ def plan_export(
         raise CheckpointError(f"the model: {CANNOT_UNDO}")
     tensors = [MemoryTensor.of(unwrapped_name(name), tensor) for name, tensor in state_dict.items()]
     tensors = [tensor for tensor in tensors if not is_buffer(tensor.name)]
-    params, problems = params_from_hf_config(config)
-    problems += derive_head_dim(params, tensors)
-    problems += params_problems(params, names=TO_GEOMETRY)
+    params, problems = params_of_config(config, tensors)
     listed = [f"config: {problem}" for problem in problems]
     refuse(listed, "the config is not that of a Mistral Large", remedy="pass the model's own")
     geometry = geometry_from_params(params)

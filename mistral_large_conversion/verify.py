@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from mistral_large_conversion.checkpoint.adapter import Adapter, read_adapter
-from mistral_large_conversion.checkpoint.hub import resolve_adapter
+from mistral_large_conversion.checkpoint.adapter import Adapter
 from mistral_large_conversion.checkpoint.layout import (
     CONFIG_NAME,
     CONFIG_NAMES,
@@ -41,7 +40,7 @@ from mistral_large_conversion.folder_checks import (
 from mistral_large_conversion.folder_tokenizer import read_folder_tokenizer
 from mistral_large_conversion.hf_files import consolidated_files, hf_files
 from mistral_large_conversion.manifest import MANIFEST_NAME, Manifest, read_manifest
-from mistral_large_conversion.plan import planned_tensors
+from mistral_large_conversion.plan import open_adapter, planned_tensors
 from mistral_large_conversion.planned_tensor import PlannedTensor
 from mistral_large_conversion.progress import Progress, progress_calls
 from mistral_large_conversion.stream import DEFAULT_JOBS
@@ -142,8 +141,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest | None, str | None]:
 def _read_adapter(adapter: Path | str, origin: Checkpoint) -> Adapter:
     if origin.quantization is not None:
         raise CheckpointError(f"{origin.folder}: quantized, so no adapter was merged into it; give its own source")
-    folder, name = resolve_adapter(adapter)
-    return read_adapter(folder, origin.geometry, name=name)
+    return open_adapter(adapter, origin.geometry)
 
 
 def _merged_problem(manifest: Manifest | None, lora: Adapter | None) -> str | None:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from mistral_large_conversion.checkpoint.layout import (
     TOKENIZER_NAME,
     WEIGHTS_STEM,
     Layout,
-    layouts_of,
+    source_layout,
 )
 from mistral_large_conversion.checkpoint.names import expected_tensors, is_buffer, unwrapped_name
 from mistral_large_conversion.checkpoint.params import (
@@ -190,22 +190,28 @@ def _read_params(
         params = read_json_object(folder / name)
     except (OSError, ValueError) as error:
         return None, None, [f"{name}: {error}"]
-    problems: list[str] = []
     quantization = None
-    if layout == "hf":
+    if layout == "consolidated":
+        problems = params_problems(params)
+    else:
         settings = params.get("quantization_config")
         if (quantization := quantization_of(settings)) is not None:
             del params["quantization_config"]
         elif settings:
             # Its tensors have other names and shapes: all of them would be listed.
             raise CheckpointError(f"{folder}: {foreign_quantization(settings)}")
-        params, problems = params_from_hf_config(params)
-        problems += derive_head_dim(params, tensors)
-    problems += params_problems(params, names=TO_GEOMETRY if layout == "hf" else None)
+        params, problems = params_of_config(params, tensors)
     return (None if problems else params), quantization, [f"{name}: {problem}" for problem in problems]
 
 
-def derive_head_dim(params: dict[str, Any], tensors: Iterable[StoredTensor]) -> list[str]:
+def params_of_config(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> tuple[dict[str, Any], list[str]]:
+    """The params of a config.json of these tensors, and what keeps them from being those of a Mistral Large."""
+    params, problems = params_from_hf_config(config)
+    problems += _derive_head_dim(params, tensors)
+    return params, problems + params_problems(params, names=TO_GEOMETRY)
+
+
+def _derive_head_dim(params: dict[str, Any], tensors: Iterable[StoredTensor]) -> list[str]:
     """Add the head_dim that a config.json of 2024 leaves to the reader, or say why it is not proven.
 
     transformers takes hidden_size / num_attention_heads. That is a guess, unless the rows of the query weights agree.
@@ -339,9 +345,7 @@ def load_headers(folder: Path, layout: Layout | None = None, *, may_mix_dtypes: 
     Raises:
         CheckpointError: the reasons of `read_checkpoint`.
     """
-    if layout is None:
-        layouts = layouts_of(folder) if folder.is_dir() else []
-        layout = layouts[0] if layouts else "consolidated"
+    layout = layout or source_layout(folder)
     return read_checkpoint(folder, layout, needs_tokenizer=False, may_mix_dtypes=may_mix_dtypes, may_be_quantized=True)
 
 
