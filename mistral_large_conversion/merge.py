@@ -12,9 +12,9 @@ import numpy
 
 from mistral_large_conversion.checkpoint.adapter import Adapter, LoraPair, read_bytes
 from mistral_large_conversion.checkpoint.rope import split_rope_pairs
-from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES, FileTensor, TensorEntry
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor, TensorEntry
 from mistral_large_conversion.errors import CheckpointError
-from mistral_large_conversion.transforms import Rows
+from mistral_large_conversion.transforms import Rows, numbers_of
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ class Merging:
         """The next rows, merged; a ValueError where a finite value would become infinite or none."""
         import torch
 
-        weight: torch.Tensor = torch.from_numpy(rows.copy()).view(getattr(torch, TORCH_NAMES[self._dtype]))
+        weight = numbers_of(rows.copy(), self._dtype)
         filled = 0
         while filled < len(weight):
             if self._row == self._end:
@@ -98,7 +98,7 @@ class Merging:
             filled += count
             self._row += count
         if not weight.isfinite().all():
-            before = torch.from_numpy(rows).view(weight.dtype)
+            before = numbers_of(rows, self._dtype)
             wrong = weight[before.isfinite() & ~weight.isfinite()]
             if len(wrong):
                 raise ValueError(
@@ -118,7 +118,5 @@ class Merging:
 
 def _read(tensor: FileTensor) -> "torch.Tensor":
     """The values of a tensor in float32."""
-    import torch
-
-    values: torch.Tensor = torch.from_numpy(numpy.frombuffer(read_bytes(tensor), numpy.uint8))
-    return values.view(getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(tensor.shape).float()
+    values = numbers_of(numpy.frombuffer(read_bytes(tensor), numpy.uint8), tensor.dtype)
+    return values.reshape(tensor.shape).float()

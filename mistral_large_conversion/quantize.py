@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy
 
 from mistral_large_conversion.checkpoint.quantization import GROUP_SIZE, Scheme
-from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES, StoredTensor, TensorEntry
-from mistral_large_conversion.transforms import Rows
+from mistral_large_conversion.checkpoint.safetensors_header import StoredTensor, TensorEntry
+from mistral_large_conversion.transforms import Rows, numbers_of
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def shape_tensor(entry: TensorEntry, shape: tuple[int, ...]) -> ConstantTensor:
 
 def largest_magnitude(rows: Rows, dtype: str) -> float:
     """The greatest magnitude in some rows; a ValueError for a number that is none, or is infinite."""
-    return float(_largest(_numbers(rows, dtype)).max())
+    return float(_largest(numbers_of(rows, dtype).float()).max())
 
 
 def global_scale_bytes(largest: float) -> bytes:
@@ -86,7 +86,7 @@ class Quantize:
         """The rows of both outputs; a ValueError for a number that is none, or is infinite."""
         import torch
 
-        numbers = _numbers(rows, self.dtype)
+        numbers = numbers_of(rows, self.dtype).float()
         groups = numbers.view(len(numbers), -1, numbers.shape[1] if self.scheme == "fp8" else self.group_size)
         scales = _largest(groups) / LARGEST_CODES[self.scheme]
         if self.scheme == "nvfp4":
@@ -127,13 +127,6 @@ def fp4_codes(numbers: "torch.Tensor") -> "torch.Tensor":
     codes += magnitudes >= 3.5
     codes += magnitudes > 5
     return codes | (numbers < 0).to(torch.uint8) << 3
-
-
-def _numbers(rows: Rows, dtype: str) -> "torch.Tensor":
-    import torch
-
-    numbers: torch.Tensor = torch.from_numpy(rows).view(getattr(torch, TORCH_NAMES[dtype])).float()
-    return numbers
 
 
 def _largest(groups: "torch.Tensor") -> "torch.Tensor":

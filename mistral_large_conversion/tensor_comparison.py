@@ -3,19 +3,15 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy
 
-from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, TORCH_NAMES, FileTensor
+from mistral_large_conversion.checkpoint.safetensors_header import BYTES_OF, FileTensor
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import Manifest, ManifestTensor
 from mistral_large_conversion.planned_tensor import PlannedTensor, transformed
 from mistral_large_conversion.stream import file_checksum
-from mistral_large_conversion.transforms import Rows
-
-if TYPE_CHECKING:
-    import torch
+from mistral_large_conversion.transforms import numbers_of
 
 # Calibrated int4 weights are 10 to 20 % from the source's; those of another layer or model are 140 %.
 MOST_ERROR = 0.5
@@ -60,7 +56,7 @@ def source_difference(
                     row, byte = numpy.argwhere(found != wanted)[0].tolist()
                     column = byte // BYTES_OF[part.dtype]
                     place = [start + row, column][: len(part.shape)]
-                    values = (_numbers(rows[row], part.dtype)[column].item() for rows in (found, wanted))
+                    values = (numbers_of(rows[row].copy(), part.dtype)[column].item() for rows in (found, wanted))
                     return "{} at {}: {!r}, the source has {!r}".format(part.name, place, *values)
             start += len(blocks[0])
     return None
@@ -89,12 +85,11 @@ def _relative_error(tensor: PlannedTensor, own: Sequence[FileTensor]) -> float:
     import torch
 
     assert tensor.quantize is not None
-    dtype = getattr(torch, TORCH_NAMES[tensor.quantize.dtype])
     difference, norm = 0.0, 0.0
     with ExitStack() as stack:
         streams = [stack.enter_context(part.open()) for part in own]
         for (rows,) in transformed(replace(tensor, quantize=None)):
-            source = torch.from_numpy(rows).view(dtype).double()
+            source = numbers_of(rows, tensor.quantize.dtype).double()
             packed, scales = (
                 torch.frombuffer(bytearray(stream.read(len(rows) * part.size // part.shape[0])), dtype=torch.uint8)
                 for stream, part in zip(streams, own, strict=True)
@@ -105,10 +100,3 @@ def _relative_error(tensor: PlannedTensor, own: Sequence[FileTensor]) -> float:
             difference += (values - source).square().sum().item()
             norm += source.square().sum().item()
     return (difference / norm) ** 0.5 if norm else difference
-
-
-def _numbers(row: Rows, dtype: str) -> "torch.Tensor":
-    import torch
-
-    numbers: torch.Tensor = torch.from_numpy(row.copy()).view(getattr(torch, TORCH_NAMES[dtype]))
-    return numbers

@@ -1,17 +1,28 @@
 """What becomes of the rows of a tensor on its way into another file."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy
 
 from mistral_large_conversion.checkpoint.rope import join_rope_pairs, split_rope_pairs
 from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES
 
+if TYPE_CHECKING:
+    import torch
+
 # [rows, bytes of a row]
 Rows = numpy.ndarray[Any, numpy.dtype[numpy.uint8]]
 
 REGROUP = {"hf": split_rope_pairs, "consolidated": join_rope_pairs}
+
+
+def numbers_of(rows: Rows, dtype: str) -> "torch.Tensor":
+    """Some rows as numbers of their dtype, in the same memory."""
+    import torch
+
+    numbers: torch.Tensor = torch.from_numpy(rows).view(getattr(torch, TORCH_NAMES[dtype]))
+    return numbers
 
 
 class Step(Protocol):
@@ -53,7 +64,7 @@ class Cast:
         """The rows in the other dtype; a ValueError where a finite number would become infinite."""
         import torch
 
-        numbers: torch.Tensor = torch.from_numpy(rows).view(getattr(torch, TORCH_NAMES[self.dtype]))
+        numbers = numbers_of(rows, self.dtype)
         rounded = numbers.to(getattr(torch, TORCH_NAMES[self.to]))
         too_large = rounded.isinf() & numbers.float().isfinite()
         if too_large.any():
