@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mistral_large_conversion.checkpoint.source_files import shown
+from mistral_large_conversion.checkpoint.source_files import is_one_of, shown
 from mistral_large_conversion.errors import CheckpointError, SettingError
 
 SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -16,7 +16,7 @@ def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
         SettingError: the option, its value and what it may be.
     """
     values = tuple(allowed)
-    if not any(type(value) is type(each) and value == each for each in values):
+    if not is_one_of(value, values):
         raise SettingError(f"{name} {shown(value)}: must be one of {', '.join(map(repr, values))}")
 
 

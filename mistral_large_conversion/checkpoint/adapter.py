@@ -16,7 +16,6 @@ import xxhash
 from mistral_large_conversion.checkpoint.adapter_config import (
     LET_PEFT_MERGE,
     config_problems,
-    is_number,
     is_target,
     rank_and_scaling,
 )
@@ -31,6 +30,7 @@ from mistral_large_conversion.checkpoint.source_files import (
     ADAPTER_CONFIG_NAME,
     LORA_NAME,
     file_problem,
+    is_number,
     read_json_object,
     shown,
 )

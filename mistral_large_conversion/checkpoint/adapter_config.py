@@ -3,9 +3,9 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
-from mistral_large_conversion.checkpoint.source_files import shown
+from mistral_large_conversion.checkpoint.source_files import is_number, is_one_of, shown
 
 # Settings of training, and notes: they change nothing of a trained adapter.
 WITHOUT_EFFECT = (
@@ -75,7 +75,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     if (pattern := config.get("layers_pattern")) not in (*OFF, "layers", ["layers"]):
         problems.append(f"layers_pattern is {shown(pattern)}: only 'layers' names those of this model")
     kind = config.get("init_lora_weights")
-    if not any(type(kind) is type(each) and kind == each for each in INITIALIZATIONS):
+    if not is_one_of(kind, INITIALIZATIONS):
         problems.append(
             f"init_lora_weights is {shown(kind)}: it has changed the weights of the base, too; save the adapter with "
             f"path_initial_model_for_weight_conversion; or {LET_PEFT_MERGE}"
@@ -83,23 +83,13 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{name} is {shown(value)}: only an adapter without it is read; {LET_PEFT_MERGE}"
         for name, value in config.items()
-        if name not in (*READ, *WITHOUT_EFFECT) and not any(type(value) is type(each) and value == each for each in OFF)
+        if name not in (*READ, *WITHOUT_EFFECT) and not is_one_of(value, OFF)
     ]
     return problems
 
 
 def _is_rank(value: object) -> bool:
     return type(value) is int and value > 0
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a JSON file is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _is_list_of(value: object, kind: type) -> bool:

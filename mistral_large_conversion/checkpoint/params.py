@@ -1,12 +1,17 @@
 """params.json of the consolidated layout, and the geometry that it says."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mistral_large_conversion.checkpoint.geometry import Geometry
-from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import (
+    file_problem,
+    is_number,
+    is_one_of,
+    read_json_object,
+    shown,
+)
 from mistral_large_conversion.errors import CheckpointError
 
 PARAMS_NAME = "params.json"
@@ -82,7 +87,7 @@ def params_problems(params: Mapping[str, Any], *, names: Mapping[str, str] | Non
         elif key not in OPTIONAL:
             problems.append(f"{named[key]} is missing")
     for key, value in params.items():
-        if key in FIXED and not _is_one_of(value, FIXED[key]):
+        if key in FIXED and not is_one_of(value, FIXED[key]):
             problems.append(f"{key} is {shown(value)}: only {FIXED[key][-1]!r} is this architecture")
         elif key not in (*KEYS, *FIXED, *IGNORED):
             problems.append(f"{shown(key)} is unknown: it may change the architecture")
@@ -96,24 +101,12 @@ def params_problems(params: Mapping[str, Any], *, names: Mapping[str, str] | Non
 
 def _number_problems(key: str, value: object, name: str) -> list[str]:
     if key in REAL_NUMBERS:
-        return [] if _is_positive(value) else [f"{name} is {shown(value)}: must be a finite number greater than 0"]
-    largest = LARGEST_SIZE.get(key, LARGEST_OTHER_SIZE)
-    valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
-    return [] if valid else [f"{name} is {shown(value)}: must be a whole number from 1 to {largest}"]
-
-
-def _is_one_of(value: object, values: tuple[object, ...]) -> bool:
-    # In Python, False is 0; what has another type is not compared, however deep it is.
-    return any(type(value) is type(each) and value == each for each in values)
-
-
-def _is_positive(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return 0 < float(value) < math.inf
-    except OverflowError:
-        return False
+        valid, rule = is_number(value) and value > 0, "a finite number greater than 0"
+    else:
+        largest = LARGEST_SIZE.get(key, LARGEST_OTHER_SIZE)
+        valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+        rule = f"a whole number from 1 to {largest}"
+    return [] if valid else [f"{name} is {shown(value)}: must be {rule}"]
 
 
 def geometry_from_params(params: Mapping[str, Any], *, source: str = PARAMS_NAME) -> Geometry:
@@ -180,7 +173,7 @@ def params_from_hf_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], li
         f"{name} is {shown(config.get(name))}: only {values[-1]!r} is this architecture"
         + (TIED if name == "tie_word_embeddings" else "")
         for name, values in allowed.items()
-        if not _is_one_of(config.get(name), values)
+        if not is_one_of(config.get(name), values)
     ]
     return params, problems
 

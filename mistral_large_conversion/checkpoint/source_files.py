@@ -1,11 +1,13 @@
 """Reading of a folder that someone else made: nothing outside of it, nothing but regular files, nothing of any size."""
 
 import json
+import math
 import reprlib
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mistral_large_conversion.errors import CheckpointError
 
@@ -22,6 +24,22 @@ _SHORT.maxstring = _SHORT.maxother = 120
 _SHORT.maxdict = _SHORT.maxlist = 8
 # A value of a file as an error shows it: on one line, and short whatever it is.
 shown = _SHORT.repr
+
+
+def is_one_of(value: object, values: Iterable[object]) -> bool:
+    """Whether a value is one of these and of its type: in Python, False is 0; other types are not compared, however
+    deep they are."""
+    return any(type(value) is type(each) and value == each for each in values)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a JSON file is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def file_problem(folder: Path, name: str) -> str | None:
