@@ -1,9 +1,7 @@
 """Conversion of LoRA adapters between PEFT's format and the vendor's lora.safetensors, value for value."""
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, nextafter
 from pathlib import Path
@@ -21,7 +19,7 @@ from mistral_large_conversion.checkpoint.adapter import (
     read_bytes,
 )
 from mistral_large_conversion.checkpoint.adapter_folder import FILES, adapter_layout
-from mistral_large_conversion.checkpoint.atomic_write import json_bytes, sync_folder
+from mistral_large_conversion.checkpoint.atomic_write import atomic_write, json_bytes, write_file
 from mistral_large_conversion.checkpoint.geometry import Geometry
 from mistral_large_conversion.checkpoint.hub import resolve_adapter, resolve_source
 from mistral_large_conversion.checkpoint.layout import CONFIG_NAMES, OTHER_LAYOUT, Layout, layouts_of
@@ -35,7 +33,7 @@ from mistral_large_conversion.checkpoint.safetensors_header import (
     encode_header,
 )
 from mistral_large_conversion.checkpoint.source_files import file_problem, read_adapter_base, shown
-from mistral_large_conversion.destination import check_destination
+from mistral_large_conversion.destination import check_destination, new_folder
 from mistral_large_conversion.errors import CheckpointError, DestinationError
 from mistral_large_conversion.model_card import LICENCE_NAMES
 from mistral_large_conversion.options import check_option
@@ -132,15 +130,15 @@ def convert_adapter(
         raise DestinationError(f"{target}: holds a conversion of a checkpoint; choose a new or empty folder")
     settings_name, weights_name = FILES[to]
     try:
-        with _whole_folder(target) as partial:
-            with (partial / weights_name).open("xb") as stream:
+        with new_folder(target) as partial:
+            with atomic_write(partial / weights_name) as stream:
                 stream.write(header)
                 for output in outputs:
                     stream.write(output.content().data)
             for licence in LICENCE_NAMES:
                 if (folder / licence).exists() and file_problem(folder, licence) is None:
-                    shutil.copyfile(folder / licence, partial / licence)
-            (partial / settings_name).write_bytes(json_bytes(settings))
+                    write_file(partial / licence, (folder / licence).read_bytes())
+            write_file(partial / settings_name, json_bytes(settings))
     except OSError as error:
         if isinstance(error, DestinationError):
             raise
@@ -220,23 +218,3 @@ def _outputs(adapter: Adapter, to: Layout, dtype: str | None) -> Iterator[_Outpu
         ):
             entry = TensorEntry(f"{stem}.{end}", written, shape, shape[0] * shape[1] * BYTES_OF[written])
             yield _Output(entry, source, regroup if end == UP else None)
-
-
-@contextmanager
-def _whole_folder(destination: Path) -> Iterator[Path]:
-    """Yield a new folder next to a new or empty one, which it takes the place of when all is written."""
-    partial = destination.absolute().with_name(f".{destination.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(partial)
-        if destination.is_dir():
-            destination.rmdir()
-        partial.rename(destination)
-        sync_folder(destination.absolute().parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -6,21 +6,19 @@ file system, which does not. No act of this package writes into a file that is t
 """
 
 import os
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Literal
 
 from mistral_large_conversion.checkpoint.adapter_folder import ADAPTER_MARKS, adapter_layout
-from mistral_large_conversion.checkpoint.atomic_write import json_bytes, sync_folder
+from mistral_large_conversion.checkpoint.atomic_write import json_bytes, write_file
 from mistral_large_conversion.checkpoint.hub import HF_FILES, resolve_source
 from mistral_large_conversion.checkpoint.layout import TOKENIZER_JSON_NAME, WEIGHTS_STEM, layouts_of
 from mistral_large_conversion.checkpoint.names import unwrapped_name
 from mistral_large_conversion.checkpoint.read import Checkpoint, load_headers
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor, read_header
-from mistral_large_conversion.destination import check_destination
+from mistral_large_conversion.destination import check_destination, new_folder
 from mistral_large_conversion.errors import CheckpointError, DestinationError
 from mistral_large_conversion.folder_tokenizer import FolderTokenizer, PromptFormat, read_folder_tokenizer
 from mistral_large_conversion.hf_files import hf_files
@@ -82,17 +80,8 @@ def adopt_checkpoint(
     written_bytes = sum(map(len, small_files.values()))
     check_destination(folder, destination, written_bytes)
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-        try:
+        with new_folder(destination) as partial:
             links = _write(partial, checkpoint, tokenizer, small_files)
-            partial.chmod(0o777 & ~_umask())
-            # Over an empty folder, too; one that has something in it by now is refused.
-            partial.rename(destination)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        sync_folder(destination.parent)
     except OSError as error:
         raise DestinationError(f"{destination}: not written: {error}; when that is fixed, run it again") from error
     return Adoption(
@@ -124,13 +113,12 @@ def _read(folder: Path) -> Checkpoint:
         if "ask for a dtype" in str(error):
             raise CheckpointError(f"{error}\n  weights are linked, not converted: {_CONVERT} with --dtype") from None
         raise
-    for path in {tensor.path: None for tensor in checkpoint.tensors.values()}:
-        for tensor in read_header(path)[0]:
-            if unwrapped_name(tensor.name) != tensor.name:
-                raise CheckpointError(
-                    f"{folder}: tensor {tensor.name!r} has the name of a wrapper in its name, from torch.compile or a "
-                    f"trainer: {_CONVERT}"
-                )
+    for tensor in _stored(checkpoint):
+        if unwrapped_name(tensor.name) != tensor.name:
+            raise CheckpointError(
+                f"{folder}: tensor {tensor.name!r} has the name of a wrapper in its name, from torch.compile or a "
+                f"trainer: {_CONVERT}"
+            )
     return checkpoint
 
 
@@ -173,14 +161,13 @@ def _write(
 ) -> dict[str, Link]:
     """Fill a folder that no one else uses; returns the kind of link of each file of weights."""
     for name, content in small_files.items():
-        _write_file(folder / name, content)
+        write_file(folder / name, content)
     files = {name: ManifestFile.of(content) for name, content in small_files.items()}
     if tokenizer.model_file is not None and tokenizer.vocabulary is not None:
         name = next(each for each in VOCABULARY_NAMES if each.endswith(tokenizer.vocabulary))
         # Small: copied where it would be a symbolic link.
         if _link(checkpoint.folder / tokenizer.model_file, folder / name) == "symbolic link":
-            (folder / name).unlink()
-            _write_file(folder / name, tokenizer.sentencepiece)
+            write_file(folder / name, tokenizer.sentencepiece)
         files[name] = ManifestFile.of(tokenizer.sentencepiece)
     kinds: dict[str, Link] = {}
     for path in _weight_files(checkpoint):
@@ -194,16 +181,8 @@ def _write(
         dict(sorted(files.items())),
         links={name: str((folder / name).resolve()) for name, kind in kinds.items() if kind == "symbolic link"},
     )
-    _write_file(folder / MANIFEST_NAME, json_bytes(manifest.to_json()))
-    sync_folder(folder)
+    write_file(folder / MANIFEST_NAME, json_bytes(manifest.to_json()))
     return kinds
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _link(source: Path, destination: Path) -> Link:
@@ -232,10 +211,3 @@ def _clone(source: Path, destination: Path) -> bool:
         destination.unlink(missing_ok=True)
         return False
     return True
-
-
-def _umask() -> int:
-    """The mask of this process, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral_large_conversion.chat_templates import prompt_format_of
 from mistral_large_conversion.checkpoint.adapter_folder import refuse_left_out
-from mistral_large_conversion.checkpoint.atomic_write import atomic_write, json_bytes
+from mistral_large_conversion.checkpoint.atomic_write import json_bytes, write_file
 from mistral_large_conversion.checkpoint.hub import LICENCE_PATTERNS, resolve_conversion_source, resolve_source
 from mistral_large_conversion.checkpoint.layout import OTHER_LAYOUT, TOKENIZER_STEM, Layout
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME, params_from_geometry
@@ -119,15 +119,15 @@ class Conversion:
             for name, content in self.small_files.items():
                 path = destination / name
                 if not path.exists() or path.read_bytes() != content:
-                    _write_file(path, content)
+                    write_file(path, content)
             checksums = write_weights(
                 plan, destination, journal, jobs=jobs, progress=progress, calibrator=self.calibrator
             )
             index = index_file(plan)
             manifest = Manifest.of(plan, checksums, {**self.small_files, **index})
-            _write_file(destination / MANIFEST_NAME, json_bytes(manifest.to_json()))
+            write_file(destination / MANIFEST_NAME, json_bytes(manifest.to_json()))
             for name, content in index.items():
-                _write_file(destination / name, content)
+                write_file(destination / name, content)
 
     def _identity(self) -> dict[str, Any] | None:
         """What is converted into what; None for weights in memory, which may change unseen."""
@@ -340,8 +340,3 @@ def _file_identity(path: Path) -> dict[str, Any]:
     """What another version of a file would have otherwise, as far as that is seen without reading all of it."""
     status, checksum = path.stat(), new_checksum(header_bytes(path))
     return {"size": status.st_size, "modified_ns": status.st_mtime_ns, "header": checksum.hexdigest()}
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with atomic_write(path) as out:
-        out.write(content)

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, BinaryIO, Literal
 
@@ -68,6 +69,23 @@ def check_destination(source: Path | None, destination: Path, needed_bytes: int)
             f"{destination}: needs {needed_bytes:,} bytes, the disk has {free:,} free; make room or choose another disk"
         )
     return "unfinished" if (target / UNFINISHED_NAME).exists() else "new"
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """Yield a folder that takes the place of a new or empty one when all files are written; an error leaves nothing."""
+    destination = destination.absolute()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as work:
+        # With the mode that a folder has, not that of a temporary one.
+        partial = Path(work, "whole")
+        partial.mkdir()
+        yield partial
+        if destination.is_dir():
+            # One that has something in it by now is refused.
+            destination.rmdir()
+        partial.rename(destination)
+    sync_folder(destination.parent)
 
 
 class Journal:

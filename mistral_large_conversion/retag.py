@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mistral_large_conversion.chat_templates import prompt_format_of
-from mistral_large_conversion.checkpoint.atomic_write import atomic_write, json_bytes
+from mistral_large_conversion.checkpoint.atomic_write import json_bytes, write_file
 from mistral_large_conversion.checkpoint.layout import (
     CHAT_TEMPLATE_NAME,
     CONFIG_NAME,
@@ -64,8 +64,7 @@ def retag_checkpoint(folder: Path | str, model_type: ModelType) -> list[str]:
     removed = [name for name in removed if os.path.lexists(folder / name)]
     try:
         for name, content in changed.items():
-            with atomic_write(folder / name) as out:
-                out.write(content)
+            write_file(folder / name, content)
         for name in removed:
             (folder / name).unlink()
     except OSError as error:

@@ -21,6 +21,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     commit_file(path)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file as `atomic_write` does."""
+    with atomic_write(path) as stream:
+        stream.write(content)
+
+
 def commit_file(path: Path, partial: Path | None = None) -> None:
     """Flush what was written next to the place of a file, or as `partial`, then rename it into its place."""
     partial = partial or path.with_name(path.name + PARTIAL_SUFFIX)

@@ -355,7 +355,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path.write_bytes(content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(adopt, "_write_file", stop)
+        patched.setattr(adopt, "write_file", stop)
         with pytest.raises(KeyboardInterrupt):
             adopt_checkpoint(source, tmp_path / "out")
     assert everything_in(tmp_path) == before

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 import mistral_large_conversion.retag as retag_module
 from mistral_large_cli import main
 from mistral_large_conversion.chat_templates import PLAIN_CHAT_TEMPLATES
-from mistral_large_conversion.checkpoint.atomic_write import atomic_write
+from mistral_large_conversion.checkpoint.atomic_write import write_file
 from mistral_large_conversion.checkpoint.read import load_headers
 from mistral_large_conversion.errors import CheckpointError, DestinationError
 from mistral_large_conversion.folder_checks import manifest_problems
@@ -181,19 +181,19 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
     other: ModelType = "mistral_large" if model_type == "mistral" else "mistral"
     retag_checkpoint(folder, other)
     expected_ids = MistralLargeTokenizer.from_pretrained(folder).encode("a  b   c")
-    original = atomic_write
+    original = write_file
     files = CHANGED_TO[model_type]
     for stop in range(1, 5):
         count = 0
 
-        def stopping(path: Path, stop: int = stop) -> Any:
+        def stopping(path: Path, content: bytes, stop: int = stop) -> None:
             nonlocal count
             count += 1
             if count > stop:
                 raise OSError(28, "No space left on device")
-            return original(path)
+            original(path, content)
 
-        monkeypatch.setattr(retag_module, "atomic_write", stopping)
+        monkeypatch.setattr(retag_module, "write_file", stopping)
         with raises_exactly(
             DestinationError,
             f"{folder}: not retagged: [Errno 28] No space left on device; when that is fixed, run it again",
@@ -201,7 +201,7 @@ def test_an_interrupted_retagging_leaves_a_folder_that_loads(
             retag_checkpoint(folder, model_type)
         assert AutoConfig.from_pretrained(folder).hidden_size == 64
         assert AutoTokenizer.from_pretrained(folder).encode("a  b   c") == expected_ids
-        monkeypatch.setattr(retag_module, "atomic_write", original)
+        monkeypatch.setattr(retag_module, "write_file", original)
         assert retag_checkpoint(folder, model_type) == files[stop:]
         manifest = read_manifest(folder)
         assert manifest is not None
@@ -226,18 +226,18 @@ def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) 
 @pytest.mark.slow
 def test_an_interrupted_retagging_can_be_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(folder)
-    original = atomic_write
+    original = write_file
 
-    def failing(path: Path) -> Any:
+    def failing(path: Path, content: bytes) -> None:
         if path.name == "README.md":
             raise OSError(28, "No space left on device")
-        return original(path)
+        original(path, content)
 
-    monkeypatch.setattr(retag_module, "atomic_write", failing)
+    monkeypatch.setattr(retag_module, "write_file", failing)
     with pytest.raises(DestinationError):
         retag_checkpoint(folder, "mistral")
     assert not all(check.is_ok for check in verify_checkpoint(folder))
-    monkeypatch.setattr(retag_module, "atomic_write", original)
+    monkeypatch.setattr(retag_module, "write_file", original)
     retag_checkpoint(folder, "mistral_large")
     assert contents(folder) == before
 
