@@ -97,16 +97,15 @@ class ShardingPlan:
         rows = [
             (
                 load.device.name,
-                *(f"{size / GIB:.1f}" for size in _sizes_of(load)),
+                *(
+                    f"{size / GIB:.1f}"
+                    for size in (load.weight_bytes, load.cache_bytes, load.activation_bytes, load.total_bytes)
+                ),
                 f"of {load.device.memory_bytes / GIB:.1f}",
             )
             for load in self.loads
         ]
         return html_table(rows, head=head)
-
-
-def _sizes_of(load: DeviceLoad) -> tuple[int, int, int, int]:
-    return load.weight_bytes, load.cache_bytes, load.activation_bytes, load.total_bytes
 
 
 def plan_sharding(
@@ -359,14 +358,7 @@ def largest_batch(config: ModelSizes, devices: Sequence[Device], *, batch: int, 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest number up to `limit` that fits, by bisection; 0 if none does."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))
 
 
 def fewest_devices(config: ModelSizes, device: Device, **options: Any) -> int | None:
