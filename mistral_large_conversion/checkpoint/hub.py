@@ -113,31 +113,21 @@ def resolve_adapter(source: Path | str, **hub_options: Any) -> tuple[Path, str]:
 
 
 def _find_folder(
-    source: Path | str,
-    patterns: Sequence[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: Path | str | None = None,
-    local_files_only: bool = False,
+    source: Path | str, patterns: Sequence[str], *, local_files_only: bool = False, **options: Any
 ) -> Path:
     """The folder `source`, or the snapshot of a repository with the files that match `patterns`."""
-    folder = Path(source)
-    # An id has one slash. A Path drops the dot of ./owner/name, which says that it is a folder.
-    is_folder = folder.exists() or not is_repository_id(os.fspath(source))
-    if is_folder:
-        if not folder.is_dir():
-            problem = "is a file" if folder.exists() else "no such folder"
-            raise CheckpointError(f"{source}: {problem}; give a folder, or a repository on the hub as owner/name")
+    folder, repository = Path(source), os.fspath(source)
+    if folder.is_dir():
         return folder
-    repository = os.fspath(source)
+    # An id has one slash. A Path drops the dot of ./owner/name, which says that it is a folder.
+    if folder.exists() or not is_repository_id(repository):
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{source}: {problem}; give a folder, or a repository on the hub as owner/name")
     try:
-        folder = Path(
+        return Path(
             huggingface_hub.snapshot_download(
                 repository,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
+                **options,
                 local_files_only=local_files_only or is_out_of_reach(repository),
                 allow_patterns=list(patterns),
             )
@@ -145,7 +135,6 @@ def _find_folder(
     # The client's HTTP library, whose errors also come through, is another one in each of its major versions.
     except Exception as error:
         raise CheckpointError(f"{repository}: {hub_problem(repository, error)}") from error
-    return folder
 
 
 def resolve_conversion_source(source: Path | str, *, to: Layout, **options: Any) -> Path:
@@ -179,10 +168,7 @@ def reachable_options(source: Any, options: Mapping[str, Any]) -> dict[str, Any]
         )
     if not options.get("local_files_only") and not is_out_of_reach(repository):
         return dict(options)
-    place = {name: options[name] for name in ("revision", "cache_dir") if options.get(name)}
-    if not any(
-        isinstance(huggingface_hub.try_to_load_from_cache(repository, file, **place), str) for file in TELLING_FILES
-    ):
+    if not any(_in_cache(repository, file, options) for file in TELLING_FILES):
         raise CheckpointNotFoundError(f"{repository}: {_not_in_cache(repository)}")
     return {**options, "local_files_only": True}
 
@@ -264,11 +250,7 @@ def find_small_file(source: str, name: str, options: Mapping[str, Any]) -> Path 
     if Path(source).is_dir():
         return Path(source, name) if Path(source, name).exists() else None
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                source, name, **{key: options[key] for key in HUB_OPTIONS if options.get(key)}
-            )
-        )
+        return Path(huggingface_hub.hf_hub_download(source, name, **_given(options, *HUB_OPTIONS)))
     # The client's HTTP library, whose errors also come through, is another one in each of its major versions.
     except Exception:
         return None
@@ -315,12 +297,21 @@ def cached_layout(repository: str, options: Mapping[str, Any]) -> Layout | None:
 
     `options` are those of `from_pretrained`; of these, `revision` and `cache_dir` say which snapshot.
     """
-    place = {name: options[name] for name in ("revision", "cache_dir") if options.get(name)}
     for layout in OTHER_LAYOUT:
-        config = huggingface_hub.try_to_load_from_cache(repository, CONFIG_NAMES[layout], **place)
-        if isinstance(config, str) and _has_all_weights(Path(config).parent, WEIGHTS_STEM[layout]):
+        config = _in_cache(repository, CONFIG_NAMES[layout], options)
+        if config is not None and _has_all_weights(config.parent, WEIGHTS_STEM[layout]):
             return layout
     return None
+
+
+def _in_cache(repository: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """Where the hub's cache has a file of a repository, if it does."""
+    found = huggingface_hub.try_to_load_from_cache(repository, name, **_given(options, "revision", "cache_dir"))
+    return Path(found) if isinstance(found, str) else None
+
+
+def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if options.get(name)}
 
 
 def _has_all_weights(snapshot: Path, stem: str) -> bool:
@@ -353,7 +344,7 @@ def find_consolidated(
     repository = str(source)
     if subfolder or Path(source).exists() or not is_repository_id(repository):
         return None
-    hub_options = {name: options[name] for name in HUB_OPTIONS if options.get(name)}
+    hub_options = _given(options, *HUB_OPTIONS)
     if cached_layout(repository, hub_options) == "hf" and not options.get("force_download"):
         return None
     try:
