@@ -1,6 +1,6 @@
 """The sizes of a Mistral Large, as both layouts say them; a config of transformers says more than that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 
@@ -58,15 +58,11 @@ PUBLISHED = Geometry(
     rope_theta=1e6,
 )
 # Mistral-7B-Instruct-v0.3, the smallest of the vendor's models with the vocabulary of 2407.
-PUBLISHED_7B = Geometry(
-    vocab_size=32768,
+PUBLISHED_7B = replace(
+    PUBLISHED,
     hidden_size=4096,
     intermediate_size=14336,
     num_hidden_layers=32,
     num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
     max_position_embeddings=32768,
 )
