@@ -17,7 +17,7 @@ from mistral_large_conversion.checkpoint.layout import (
 from mistral_large_conversion.checkpoint.params import params_from_geometry
 from mistral_large_conversion.checkpoint.read import Checkpoint
 from mistral_large_conversion.checkpoint.safetensors_header import TORCH_NAMES
-from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import file_problem, json_or_problem, read_json_object, shown
 from mistral_large_conversion.destination import UNFINISHED_NAME
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.folder_templates import ADDITIONAL_TEMPLATES_NAME
@@ -87,12 +87,9 @@ def config_problems(checkpoint: Checkpoint, origin: Checkpoint | None) -> list[s
     if is_foreign and not os.path.lexists(checkpoint.folder / GENERATION_CONFIG_NAME):
         # Other programs need none.
         return problems
-    if problem := file_problem(checkpoint.folder, GENERATION_CONFIG_NAME):
+    generation_config, problem = json_or_problem(checkpoint.folder, GENERATION_CONFIG_NAME)
+    if problem is not None:
         return [*problems, problem]
-    try:
-        generation_config = read_json_object(checkpoint.folder / GENERATION_CONFIG_NAME)
-    except (OSError, ValueError) as error:
-        return [*problems, f"{GENERATION_CONFIG_NAME}: {error}"]
     return problems + [
         f"{GENERATION_CONFIG_NAME}: {name} is {shown(generation_config.get(name))}, "
         f"{CONFIG_NAME} has {shown(config.get(name))}"

@@ -26,17 +26,14 @@ from mistral_large_conversion.checkpoint.layout import (
 )
 from mistral_large_conversion.checkpoint.names import unwrapped_name
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME, params_from_geometry
-from mistral_large_conversion.checkpoint.quantization import (
-    FORMATS,
-    quantization_of,
-)
+from mistral_large_conversion.checkpoint.quantization import FORMATS, quantization_of
 from mistral_large_conversion.checkpoint.read import load_headers, problem_lines
 from mistral_large_conversion.checkpoint.source_files import (
     ADAPTER_CONFIG_NAME,
     LORA_NAME,
     adapter_problem,
     file_problem,
-    read_json_object,
+    json_or_problem,
     shown,
 )
 from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
@@ -51,10 +48,7 @@ from mistral_large_conversion.folder_checks import (
 )
 from mistral_large_conversion.folder_tokenizer import FolderTokenizer, read_folder_tokenizer
 from mistral_large_conversion.manifest import read_manifest
-from mistral_large_conversion.model_card import (
-    LICENCE_NAMES,
-    is_research_licence,
-)
+from mistral_large_conversion.model_card import LICENCE_NAMES, is_research_licence
 from mistral_large_conversion.notebook import html_table
 from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
 
@@ -246,12 +240,8 @@ def _settings(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     name = next((name for name in (CONFIG_NAME, PARAMS_NAME) if (folder / name).exists()), None)
     if name is None:
         return None, []
-    if problem := file_problem(folder, name):
-        return None, [problem]
-    try:
-        return read_json_object(folder / name), []
-    except ValueError as error:
-        return None, [f"{name}: {error}"]
+    settings, problem = json_or_problem(folder, name)
+    return (settings, []) if problem is None else (None, [problem])
 
 
 def _quantization(config: dict[str, Any] | None, layouts: Sequence[Layout]) -> str | None:

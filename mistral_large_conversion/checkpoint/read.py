@@ -39,7 +39,7 @@ from mistral_large_conversion.checkpoint.safetensors_header import (
     TensorEntry,
     read_header,
 )
-from mistral_large_conversion.checkpoint.source_files import adapter_problem, file_problem, read_json_object, shown
+from mistral_large_conversion.checkpoint.source_files import adapter_problem, file_problem, json_or_problem, shown
 from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
 from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
 
@@ -184,12 +184,9 @@ def _read_params(
     tensors: those of the folder, which must say what an older config.json does not.
     """
     name = CONFIG_NAMES[layout]
-    if problem := file_problem(folder, name):
+    params, problem = json_or_problem(folder, name)
+    if problem is not None:
         return None, None, [problem]
-    try:
-        params = read_json_object(folder / name)
-    except (OSError, ValueError) as error:
-        return None, None, [f"{name}: {error}"]
     quantization = None
     if layout == "consolidated":
         problems = params_problems(params)
@@ -276,13 +273,10 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[str], list[str]]:
 
 def _index_problems(folder: Path, index_name: str, tensors: Iterable[FileTensor]) -> list[str]:
     """Where the index and the headers say different things; the headers are what is read."""
-    if problem := file_problem(folder, index_name):
+    index, problem = json_or_problem(folder, index_name)
+    if problem is not None:
         return [problem]
-    try:
-        weight_map = read_json_object(folder / index_name).get("weight_map")
-    except (OSError, ValueError) as error:
-        return [f"{index_name}: {error}"]
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map := index.get("weight_map"), dict):
         return [f"{index_name} has no weight_map"]
     stored = {tensor.name: tensor.path.name for tensor in tensors}
     return [

@@ -127,6 +127,16 @@ def read_adapter_base(folder: Path) -> str | None:
     return base
 
 
+def json_or_problem(folder: Path, name: str) -> tuple[dict[str, Any], str | None]:
+    """The object in a JSON file of a folder; or an empty one, and what keeps it from being read."""
+    if problem := file_problem(folder, name):
+        return {}, problem
+    try:
+        return read_json_object(folder / name), None
+    except (OSError, ValueError) as error:
+        return {}, f"{name}: {error}"
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
