@@ -33,9 +33,7 @@ class MergeLora:
     pair: LoraPair
     dtype: str
 
-    @property
-    def rows_at_once(self) -> int:
-        return 1
+    rows_at_once = 1
 
     def __call__(self, rows: Rows) -> Rows:
         """All rows of the weight."""

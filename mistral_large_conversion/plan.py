@@ -266,12 +266,14 @@ def planned_tensors(
             steps += [*before, merge, *after]
         if has_codes and quantization is not None:
             codes, scales, *others = quantized_entries(name, expected.shape, *quantization)
-            tensor = PlannedTensor(source, tuple(steps), (codes, scales), Quantize(source.dtype, *quantization))
+            quantize = Quantize(source.dtype, *quantization)
+            tensor = PlannedTensor(source, tuple(steps), (codes, scales), quantize)
             made: list[MadeTensor]
             if quantization.scheme == "nvfp4":
                 weights = fused.setdefault(fused_weights(name), FusedWeights())
                 made = [weights.add(tensor, entry) for entry in others]
-                tensor = tensor.with_global_scale(made[0])
+                # It is read when the tensor begins.
+                tensor = replace(tensor, quantize=replace(quantize, global_scale=made[0]))
             else:
                 made = [shape_tensor(entry, expected.shape) for entry in others]
             planned += [tensor, *(PlannedTensor(each, (), (entry,)) for each, entry in zip(made, others, strict=True))]

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import BinaryIO
 
 import numpy
 
-from mistral_large_conversion.checkpoint.safetensors_header import StoredTensor, TensorEntry
+from mistral_large_conversion.checkpoint.safetensors_header import StoredTensor, TensorEntry, read_exactly
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.merge import MergeLora
 from mistral_large_conversion.quantize import Quantize
@@ -44,11 +43,6 @@ class PlannedTensor:
         steps = tuple(step.begin() if isinstance(step, MergeLora) else step for step in self.steps)
         return replace(self, steps=steps, quantize=None if self.quantize is None else self.quantize.begin())
 
-    def with_global_scale(self, scale: StoredTensor) -> "PlannedTensor":
-        """The same with codes that are chosen for a global scale, which is read when it begins."""
-        assert self.quantize is not None
-        return replace(self, quantize=replace(self.quantize, global_scale=scale))
-
     def transform(self, rows: Rows) -> tuple[Rows, ...]:
         """The rows of each output that come of these rows of the source."""
         for step in self.steps:
@@ -67,25 +61,9 @@ def transformed(tensor: PlannedTensor) -> Iterator[tuple[Rows, ...]]:
     with source.open() as stream:
         for start in range(0, source.size, step):
             chunk = memoryview(buffer)[: source.size - start]
-            _read_exactly(stream, chunk, source)
+            read_exactly(stream, chunk, source)
             rows: Rows = numpy.frombuffer(chunk, numpy.uint8).reshape(-1, row_bytes)
             try:
                 yield tensor.transform(rows)
             except ValueError as error:
                 raise CheckpointError(f"tensor {source.name!r} {error}") from error
-
-
-def _read_exactly(stream: BinaryIO, chunk: memoryview, source: StoredTensor) -> None:
-    filled = 0
-    while filled < len(chunk):
-        try:
-            count = stream.readinto(chunk[filled:])  # type: ignore[attr-defined]  # every stream of ours is raw or BytesIO
-        except OSError as error:
-            raise CheckpointError(
-                f"tensor {source.name!r} cannot be read: {error}; fix that and run it again"
-            ) from error
-        if not count:
-            raise CheckpointError(
-                f"tensor {source.name!r} ends early: its file has changed since it was checked; run again"
-            )
-        filled += count

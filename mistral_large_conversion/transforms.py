@@ -56,9 +56,7 @@ class Cast:
     dtype: str
     to: str
 
-    @property
-    def rows_at_once(self) -> int:
-        return 1
+    rows_at_once = 1
 
     def __call__(self, rows: Rows) -> Rows:
         """The rows in the other dtype; a ValueError where a finite number would become infinite."""

@@ -25,7 +25,7 @@ from mistral_large_conversion.checkpoint.layout import Layout
 from mistral_large_conversion.checkpoint.names import expected_tensors
 from mistral_large_conversion.checkpoint.params import PARAMS_NAME, geometry_from_params, params_problems
 from mistral_large_conversion.checkpoint.read import refuse
-from mistral_large_conversion.checkpoint.safetensors_header import FileTensor, read_header
+from mistral_large_conversion.checkpoint.safetensors_header import FileTensor, read_exactly, read_header
 from mistral_large_conversion.checkpoint.source_files import (
     ADAPTER_CONFIG_NAME,
     LORA_NAME,
@@ -307,13 +307,9 @@ def read_bytes(tensor: FileTensor) -> bytearray:
     data = bytearray(tensor.size)
     try:
         with tensor.open() as stream:
-            count = stream.readinto(data)  # type: ignore[attr-defined]  # a raw stream has it
+            read_exactly(stream, memoryview(data), tensor)
     except OSError as error:
         raise CheckpointError(f"tensor {tensor.name!r} cannot be read: {error}; fix that and run it again") from error
-    if count != tensor.size:
-        raise CheckpointError(
-            f"tensor {tensor.name!r} ends early: its file has changed since it was checked; run again"
-        )
     return data
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mistral_large_conversion.checkpoint.source_files import parse_json_object, shown
+from mistral_large_conversion.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,27 @@ class MemoryTensor(StoredTensor):
         import torch
 
         return BytesIO(self.tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+
+
+def read_exactly(stream: BinaryIO, buffer: memoryview, tensor: TensorEntry) -> None:
+    """Fill a buffer with the next bytes of a tensor, from what its `open` returned.
+
+    Raises:
+        CheckpointError: it cannot be read, or ends before.
+    """
+    filled = 0
+    while filled < len(buffer):
+        try:
+            count = stream.readinto(buffer[filled:])  # type: ignore[attr-defined]  # every stream of ours is raw or BytesIO
+        except OSError as error:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} cannot be read: {error}; fix that and run it again"
+            ) from error
+        if not count:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} ends early: its file has changed since it was checked; run again"
+            )
+        filled += count
 
 
 def read_header(path: Path) -> tuple[list[FileTensor], list[str]]:
