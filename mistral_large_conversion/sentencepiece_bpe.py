@@ -73,9 +73,15 @@ def load_sentencepiece_bpe(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises `TokenizerFileError` where the file is missing, is none of the two, or would not be matched exactly.
     """
-    processor = _read_processor(Path(path))
-    backend = build_backend(processor.id_to_piece(list(range(VOCAB_SIZE))))
-    name = vocabulary_of(backend).name
+    if not Path(path).is_file():
+        raise TokenizerFileError(f"{path}: no such file; {RULE}; {WAY_OUT}")
+    try:
+        processor = load_processor(Path(path))
+    except (RuntimeError, OSError) as error:
+        raise TokenizerFileError(f"{path}: not a SentencePiece model; {RULE}; {WAY_OUT}") from error
+    pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
+    name = _check_pieces(path, pieces).name
+    backend = build_backend(pieces)
     if _encode_as_text(backend, _PROBE) != processor.encode(_PROBE):
         raise TokenizerFileError(f"{path}: has {name}'s pieces, but encodes text in another way; {RULE}; {WAY_OUT}")
     if known_vocabulary(Path(path)) != name:
@@ -173,17 +179,6 @@ def load_processor(path: Path) -> SentencePieceProcessor:
     """
     processor = SentencePieceProcessor()
     processor.LoadFromSerializedProto(path.read_bytes())
-    return processor
-
-
-def _read_processor(path: Path) -> SentencePieceProcessor:
-    if not path.is_file():
-        raise TokenizerFileError(f"{path}: no such file; {RULE}; {WAY_OUT}")
-    try:
-        processor = load_processor(path)
-    except (RuntimeError, OSError) as error:
-        raise TokenizerFileError(f"{path}: not a SentencePiece model; {RULE}; {WAY_OUT}") from error
-    _check_pieces(path, processor.id_to_piece(list(range(processor.get_piece_size()))))
     return processor
 
 
