@@ -19,7 +19,6 @@ TO_HF = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-TO_CONSOLIDATED = {hf: consolidated for consolidated, hf in TO_HF.items()}
 
 # Rows and columns of each weight, as sizes of the geometry; `query_rows` and `key_rows` are heads * head_dim.
 SHAPES = {
