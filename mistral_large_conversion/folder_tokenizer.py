@@ -158,7 +158,7 @@ def read_folder_tokenizer(
         vocabulary = None if entries.problems else vocabulary
     remarks = list(entries.problems)
     model_file = None
-    if own is not None and file_problem(folder, own.name) is None:
+    if own is not None:
         model_pieces = _sentencepiece_pieces(own)
         if vocabulary is not None and known_vocabulary(own) == vocabulary and model_pieces == pieces[:VOCAB_SIZE]:
             model_file = own.name
@@ -174,7 +174,7 @@ def read_folder_tokenizer(
     added = entries.tokens() if vocabulary is not None else ()
     templates = read_chat_templates(folder, settings) if is_hf else {}
     special_tokens = _special_tokens(folder, settings) if is_hf else {}
-    template = templates.get("default") if templates else None
+    template = templates.get("default")
     found = recognize_prompt_format(template, vocabulary, special_tokens)
     if templates and template is None:
         found = RecognizedFormat(None, f"chat templates of names of their own: {', '.join(templates)}")

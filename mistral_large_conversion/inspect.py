@@ -217,7 +217,9 @@ def _inspect(folder: Path, name: str) -> Inspection:
     loaders = LOADS_WITH.get(reader, ()) if is_loadable else ()
     return Inspection(
         name=name,
-        kind=_kind(layouts, model_type, quantization, is_unfinished) if adapter is None else _adapter_kind(folder),
+        kind=_kind(layouts, model_type, quantization, is_unfinished)
+        if adapter is None
+        else f"an adapter ({LORA_NAME if (folder / LORA_NAME).exists() else 'PEFT'})",
         calibration=None if calibration is None else calibration.to_json(),
         geometry=None if checkpoint is None else params_from_geometry(checkpoint.geometry),
         bits_per_weight=None if checkpoint is None else checkpoint.bits_per_weight,
@@ -285,10 +287,6 @@ def _weights(
         problems += [problem] if problem else []
     name_problems = [] if wrapped is None else [WRAPPED.format(name=wrapped)]
     return dtypes, parameters, file_bytes, problems, name_problems
-
-
-def _adapter_kind(folder: Path) -> str:
-    return f"an adapter ({LORA_NAME if (folder / LORA_NAME).exists() else 'PEFT'})"
 
 
 def _kind(layouts: Sequence[Layout], model_type: object, quantization: str | None, is_unfinished: bool) -> str:

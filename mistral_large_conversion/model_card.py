@@ -257,16 +257,14 @@ def model_card(
                 how=how,
                 calibration=f"{calibration.method} on {calibration.samples:,} sequences, {calibration.tokens:,} tokens",
                 length=calibration.length,
-                # A name is any text: it must not end the code that shows it.
-                data=" ".join(calibration.data.replace("`", "'").split()),
+                data=_as_code(calibration.data),
                 sha256=calibration.data_sha256,
                 others=others,
             )
     if adapter is not None:
         file, checksum = list(adapter.checksums.items())[-1]
         values = MERGED_VALUES.format(
-            # A name is any text: it must not end the code that shows it.
-            name=" ".join(adapter.name.replace("`", "'").split()),
+            name=_as_code(adapter.name),
             description=adapter.description,
             file=file,
             checksum=checksum,
@@ -282,6 +280,11 @@ def model_card(
         licence=licence,
     )
     return card + (f"{SOURCE_HEADING}{source.text}" if source.text or source.metadata else "")
+
+
+def _as_code(name: str) -> str:
+    """A name as it is shown: it is any text, and must not end the code that shows it."""
+    return " ".join(name.replace("`", "'").split())
 
 
 def is_vendors(folder: Path) -> bool:
