@@ -32,6 +32,7 @@ from mistral_large_conversion.planned_tensor import transformed
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.adapters import merged_by_peft, save_peft_adapter, write_vendors_adapter
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
+from tests.support.edits import Edit, remove, set_json
 from tests.support.errors import raises_exactly, whole
 from tests.support.peak_memory import PeakMemory
 
@@ -196,7 +197,7 @@ def test_a_value_that_becomes_infinite_is_refused(base: Path, adapter: Path, tmp
 
 def edit(folder: Path, **settings: Any) -> None:
     path = folder / ("adapter_config.json" if (folder / "adapter_config.json").exists() else "params.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    set_json(path, **settings)
 
 
 def edit_lora(**settings: Any) -> Callable[[Path], None]:
@@ -225,7 +226,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 MERGE = "merge it with PEFT's merge_and_unload() and convert what that returns"
 WITHOUT = f": only an adapter without it is read; {MERGE}"
 UNREADABLE = "{} is not an adapter that can be read; nothing was done, fix or download it again:\n  {}"
-PEFT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+PEFT_DAMAGE: dict[str, tuple[Edit, str]] = {
     "DoRA": (
         config(use_dora=True),
         f"adapter_config.json: use_dora is True{WITHOUT}",
@@ -315,7 +316,7 @@ PEFT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: Expecting <*>"),
     "no weights": (
-        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        remove("adapter_model.safetensors"),
         "adapter_model.safetensors is missing",
     ),
     "a pickle": (
@@ -342,7 +343,7 @@ def test_what_cannot_be_merged_exactly_is_refused_by_name(
     assert not (tmp_path / "hf").exists()
 
 
-VENDORS_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+VENDORS_DAMAGE: dict[str, tuple[Edit, str]] = {
     "no settings": (
         config(lora=None),
         "params.json: lora is None: must be an object that says rank and scaling of lora.safetensors",
@@ -373,7 +374,7 @@ VENDORS_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         tensors(lambda w: [w.pop(name) for name in list(w) if name.startswith("layers.2.")]),
         "tensor 'layers.2.attention.wk.lora_A.weight' is missing: the settings name its layer\n  <*>",
     ),
-    "no params": (lambda folder: (folder / "params.json").unlink(), "params.json is missing"),
+    "no params": (remove("params.json"), "params.json is missing"),
 }
 
 

@@ -20,7 +20,6 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mistral_large_cli import main
 from mistral_large_conversion import adopt, adopt_checkpoint, inspect_checkpoint, retag_checkpoint, verify_checkpoint
 from mistral_large_conversion.adopt import Adoption
 from mistral_large_conversion.checkpoint.source_files import file_problem
@@ -28,6 +27,7 @@ from mistral_large_conversion.errors import CheckpointError, DestinationError, S
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.support import folders
 from tests.support.checkpoints import everything_in
+from tests.support.command import run
 from tests.support.errors import raises_exactly
 
 pytestmark = pytest.mark.slow
@@ -298,29 +298,19 @@ def test_a_run_that_is_killed_leaves_no_half_folder(fine_tune: Path, tmp_path: P
     assert type(MistralLargeTokenizer.from_pretrained(target)) is MistralLargeTokenizer
 
 
-def test_the_command(fine_tune: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        sys.argv = ["mistral-large", *arguments]
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    code, out, _ = run("adopt", str(fine_tune), str(tmp_path / "adopted"))
-    assert code == 0
-    assert out.splitlines()[0].startswith(f"{tmp_path / 'adopted'}: weights 2 × ")
-    code, out, _ = run("adopt", str(fine_tune), str(tmp_path / "other"), "--prompt-format", "own", "--json")
-    report = json.loads(out)
-    assert (code, report["source"], sum(report["links"].values()), report["prompt_format"]) == (
-        0,
-        str(fine_tune),
-        2,
-        None,
-    )
-    code, out, err = run("adopt", str(tmp_path / "none"), str(tmp_path / "third"))
-    assert (code, out) == (2, "")
-    assert err == (
-        f"mistral-large: {tmp_path / 'none'}: no such folder; give a folder, or a repository on the hub as owner/name\n"
+def test_the_command(
+    fine_tune: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "adopt", fine_tune, tmp_path / "adopted") == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith(f"{tmp_path / 'adopted'}: weights 2 × ")
+    assert run(monkeypatch, "adopt", fine_tune, tmp_path / "other", "--prompt-format", "own", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["source"], sum(report["links"].values()), report["prompt_format"]) == (str(fine_tune), 2, None)
+    assert run(monkeypatch, "adopt", tmp_path / "none", tmp_path / "third") == 2
+    assert tuple(capsys.readouterr()) == (
+        "",
+        f"mistral-large: {tmp_path / 'none'}: no such folder; give a folder, or a repository on the hub as "
+        "owner/name\n",
     )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from tests.support.checkpoints import everything_in
+from tests.support.command import run
 from tests.support.damage import DAMAGES, LAYOUTS
 
 # The layouts of the demo and of its conversion; tests/campaign takes all of them.
@@ -42,54 +42,57 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0)
+@pytest.fixture
+def source(sound_consolidated: Path, place: Path, damage: str) -> Path:
+    """The demo in the consolidated layout, with the damage of the test's parameter."""
+    folder = Path(shutil.copytree(sound_consolidated, place / "source"))
+    DAMAGES[damage].act(folder, CONSOLIDATED)
+    return folder
 
 
-def refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem: str, *arguments: object
-) -> None:
-    """Run the command and hold it to its promise for a source that it cannot take."""
-    before = everything_in(place)
-    assert run(monkeypatch, *arguments) == 2
-    printed = capsys.readouterr()
-    assert problem in printed.err
-    assert printed.err.count("mistral-large: ") == 1
-    assert printed.err.startswith("mistral-large: ")
-    assert "Traceback" not in printed.err
-    assert "\x1b" not in printed.err
-    assert printed.out == ""
-    assert everything_in(place) == before
+Refused = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs the command for what it cannot take, holds it to its promise and returns what it printed."""
+
+    def run_and_compare(problem: str, *arguments: object) -> tuple[str, str]:
+        before = everything_in(place)
+        assert run(monkeypatch, *arguments) == 2
+        out, error = capsys.readouterr()
+        assert problem in error
+        assert "Traceback" not in error
+        assert everything_in(place) == before
+        return out, error
+
+    return run_and_compare
+
+
+def assert_one_message(printed: tuple[str, str]) -> None:
+    out, error = printed
+    assert error.count("mistral-large: ") == 1
+    assert error.startswith("mistral-large: ")
+    assert "\x1b" not in error
+    assert out == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", OF_CONSOLIDATED)
-def test_a_damaged_source_is_refused(
-    sound_consolidated: Path,
-    place: Path,
-    damage: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source = Path(shutil.copytree(sound_consolidated, place / "source"))
-    DAMAGES[damage].act(source, CONSOLIDATED)
-    problem = DAMAGES[damage].problem_in(CONSOLIDATED)
-    refused(place, monkeypatch, capsys, problem, "convert", source, place / "hf")
+def test_a_damaged_source_is_refused(source: Path, place: Path, damage: str, refused: Refused) -> None:
+    assert_one_message(refused(DAMAGES[damage].problem_in(CONSOLIDATED), "convert", source, place / "hf"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", OF_HF)
 def test_a_damaged_source_of_the_way_back_is_refused(
-    demo_folder: Path, place: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_folder: Path, place: Path, damage: str, refused: Refused
 ) -> None:
     source = Path(shutil.copytree(demo_folder, place / "source"))
     DAMAGES[damage].act(source, HF)
-    problem = DAMAGES[damage].problem_in(HF)
-    refused(place, monkeypatch, capsys, problem, "convert", source, place / "back", "--to", "consolidated")
-    refused(place, monkeypatch, capsys, problem, "convert", source, place / "back", "--to", "consolidated", "--dry-run")
+    command = (DAMAGES[damage].problem_in(HF), "convert", source, place / "back", "--to", "consolidated")
+    assert_one_message(refused(*command))
+    assert_one_message(refused(*command, "--dry-run"))
 
 
 def mkdir_with(name: str) -> Callable[[Path], object]:
@@ -121,35 +124,19 @@ DESTINATIONS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", DESTINATIONS)
 def test_a_destination_that_must_not_be_written_is_refused(
-    sound_consolidated: Path,
-    place: Path,
-    case: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    sound_consolidated: Path, place: Path, case: str, refused: Refused
 ) -> None:
     shutil.copytree(sound_consolidated, place / "source")
     name, make, problem = DESTINATIONS[case]
     make(place / name)
-    refused_or_usage(place, monkeypatch, capsys, problem, "convert", place / "source", place / name)
-
-
-def refused_or_usage(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem: str, *arguments: object
-) -> None:
-    """As `refused`, where the command line itself may have found that a path is a file."""
-    before = everything_in(place)
-    assert run(monkeypatch, *arguments) == 2
-    error = capsys.readouterr().err
-    assert problem in error
-    assert "Traceback" not in error
-    assert everything_in(place) == before
+    # Of more than one line where the command line itself has found that a path is a file.
+    refused(problem, "convert", place / "source", place / name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["pickles only", "weights a pipe", "tokenizer foreign"])
-def test_a_process_of_its_own_says_the_same(sound_consolidated: Path, place: Path, damage: str) -> None:
-    source = Path(shutil.copytree(sound_consolidated, place / "source"))
-    DAMAGES[damage].act(source, CONSOLIDATED)
+@pytest.mark.usefixtures("source")
+def test_a_process_of_its_own_says_the_same(place: Path, damage: str) -> None:
     before = everything_in(place)
     done = subprocess.run(
         [sys.executable, "-m", "mistral_large_cli", "convert", "source", "hf"],
@@ -170,14 +157,8 @@ def test_a_process_of_its_own_says_the_same(sound_consolidated: Path, place: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [name for name in OF_CONSOLIDATED if name not in ("no folder", "folder a file")])
 def test_inspect_finds_it_and_does_not_fail(
-    sound_consolidated: Path,
-    place: Path,
-    damage: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source: Path, place: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = Path(shutil.copytree(sound_consolidated, place / "source"))
-    DAMAGES[damage].act(source, CONSOLIDATED)
     before = everything_in(place)
     assert run(monkeypatch, "inspect", source, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -206,15 +187,8 @@ VERIFIED = (
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", VERIFIED)
 def test_verify_neither_passes_it_nor_fails(
-    sound_consolidated: Path,
-    demo_folder: Path,
-    place: Path,
-    damage: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    source: Path, demo_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = Path(shutil.copytree(sound_consolidated, place / "source"))
-    DAMAGES[damage].act(source, CONSOLIDATED)
     before = everything_in(place)
     # Bad as a source, of which nothing can be proven, and bad as a result.
     for arguments in [(demo_folder, source), (source, demo_folder)]:

@@ -39,6 +39,7 @@ from mistral_large_conversion.transforms import Rows
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.conversion.test_conversion_tables import split_row_by_row
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
+from tests.support.edits import edit_json, set_json
 from tests.support.errors import raises_exactly, whole
 from tests.support.models import stock_config
 from tests.support.reference_model import reference_logits
@@ -370,8 +371,7 @@ def test_a_config_that_params_cannot_say_is_refused(
 ) -> None:
     MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    set_json(tmp_path / "hf" / "config.json", **change)
     with raises_exactly(
         CheckpointError,
         f"{tmp_path}/hf is not a complete hf checkpoint; nothing was done, fix or download it again:\n"
@@ -394,8 +394,7 @@ def test_a_config_without_a_size_is_refused(
     tiny_config: MistralLargeConfig, tmp_path: Path, key: str, named: str
 ) -> None:
     MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    edit_json(tmp_path / "hf" / "config.json", lambda config: config.pop(key))
     with raises_exactly(
         CheckpointError,
         f"{tmp_path}/hf is not a complete hf checkpoint; nothing was done, fix or download it again:\n"

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import random
 import re
@@ -28,6 +27,7 @@ from mistral_large_conversion.destination import UNFINISHED_NAME, check_destinat
 from mistral_large_conversion.errors import CheckpointError, DestinationError
 from mistral_large_conversion.manifest import MANIFEST_NAME
 from tests.support.checkpoints import contents, write_consolidated
+from tests.support.edits import edit_json
 from tests.support.errors import raises_exactly, whole
 from tests.support.interruptions import (
     FailingFile,
@@ -444,9 +444,7 @@ def test_a_manifest_that_is_not_one_is_refused(
 ) -> None:
     convert_checkpoint(small_source, tmp_path / "hf")
     path = tmp_path / "hf" / MANIFEST_NAME
-    manifest = json.loads(path.read_text())
-    edit(manifest)
-    path.write_text(json.dumps(manifest))
+    edit_json(path, edit)
     message = whole(f"{path}: not a manifest of a conversion: {problem}; convert again")
     for read in (lambda: read_manifest(tmp_path / "hf"), lambda: convert_checkpoint(small_source, tmp_path / "hf")):
         with pytest.raises(CheckpointError, match=message):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,9 @@ from mistral_large_conversion.checkpoint.read import FIRST_QUERY
 from mistral_large_conversion.checkpoint.safetensors_header import read_header
 from mistral_large_conversion.errors import CheckpointError, TokenizerFileError
 from mistral_large_conversion.options import parse_size
-from tests.support.checkpoints import contents, params_of, write_consolidated
+from tests.support.checkpoints import contents, write_consolidated, write_headers
+from tests.support.damage import header_and_data, raw
+from tests.support.edits import Edit, content, edit_json, remove, replace, set_json, setting
 from tests.support.errors import raises_exactly, whole
 
 pytestmark = pytest.mark.ground_floor
@@ -44,7 +45,7 @@ def source(tiny_geometry: Geometry, tmp_path: Path) -> Path:
 def raw_file(header: dict[str, Any] | bytes, data: bytes = b"", *, length: int | None = None) -> bytes:
     """The bytes of a safetensors file with any header, also one that the library would not write."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded) if length is None else length) + encoded + data
+    return raw(encoded, data, length=length)
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -54,17 +55,9 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> 
 
 
 def edit_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+    header, data = header_and_data(path)
     edit(header)
-    path.write_bytes(raw_file(header, content[8 + length :]))
-
-
-def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
+    path.write_bytes(raw_file(header, data))
 
 
 def write_index(folder: Path) -> Path:
@@ -74,23 +67,9 @@ def write_index(folder: Path) -> Path:
 
 
 def test_the_plan_of_the_123b_is_made_from_headers_alone(tmp_path: Path) -> None:
-    (tmp_path / "params.json").write_text(json.dumps(params_of(PUBLISHED)))
+    write_headers(tmp_path, PUBLISHED, shards=3)
     (tmp_path / "tokenizer.model.v3").write_bytes(b"")
     tensors = expected_tensors(PUBLISHED)
-    for number in range(3):
-        start, header = 0, {}
-        for tensor in tensors[number::3]:
-            end = start + 2 * torch.Size(tensor.shape).numel()
-            header[tensor.consolidated] = {
-                "dtype": "BF16",
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-            start = end
-        path = tmp_path / f"consolidated-{number + 1:05}-of-00003.safetensors"
-        path.write_bytes(raw_file(header))
-        # A sparse file: 82 GB of which nothing is on the disk.
-        os.truncate(path, path.stat().st_size + start)
     plan = plan_conversion(tmp_path)
     assert plan.tensor_bytes == 245_220_139_008
     assert [file.name for file in plan.files] == [f"model-{number:05}-of-00051.safetensors" for number in range(1, 52)]
@@ -134,42 +113,27 @@ def test_a_linked_folder_is_read_as_the_folder_itself(source: Path, tmp_path: Pa
     assert plan_conversion(tmp_path / "link").tensor_bytes == plan_conversion(source).tensor_bytes
 
 
-Damage = Callable[[Path], object]
+def params(**change: Any) -> Edit:
+    return setting("params.json", **change)
 
 
-def content(name: str, data: bytes) -> Damage:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def params(**change: Any) -> Damage:
-    return lambda folder: edit_json(folder / "params.json", lambda params: params.update(change))
-
-
-def entry(**change: Any) -> Damage:
+def entry(**change: Any) -> Edit:
     """Another entry for norm.weight, which is the second of its file."""
     return lambda folder: edit_header(folder / SECOND, lambda header: header["norm.weight"].update(change))
 
 
-def tensor(name: str, *shape: int, file: str = SECOND, dtype: torch.dtype = torch.bfloat16) -> Damage:
+def tensor(name: str, *shape: int, file: str = SECOND, dtype: torch.dtype = torch.bfloat16) -> Edit:
     return lambda folder: edit_tensors(
         folder / file, lambda tensors: tensors.update({name: torch.zeros(shape, dtype=dtype)})
     )
 
 
-def index(**change: Any) -> Damage:
+def index(**change: Any) -> Edit:
     changes = {name.replace("__", "."): file for name, file in change.items()}
     return lambda folder: edit_json(write_index(folder), lambda index: index["weight_map"].update(changes))
 
 
-def remove(*names: str) -> Damage:
-    def act(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return act
-
-
-def link_out(name: str) -> Damage:
+def link_out(name: str) -> Edit:
     def act(folder: Path) -> None:
         (folder / name).rename(folder.parent / "elsewhere")
         (folder / name).symlink_to(Path("..", "elsewhere"))
@@ -177,15 +141,7 @@ def link_out(name: str) -> Damage:
     return act
 
 
-def replace(name: str, make: Callable[[Path], object]) -> Damage:
-    def act(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return act
-
-
-def both(first: Damage, second: Damage) -> Damage:
+def both(first: Edit, second: Edit) -> Edit:
     def act(folder: Path) -> None:
         first(folder)
         second(folder)
@@ -193,7 +149,7 @@ def both(first: Damage, second: Damage) -> Damage:
     return act
 
 
-def move_norm(distance: int) -> Damage:
+def move_norm(distance: int) -> Edit:
     def edit(header: dict[str, Any]) -> None:
         offsets = header["norm.weight"]["data_offsets"]
         header["norm.weight"]["data_offsets"] = [offset + distance for offset in offsets]
@@ -208,7 +164,7 @@ BROKEN = f"{SECOND} has a broken header"
 NORM = f"{SECOND}: 'norm.weight'"
 
 INCOMPLETE = "{} is not a complete {} checkpoint; nothing was done, fix or download it again:\n  {}"
-DAMAGES: dict[str, tuple[Damage, str]] = {
+DAMAGES: dict[str, tuple[Edit, str]] = {
     "no params": (remove(PARAMS), "params.json is missing"),
     "params not JSON": (content(PARAMS, b"{"), "params.json: Expecting <*>"),
     "params not text": (content(PARAMS, b"\xff\xfe{"), "params.json: 'utf-8' codec <*>"),
@@ -453,7 +409,7 @@ def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_all_problems_come_in_one_error(source: Path) -> None:
-    edit_json(source / "params.json", lambda params: params.update(dim=0))
+    set_json(source / "params.json", dim=0)
     (source / "tokenizer.model.v3").unlink()
     edit_header(source / FIRST, lambda header: header["tok_embeddings.weight"].update(dtype="I4"))
     (source / SECOND).write_bytes(b"")
@@ -633,7 +589,7 @@ def test_head_dim_is_not_guessed(small_source: Path, square_source: Path, tmp_pa
 def test_special_ids_of_a_fine_tune_are_not_lost_on_the_way_back(small_source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     convert_checkpoint(small_source, folder)
-    edit_json(folder / "generation_config.json", lambda content: content.update(eos_token_id=[2, 14], pad_token_id=2))
+    set_json(folder / "generation_config.json", eos_token_id=[2, 14], pad_token_id=2)
     with raises_exactly(
         CheckpointError,
         f"{folder}: eos_token_id is [2, 14], and the consolidated layout has no place for it: every reader takes 2; "
@@ -641,7 +597,7 @@ def test_special_ids_of_a_fine_tune_are_not_lost_on_the_way_back(small_source: P
     ):
         convert_checkpoint(folder, tmp_path / "out", to="consolidated")
     assert not (tmp_path / "out").exists()
-    edit_json(folder / "generation_config.json", lambda content: content.update(eos_token_id=[2]))
+    set_json(folder / "generation_config.json", eos_token_id=[2])
     convert_checkpoint(folder, tmp_path / "out", to="consolidated")
 
 
@@ -655,7 +611,7 @@ def test_tokens_that_a_fine_tune_has_added_are_the_reason(small_source: Path, tm
             tensors[name] = torch.zeros(32770, 80, dtype=torch.bfloat16)
 
     edit_tensors(folder / "model.safetensors", add_rows)
-    edit_json(folder / "config.json", lambda config: config.update(vocab_size=32770))
+    set_json(folder / "config.json", vocab_size=32770)
     added = [{"id": 32768, "content": "<|im_start|>"}, {"id": 32769, "content": "<|im_end|>"}]
     edit_json(folder / "tokenizer.json", lambda content: content["added_tokens"].extend(added))
     with raises_exactly(

@@ -24,6 +24,7 @@ from mistral_large_conversion.chat_templates import CHAT_TEMPLATES
 from mistral_large_conversion.errors import CheckpointError, SettingError
 from tests.support import folders
 from tests.support.checkpoints import everything_in, tokenizer_model_file
+from tests.support.edits import set_json
 from tests.support.errors import raises_exactly
 from tests.support.folders import CHATML_TEMPLATE, CHATML_TOKENS
 
@@ -67,8 +68,7 @@ def test_every_hf_folder_becomes_one_of_ours_bit_for_bit(tmp_path: Path, name: s
 @pytest.mark.slow
 def test_a_fine_tune_keeps_its_tokens_template_and_settings(tmp_path: Path) -> None:
     source = chatml(tmp_path / "source")
-    config = json.loads((source / "tokenizer_config.json").read_text()) | {"eos_token": "<|im_end|>"}
-    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    set_json(source / "tokenizer_config.json", eos_token="<|im_end|>")
     conversion = prepare_conversion(source, tmp_path / "hf")
     assert conversion.remarks[0].startswith(
         "prompts: those of its own chat template; the chat template writes turns in"
@@ -92,8 +92,7 @@ def test_a_fine_tune_keeps_its_tokens_template_and_settings(tmp_path: Path) -> N
 def test_several_templates_stay_several(tmp_path: Path) -> None:
     source = chatml(tmp_path / "source")
     named = [{"name": "default", "template": CHATML_TEMPLATE}, {"name": "tool_use", "template": "tools"}]
-    config = json.loads((source / "tokenizer_config.json").read_text()) | {"chat_template": named}
-    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    set_json(source / "tokenizer_config.json", chat_template=named)
     convert_checkpoint(source, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["chat_template"] == named
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()

@@ -18,7 +18,6 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_conversion import convert_checkpoint
 from mistral_large_conversion.checkpoint.hub import ANSWER_SECONDS, CONSOLIDATED_FILES, HF_FILES, resolve_source
@@ -27,6 +26,8 @@ from mistral_large_conversion.inspect import inspect_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from modeling_mistral_large.adapter_loading import adapter_base
 from modeling_mistral_large.errors import TokenizerFileError
+from tests.support.checkpoints import contents
+from tests.support.command import run
 from tests.support.errors import raises_exactly, whole
 from tests.support.loopback_hub import COMMIT, REPOSITORY, LoopbackHub, serve
 
@@ -74,10 +75,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         yield hub
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
@@ -371,13 +368,6 @@ def test_a_gated_repository_is_one_line_of_the_command(hub: LoopbackHub, tmp_pat
         "`hf auth login` or set HF_TOKEN"
     ]
     assert not (tmp_path / "hf").exists()
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0)
 
 
 @pytest.mark.slow

@@ -2,10 +2,7 @@
 
 import json
 import os
-import shutil
 import struct
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
-from mistral_large_conversion.checkpoint.names import expected_tensors
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.inspect import Inspection, inspect_checkpoint
 from mistral_large_conversion.retag import retag_checkpoint
 from modeling_mistral_large import MistralLargeConfig
-from tests.support.checkpoints import params_of, tokenizer_model_file
+from tests.support.checkpoints import tokenizer_model_file, write_headers
+from tests.support.command import run
+from tests.support.edits import Edit, content, remove, replace, set_json
 from tests.support.errors import raises_exactly
 
 NATIVE = "--load-format mistral --config-format mistral --tokenizer-mode mistral"
@@ -29,11 +26,6 @@ NATIVE = "--load-format mistral --config-format mistral --tokenizer-mode mistral
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return assemble_demo_checkpoint(tmp_path / "source")
-
-
-@pytest.fixture
-def folder(demo_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(demo_folder, tmp_path / "hf"))
 
 
 def test_a_consolidated_folder(source: Path) -> None:
@@ -84,21 +76,8 @@ def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> Non
 
 
 def test_the_123b_is_inspected_from_its_headers(tmp_path: Path) -> None:
-    config = MistralLargeConfig()
-    (tmp_path / "params.json").write_text(json.dumps(params_of(config)))
+    write_headers(tmp_path, MistralLargeConfig(), shards=51)
     (tmp_path / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
-    tensors = expected_tensors(config)
-    for number in range(51):
-        start, header = 0, {}
-        for tensor in tensors[number::51]:
-            end = start + 2 * torch.Size(tensor.shape).numel()
-            header[tensor.consolidated] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [start, end]}
-            start = end
-        encoded = json.dumps(header).encode()
-        path = tmp_path / f"consolidated-{number + 1:05}-of-00051.safetensors"
-        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
-        # A sparse file: nothing of its 5 GB is on the disk.
-        os.truncate(path, path.stat().st_size + start)
     inspection = inspect_checkpoint(tmp_path)
     assert inspection.problems == ()
     assert (inspection.tensors, inspection.parameters) == (795, 122_610_069_504)
@@ -112,32 +91,10 @@ def both_layouts(folder: Path) -> None:
 
 
 def quantize(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors"}
-    (folder / "config.json").write_text(json.dumps(config))
+    set_json(folder / "config.json", quantization_config={"quant_method": "compressed-tensors"})
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight_packed"] = torch.zeros(4, 4, dtype=torch.int32)
     save_file(tensors, folder / "model.safetensors")
-
-
-def content(name: str, data: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def remove(*names: str) -> Callable[[Path], object]:
-    def act(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return act
-
-
-def replace(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    def act(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return act
 
 
 def empty(folder: Path) -> None:
@@ -151,7 +108,7 @@ def foreign(folder: Path) -> None:
 
 
 HF = "HF layout, model type mistral_large"
-CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+CASES: dict[str, tuple[Edit, str, str]] = {
     "both layouts": (both_layouts, "both layouts; the vendor's consolidated layout is the one that is read", ""),
     "unfinished": (content("conversion.unfinished", b""), "an unfinished conversion", "conversion.unfinished: an unf"),
     "quantized": (quantize, f"{HF}, quantized: compressed-tensors", ""),
@@ -253,10 +210,7 @@ def test_the_command_prints_lines_that_can_be_copied_and_json(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spaced = folder.rename(folder.parent / "the [red] hf")
-    monkeypatch.setattr(sys, "argv", ["mistral-large", "inspect", str(spaced)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert not exit_.value.code
+    assert run(monkeypatch, "inspect", spaced) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"what        {HF}" in lines
     assert "tensors     30 tensors, 4,440,512 parameters, BF16 × 30" in lines
@@ -265,9 +219,7 @@ def test_the_command_prints_lines_that_can_be_copied_and_json(
     inspection = inspect_checkpoint(spaced)
     assert f"loads with  {inspection.loads_with[0]}" in lines
     assert f"vllm serve '{spaced}'" in inspection.loads_with[1]
-    monkeypatch.setattr(sys, "argv", ["mistral-large", "inspect", str(spaced), "--json"])
-    with pytest.raises(SystemExit):
-        main()
+    assert run(monkeypatch, "inspect", spaced, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(inspection)))
 
 

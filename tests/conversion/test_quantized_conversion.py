@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_conversion import (
     Check,
@@ -47,6 +45,8 @@ from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.manifest import MANIFEST_NAME
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from tests.support.checkpoints import contents, write_consolidated
+from tests.support.command import run
+from tests.support.edits import set_json
 from tests.support.errors import raises_exactly
 
 QUANTIZATIONS: list[Scheme] = ["fp8", "int4", "nvfp4"]
@@ -76,10 +76,6 @@ def converted(source: Path, name: str, **options: Any) -> Path:
     folder = source.with_name(name)
     convert_checkpoint(source, folder, **options)
     return folder
-
-
-def set_json(path: Path, **settings: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -520,28 +516,22 @@ def test_the_command_plans_converts_and_compares(
 ) -> None:
     folder = source.with_name("quantized")
 
-    def run(*options: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["mistral-large", "convert", str(source), str(folder), "--json", *options])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        assert not exit_.value.code
+    def report_of(*options: str) -> dict[str, Any]:
+        assert run(monkeypatch, "convert", source, folder, "--json", *options) == 0
         report: dict[str, Any] = json.loads(capsys.readouterr().out)
         return report
 
-    planned = run("--quantize", "int4", "--dry-run")
+    planned = report_of("--quantize", "int4", "--dry-run")
     assert not folder.exists()
     assert (planned["quantization"], planned["dtype"], planned["tensors"]) == ("int4", "BF16", 30)
-    done = run("--quantize", "int4")
+    done = report_of("--quantize", "int4")
     assert done["result"] == "converted"
     assert done["needed_bytes"] == planned["needed_bytes"]
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) == sum(planned["files"].values())
-    assert run("--quantize", "int4")["result"] == "complete"
+    assert report_of("--quantize", "int4")["result"] == "complete"
     manifest = read_manifest(folder)
     assert manifest is not None
     assert manifest.tensors.keys() == weights_of(folder).keys()
-    monkeypatch.setattr(sys, "argv", ["mistral-large", "convert", str(source), str(folder), "--quantize", "fp8"])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 2
+    assert run(monkeypatch, "convert", source, folder, "--quantize", "fp8") == 2
     assert "holds another finished conversion" in capsys.readouterr().err
     assert (folder / MANIFEST_NAME).exists()

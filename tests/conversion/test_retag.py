@@ -2,10 +2,7 @@
 
 import json
 import os
-import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from transformers import AutoConfig, AutoTokenizer
 
 import mistral_large_conversion.retag as retag_module
-from mistral_large_cli import main
 from mistral_large_conversion.chat_templates import PLAIN_CHAT_TEMPLATES
 from mistral_large_conversion.checkpoint.atomic_write import write_file
 from mistral_large_conversion.checkpoint.read import load_headers
@@ -28,6 +24,9 @@ from mistral_large_conversion.model_card import ModelType
 from mistral_large_conversion.retag import retag_checkpoint
 from mistral_large_conversion.verify import verify_checkpoint
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
+from tests.support.checkpoints import contents
+from tests.support.command import run
+from tests.support.edits import Edit, content, remove, set_json
 from tests.support.errors import raises_exactly, whole
 from tests.support.texts import SNIPPETS, every_code_point, mixed_texts
 from tests.support.warm_python import WarmPython
@@ -67,15 +66,6 @@ print(json.dumps({
     "answer": answer,
 }))
 """
-
-
-@pytest.fixture
-def folder(demo_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(demo_folder, tmp_path / "hf"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.slow
@@ -215,8 +205,7 @@ def test_a_retagged_folder_is_proven_unless_it_was_changed_before(folder: Path) 
     for model_type in model_types:
         retag_checkpoint(folder, model_type)
         assert all(check.is_ok for check in verify_checkpoint(folder))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "</s>"}))
+    set_json(folder / "tokenizer_config.json", pad_token="</s>")
     for model_type in model_types:
         retag_checkpoint(folder, model_type)
         wrong = {check.name: check.detail for check in verify_checkpoint(folder) if not check.is_ok}
@@ -249,8 +238,7 @@ def test_what_others_have_added_stays(folder: Path) -> None:
         "tokenizer_config.json": {"my_key": [1]},
     }
     for name, change in changes.items():
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**settings, **change}))
+        set_json(folder / name, **change)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_bytes(b"# My fine-tune \xff")
     assert retag_checkpoint(folder, "mistral") == [MANIFEST, "tokenizer_config.json", "config.json", MODULE]
@@ -268,7 +256,7 @@ def test_a_template_of_ours_is_known_whatever_an_editor_did_to_it(folder: Path) 
     path, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     assert json.loads(settings.read_text())["prompt_format"] == "v3"
     # As an earlier version wrote it.
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "prompt_format": None}))
+    set_json(settings, prompt_format=None)
     path.write_bytes(b"\xef\xbb\xbf{# mine -#}\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert retag_checkpoint(folder, "mistral") == CHANGED_TO["mistral"]
     assert path.read_text() == PLAIN_CHAT_TEMPLATES["v3"]
@@ -286,15 +274,7 @@ def test_a_config_of_an_older_transformers_keeps_its_theta(folder: Path) -> None
         assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == theta
 
 
-def remove(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).unlink()
-
-
-def content(name: str, data: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def link(name: str) -> Callable[[Path], object]:
+def link(name: str) -> Edit:
     def act(folder: Path) -> None:
         (folder / name).rename(folder / f"{name}.target")
         (folder / name).symlink_to(f"{name}.target")
@@ -310,7 +290,7 @@ TOKENIZER_RULE = (
     "tokenizer.model.v3 or .v7, or with the files that save_pretrained wrote"
 )
 # Each with what is said after the folder.
-REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+REFUSED: dict[str, tuple[Edit, str]] = {
     "unfinished": (
         content("conversion.unfinished", b""),
         ": an unfinished conversion; run `mistral-large convert` again first",
@@ -362,10 +342,7 @@ def test_an_unknown_folder_is_refused_and_stays_as_it_is(
     before = contents(folder)
     with pytest.raises(CheckpointError, match=whole(f"{folder}{problem}")) as error:
         retag_checkpoint(folder, "mistral")
-    monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 2
+    assert run(monkeypatch, "retag", folder, "--as", "mistral") == 2
     assert capsys.readouterr().err == f"mistral-large: {error.value}\n"
     assert contents(folder) == before
 
@@ -375,9 +352,6 @@ def test_the_command_says_what_it_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for expected in (f"changed {', '.join(CHANGED_TO['mistral'])}", "unchanged"):
-        monkeypatch.setattr(sys, "argv", ["mistral-large", "retag", str(folder), "--as", "mistral"])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        assert not exit_.value.code
+        assert run(monkeypatch, "retag", folder, "--as", "mistral") == 0
         assert capsys.readouterr().out == f"{folder}: model type mistral; {expected}\n"
     assert (folder / "chat_template.jinja").read_text() == PLAIN_CHAT_TEMPLATES["v3"]

@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import sys
 import tracemalloc
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,12 +12,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import mistral_large_conversion.verify as verify_module
-from mistral_large_cli import main
 from mistral_large_cli.demo import assemble_demo_checkpoint
 from mistral_large_conversion import convert_checkpoint, planned_tensor
 from mistral_large_conversion.checkpoint.safetensors_header import FileTensor
 from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.verify import Check, verify_checkpoint
+from tests.support.command import run
+from tests.support.edits import Edit, content, edit_json, remove, set_json, setting
 from tests.support.errors import raises_exactly
 
 pytestmark = pytest.mark.ground_floor
@@ -36,12 +35,6 @@ def back_folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("back")
     convert_checkpoint(demo_folder, folder, to="consolidated", max_shard_size="1MB")
     return folder
-
-
-@pytest.fixture
-def folder(demo_folder: Path, tmp_path: Path) -> Path:
-    """The converted demo, to be damaged."""
-    return Path(shutil.copytree(demo_folder, tmp_path / "hf"))
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -200,31 +193,17 @@ def test_a_cast_checkpoint_is_compared_with_the_rounded_source(
     assert by_name(verify_checkpoint(demo_folder, source)) == checks
 
 
-def content(name: str, data: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(data)
-
-
-def remove(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).unlink()
-
-
-def setting(name: str, **change: Any) -> Callable[[Path], object]:
-    def act(folder: Path) -> None:
-        settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**settings, **change}))
-
-    return act
-
-
 def tokenizer_piece(folder: Path) -> None:
     """Swap two merges, after which the pieces are the same and the ids are not."""
-    settings = json.loads((folder / "tokenizer.json").read_text())
-    merges = settings["model"]["merges"]
-    merges[0], merges[-1] = merges[-1], merges[0]
-    (folder / "tokenizer.json").write_text(json.dumps(settings))
+
+    def swap(content: dict[str, Any]) -> None:
+        merges = content["model"]["merges"]
+        merges[0], merges[-1] = merges[-1], merges[0]
+
+    edit_json(folder / "tokenizer.json", swap)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
+DAMAGES: dict[str, tuple[Edit, str, str]] = {
     "marker left": (content("conversion.unfinished", b""), "finished", "conversion.unfinished: an unfinished conver"),
     "partial file left": (content("model.safetensors.partial", b""), "finished", "model.safetensors.partial: an unf"),
     "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 10**6), "headers", "is cut short"),
@@ -298,9 +277,7 @@ def test_without_a_source_the_checksums_of_the_manifest_are_compared(folder: Pat
     assert detail.startswith("1 of 30 differ, first model.norm.weight: ")
     flip_bit(folder, "model.norm.weight", 5)
     path = folder / "conversion.manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["tensors"]["model.norm.weight"]["shape"] = [32, 2]
-    path.write_text(json.dumps(manifest))
+    edit_json(path, lambda manifest: manifest["tensors"]["model.norm.weight"].update(shape=[32, 2]))
     assert wrong(verify_checkpoint(folder)).keys() == {"tensors", "files"}
     path.write_text("{")
     found = wrong(verify_checkpoint(folder))
@@ -314,9 +291,8 @@ def test_without_a_source_the_checksums_of_the_manifest_are_compared(folder: Pat
 @pytest.mark.slow
 def test_another_geometry_is_not_compared(folder: Path, demo_source: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(demo_source, tmp_path / "source"))
-    params = json.loads((source / "params.json").read_text())
     # The same shapes, with other heads.
-    (source / "params.json").write_text(json.dumps({**params, "n_heads": 12, "n_kv_heads": 4, "head_dim": 16}))
+    set_json(source / "params.json", n_heads=12, n_kv_heads=4, head_dim=16)
     found = wrong(verify_checkpoint(folder, source))
     assert set(found) == {"config", "tensors"}
     assert found["tensors"] == "not compared: the source has other shapes"
@@ -349,14 +325,6 @@ def test_a_file_that_becomes_shorter_meanwhile_is_an_error(
         "tensor 'model.norm.weight' ends early: its file has changed since it was checked",
     ):
         verify_checkpoint(demo_folder, demo_source)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    # sys.exit(False) and sys.exit(True) are 0 and 1.
-    return int(exit_.value.code or 0)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from mistral_large_conversion.manifest import ManifestFile
 from mistral_large_conversion.verify import Check, verify_checkpoint
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
 from tests.support.checkpoints import tokenizer_model_file
+from tests.support.edits import edit_json, set_json
 
 MANIFEST = "conversion.manifest.json"
 # Of a file: changed settings, and changed bytes besides its first and its last.
@@ -253,19 +254,8 @@ def test_a_link_in_the_place_of_a_file_is_wrong(hf: Path, tmp_path: Path) -> Non
         path.write_bytes(content)
 
 
-@pytest.fixture
-def folder(demo_folder: Path, tmp_path: Path) -> Path:
-    """The converted demo, to be damaged."""
-    return Path(shutil.copytree(demo_folder, tmp_path / "hf"))
-
-
 def edit_tokenizer(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def act(folder: Path) -> None:
-        content = json.loads((folder / "tokenizer.json").read_text())
-        edit(content)
-        (folder / "tokenizer.json").write_text(json.dumps(content))
-
-    return act
+    return lambda folder: edit_json(folder / "tokenizer.json", edit)
 
 
 def swap_merges(content: dict[str, Any]) -> None:
@@ -375,10 +365,8 @@ def test_without_a_manifest_what_is_not_proven_is_said(folder: Path, source: Pat
         "files": f"{no_manifest}itself: the same small files",
     }
     assert unproven(folder, source) == {"files": f"{no_manifest}the source: the same small files"}
-    settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "suppress_tokens": [2]}))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": False, "bos_token": "</s>"}))
+    set_json(folder / "generation_config.json", suppress_tokens=[2])
+    set_json(folder / "tokenizer_config.json", add_bos_token=False, bos_token="</s>")
     (folder / "README.md").write_text("mine")
     (folder / "tokenizer.model").write_bytes(b"")
     assert unproven(folder)["files"] == (
@@ -389,9 +377,7 @@ def test_without_a_manifest_what_is_not_proven_is_said(folder: Path, source: Pat
 
 @pytest.mark.slow
 def test_a_manifest_of_before_is_not_proven_and_not_wrong(folder: Path) -> None:
-    content = json.loads((folder / MANIFEST).read_text())
-    del content["files"]
-    (folder / MANIFEST).write_text(json.dumps(content))
+    edit_json(folder / MANIFEST, lambda content: content.pop("files"))
     found = unproven(folder)
     assert found.keys() == {"config", "licence", "files"}
     assert found["files"].startswith("not proven: a manifest without checksums of files; convert again for one; made")

@@ -1,7 +1,9 @@
 """Consolidated checkpoints with random weights, written without the package's help."""
 
 import json
+import math
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mistral_large_conversion.checkpoint.geometry import Geometry
+from mistral_large_conversion.checkpoint.names import expected_tensors
 
 if TYPE_CHECKING:
     from modeling_mistral_large import MistralLargeConfig, MistralLargeTokenizer
@@ -106,6 +109,21 @@ def write_consolidated(
         name = "consolidated.safetensors" if shards == 1 else f"consolidated-{shard + 1:05}-of-{shards:05}.safetensors"
         save_file({tensor: weights[tensor] for tensor in names[shard::shards]}, folder / name)
     return params, weights
+
+
+def write_headers(folder: Path, geometry: Any, *, shards: int) -> None:
+    """A consolidated checkpoint in bfloat16 whose weights have headers and their sizes, and no data on the disk."""
+    (folder / "params.json").write_text(json.dumps(params_of(geometry)))
+    for shard in range(shards):
+        start, header = 0, {}
+        for tensor in expected_tensors(geometry)[shard::shards]:
+            end = start + 2 * math.prod(tensor.shape)
+            header[tensor.consolidated] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [start, end]}
+            start = end
+        encoded = json.dumps(header).encode()
+        path = folder / f"consolidated-{shard + 1:05}-of-{shards:05}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded)
+        os.truncate(path, path.stat().st_size + start)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
