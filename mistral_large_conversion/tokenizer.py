@@ -18,6 +18,7 @@ from mistral_large_conversion.folder_tokenizer import FolderTokenizer, read_fold
 from mistral_large_conversion.sentencepiece_bpe import (
     TextEncoder,
     build_backend,
+    load_processor,
     load_sentencepiece_bpe,
     read_tokenizer_json,
     vocabulary_of,
@@ -91,13 +92,18 @@ def tokenizer_files(source: Path, *, vocab_size: int, tokenizer: FolderTokenizer
         return _files_of(tokenizer, vocab_size=vocab_size)
     # Of this file alone: the vendor's folder also has a tokenizer.json and a template, which are not exact.
     path = find_vocabulary(source) or source / TOKENIZER_NAME
-    backend = load_sentencepiece_bpe(path)
-    if vocab_size != VOCAB_SIZE:
+    backend, model = load_sentencepiece_bpe(path), path.read_bytes()
+    processor = load_processor(path)
+    if processor.vocab_size() != vocab_size:
         raise CheckpointError(
-            f"{path}: has {VOCAB_SIZE} pieces, the weights have {vocab_size} rows; take both from one checkpoint"
+            f"{path}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
+            "take both from one checkpoint"
         )
     name = vocabulary_of(backend).name
-    return _proven(path, path.read_bytes(), backend, tokenizer_settings(name), name)
+    text = backend.to_str(pretty=True).encode()
+    # Two backends at once would be the most memory that a conversion takes.
+    del backend
+    return _proven(path, model, text, tokenizer_settings(name), name)
 
 
 def tokenizer_settings(prompt_format: str | None) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def _files_of(tokenizer: FolderTokenizer, *, vocab_size: int) -> dict[str, bytes
 
 
 def _proven(
-    where: Path, model: bytes, backend: Tokenizer, settings: dict[str, Any], vocabulary: str
+    where: Path, model: bytes, tokenizer_json: bytes, settings: dict[str, Any], vocabulary: str
 ) -> dict[str, bytes]:
     """The tokenizer files of a vocabulary, written and read again.
 
@@ -135,12 +141,13 @@ def _proven(
     """
     files = {
         VOCABULARIES[vocabulary].file_name: model,
-        TOKENIZER_JSON_NAME: backend.to_str(pretty=True).encode(),
+        TOKENIZER_JSON_NAME: tokenizer_json,
         TOKENIZER_CONFIG_NAME: json_bytes(settings),
     }
+    # First, so that what reading it takes for a moment is free for what follows.
+    written = Tokenizer.from_buffer(files[TOKENIZER_JSON_NAME])
     processor = SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
-    written = Tokenizer.from_buffer(files[TOKENIZER_JSON_NAME])
     if (text := inexact_text(TextEncoder(written), processor)) is not None:
         raise CheckpointError(f"{where}: converted ids of {text[:40]!r} are not SentencePiece's")
     return files
