@@ -36,7 +36,7 @@ from modeling_mistral_large.modeling_mistral_large import (
 from modeling_mistral_large.moved_modules import find_moved_modules
 from modeling_mistral_large.peft_defaults import add_peft_defaults
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.transformers_api import (
+from modeling_mistral_large.transformers_api.registration import (
     export_names,
     prefer_tokenizer,
     read_config_dict_with,

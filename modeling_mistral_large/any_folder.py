@@ -18,7 +18,7 @@ from modeling_mistral_large.configuration_mistral_large import (
 from modeling_mistral_large.errors import KeywordError, UnknownVocabularyError
 from modeling_mistral_large.modeling_mistral_large import MistralLargeForCausalLM
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.transformers_api import declared_options, refuse_unknown_options
+from modeling_mistral_large.transformers_api.keywords import declared_options, refuse_unknown_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextGenerationPipeline

@@ -18,7 +18,8 @@ from modeling_mistral_large.instruct.answer import parse_answer
 from modeling_mistral_large.instruct.formats import format_problem
 from modeling_mistral_large.instruct.json_text import show
 from modeling_mistral_large.instruct.prompt import Segment, build_prompt
-from modeling_mistral_large.transformers_api import HOST_CHAT_OPTIONS, TokenizerHook, refuse_unknown_options
+from modeling_mistral_large.transformers_api.keywords import refuse_unknown_options
+from modeling_mistral_large.transformers_api.tokenizers import HOST_CHAT_OPTIONS, TokenizerHook
 
 # What `tokenizer_kwargs` can still say about a prompt that is put together from segments.
 TOKENIZER_KWARGS = ("padding_side", "pad_to_multiple_of", "return_attention_mask", "verbose")

@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from mistral_large_conversion.sentencepiece_bpe import added_tokens, clone_backend
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.instruct.json_text import check_unicode, show
-from modeling_mistral_large.transformers_api import render_chat_template
+from modeling_mistral_large.transformers_api.tokenizers import render_chat_template
 
 # Characters for private use, of which a text holds hardly any.
 _PLACEHOLDERS = range(0x100000, 0x10FFFE)

@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from mistral_large_conversion.sharding.memory import PREFILL_CHUNK
 from modeling_mistral_large.inference.cpu_decode import uses_vector_products
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
-from modeling_mistral_large.transformers_api import cache_argument, cached_tokens, take_back
+from modeling_mistral_large.transformers_api.assisted import cached_tokens, take_back
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 
 # Tokens drafted at a time, where nobody says how many; of prompt lookup `prompt_lookup_num_tokens` says it.
 MOST_DRAFTED = 8

@@ -28,7 +28,7 @@ from modeling_mistral_large.inference.drafting import (
     policy_for,
 )
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
-from modeling_mistral_large.transformers_api import (
+from modeling_mistral_large.transformers_api.assisted import (
     UNSET_ASSISTANT_TOKENS,
     AssistedDecoding,
     AssistedHook,

@@ -20,7 +20,7 @@ from mistral_large_conversion.checkpoint.quantization import CODES_PER_WORD, GRO
 from mistral_large_conversion.quantize import LARGEST_FP8
 from mistral_large_conversion.sharding.memory import DEQUANTIZED_AT_ONCE
 from modeling_mistral_large.quantization import gpu_int4
-from modeling_mistral_large.transformers_api import LocalShards
+from modeling_mistral_large.transformers_api.models import LocalShards
 
 # The kernel for 4 bits reads the weights again for every few tokens: for more, dequantizing is faster.
 MOST_TOKENS_OF_KERNEL = 32

@@ -15,7 +15,8 @@ from mistral_large_conversion.checkpoint.quantization import FUSED_LAYERS
 from modeling_mistral_large.inference.chunked_prefill import ChunkedPrefillGenerationMixin
 from modeling_mistral_large.quantization.gpu_int4 import GROUP_SIZES
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
-from modeling_mistral_large.transformers_api import attention_implementation, has_foreign_hooks, is_sharded
+from modeling_mistral_large.transformers_api.keywords import attention_implementation
+from modeling_mistral_large.transformers_api.models import has_foreign_hooks, is_sharded
 
 # Set to 0, it turns recorded steps off for the process.
 SWITCH = "MISTRAL_LARGE_USE_CUDA_GRAPH"
