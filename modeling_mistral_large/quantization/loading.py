@@ -69,11 +69,6 @@ class LoadedQuantization(QuantizationConfigMixin):
         self.quant_method = LOADED_METHOD  # type: ignore[assignment]  # any registered name will do
         self.settings = settings | {"quant_method": QUANT_METHOD}
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(**config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.settings)
 
