@@ -48,7 +48,7 @@ class Speculation:
     """
 
     def __init__(self) -> None:
-        self.proposed = self.accepted = self.written = self.forwards = 0
+        self.restart()
         self._draft: DraftModel | None = None
         self._tokens: list[Token[Speculation | None]] = []
 

@@ -1,5 +1,6 @@
 """How transformers' `generate` decodes with a draft: a smaller model, or prompt lookup."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -73,27 +74,18 @@ class AssistedHook(GenerationMixin):
         return self.decode_with_draft(decoding, assistant_model)
 
 
+@dataclass(eq=False)
 class AssistedDecoding:
     """What `generate` has prepared for one sequence, and how the model reads tokens of it."""
 
-    def __init__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        streamer: Any,
-        inputs: dict[str, Any],
-    ) -> None:
-        self.input_ids = input_ids
-        self.logits_processor = logits_processor
-        self.stopping_criteria = stopping_criteria
-        self.config = generation_config
-        self.streamer = streamer
-        self._model = model
-        self._inputs = inputs
-        self._outputs: Any = None
+    _model: Any
+    input_ids: Tensor
+    logits_processor: Any
+    stopping_criteria: Any
+    config: GenerationConfig
+    streamer: Any
+    _inputs: dict[str, Any]
+    _outputs: Any = None
 
     @property
     def cache(self) -> Cache | None:
@@ -153,8 +145,8 @@ class AssistedDecoding:
 
 def _is_of_other_kind(generation_config: Any) -> bool:
     """Whether tokens are drafted by parts of the model itself, which transformers does alone."""
-    given = (getattr(generation_config, name, None) for name in ("assistant_early_exit", "use_mtp", "speculation_type"))
-    return any(given)
+    names = ("assistant_early_exit", "use_mtp", "speculation_type")
+    return any(getattr(generation_config, name, None) for name in names)
 
 
 def can_take_back(cache: Cache) -> bool:
@@ -175,11 +167,6 @@ def take_back(cache: Cache, tokens: int) -> None:
         return
     for layer in layers:
         layer.cumulative_length.sub_(tokens)
-
-
-def cached_tokens(cache: Cache) -> int:
-    """How many tokens a cache holds; static ones count on their device."""
-    return int(cache.get_seq_length())
 
 
 def draft_settings(draft: Any) -> tuple[int | None, bool, float]:
