@@ -25,16 +25,8 @@ MAX_NEW_TOKENS = 1024
 # Of `generate`, and the session's own: the prompt is the conversation's, and one sequence goes with the cache.
 OWN_OPTIONS = frozenset(
     {
-        *(
-            "input_ids",
-            "inputs",
-            "inputs_embeds",
-            "attention_mask",
-            "position_ids",
-            "use_cache",
-            "cache_implementation",
-        ),
-        *("return_dict_in_generate", *CACHE_NAMES),
+        *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids"),
+        *("use_cache", "cache_implementation", "return_dict_in_generate", *CACHE_NAMES),
     }
 )
 ONE_SEQUENCE = ("num_beams", "num_return_sequences")
