@@ -42,36 +42,23 @@ class AssistedHook(GenerationMixin):
         validate: Any = super()._validate_generation_mode  # type: ignore[misc]  # typed for whole models
         validate(generation_mode, generation_config, generation_mode_kwargs)
 
-    def _assisted_decoding(  # type: ignore[override]  # what it does not read is in kwargs
+    def _assisted_decoding(  # type: ignore[override]  # what it does not read is in options
         self,
         input_ids: Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        assistant_model: Any = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> Any:
         wants_all = generation_config.output_attentions or generation_config.output_hidden_states
-        if _is_of_other_kind(generation_config) or wants_all or synced_gpus:
+        prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if _is_of_other_kind(generation_config) or wants_all or options.get("synced_gpus"):
             decode: Any = super()._assisted_decoding  # type: ignore[misc]  # typed for whole models
-            return decode(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                assistant_model=assistant_model,
-                **kwargs,
-            )
-        for name in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
-            kwargs.pop(name, None)
-        decoding = AssistedDecoding(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, kwargs
-        )
-        return self.decode_with_draft(decoding, assistant_model)
+            return decode(*prepared, **options)
+        streamer, draft = options.pop("streamer", None), options.pop("assistant_model", None)
+        for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer"):
+            options.pop(name, None)
+        return self.decode_with_draft(AssistedDecoding(self, *prepared, streamer, options), draft)
 
 
 @dataclass(eq=False)
