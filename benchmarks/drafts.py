@@ -32,7 +32,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM
 from modeling_mistral_large.inference import speculative_decoding
 from modeling_mistral_large.inference.drafting import PromptLookup
 from modeling_mistral_large.inference.speculative_decoding import Speculation
-from modeling_mistral_large.transformers_api import CACHE_NAME
+from modeling_mistral_large.transformers_api.keywords import CACHE_NAME
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "1.7 GB": {

@@ -42,7 +42,7 @@ from modeling_mistral_large.generation.compiled_layers import compile_layers_
 from modeling_mistral_large.inference.cpu_decode import HAS_AMX, use_vector_products_
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
 from modeling_mistral_large.quantization.loading import quantize_modules_, use_kernels_
-from modeling_mistral_large.transformers_api import cache_argument, cache_in
+from modeling_mistral_large.transformers_api.keywords import cache_argument, cache_in
 
 # transformers types its models in part only.
 OURS: Any = MistralLargeForCausalLM

@@ -16,13 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig, read_for_auto_classes
 from modeling_mistral_large.modeling_mistral_large import (
@@ -36,7 +30,7 @@ from modeling_mistral_large.modeling_mistral_large import (
 from modeling_mistral_large.moved_modules import find_moved_modules
 from modeling_mistral_large.peft_defaults import add_peft_defaults
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.transformers_api import (
+from modeling_mistral_large.transformers_api.registration import (
     export_names,
     prefer_tokenizer,
     read_config_dict_with,
@@ -71,11 +65,11 @@ MODELS = {
 }
 # By model type, in the order of `MODELS`.
 NAMES_OF_MODELS: tuple[Any, ...] = (
-    MODEL_MAPPING_NAMES,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 

@@ -1,7 +1,6 @@
 """Loading of adapters: folders or repositories that hold one instead of a checkpoint, and adapters on a given base."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +29,7 @@ from mistral_large_conversion.checkpoint.source_files import (
 )
 from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from mistral_large_conversion.vocabulary import VOCABULARY_NAMES, find_vocabulary
+from modeling_mistral_large.configuration_mistral_large import POSITIVE
 
 TOKENIZER_FILES = ("tokenizer.json", *VOCABULARY_NAMES)
 
@@ -173,10 +173,8 @@ def put_adapter_on(model: Any, folder: Path, *, adapter_name: str = "default") -
         CheckpointError: an adapter that does not fit the model.
     """
     config = model.config
-    geometry = Geometry(
-        **{name: getattr(config, name) for name in (field.name for field in fields(Geometry)) if name != "rope_theta"},
-        rope_theta=config.rope_parameters["rope_theta"],
-    )
+    sizes = {name: getattr(config, name) for name in POSITIVE}
+    geometry = Geometry(**sizes, rope_theta=config.rope_parameters["rope_theta"])
     if adapter_layout(folder) == "hf":
         if read_json_object(folder / ADAPTER_CONFIG_NAME).get("peft_type") == "LORA":
             check_shapes(folder, geometry)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, MistralConfig, PreTrainedModel
 from transformers import pipeline as transformers_pipeline
 
-from mistral_large_conversion.checkpoint.hub import HUB_OPTIONS
 from modeling_mistral_large.adapter_loading import load_on_base
 from modeling_mistral_large.configuration_mistral_large import (
+    OPTIONS_OF_BOTH,
     OPTIONS_OF_FILES,
     OVERRIDES_WITHOUT_A_FIELD,
     MistralLargeConfig,
@@ -18,13 +18,11 @@ from modeling_mistral_large.configuration_mistral_large import (
 from modeling_mistral_large.errors import KeywordError, UnknownVocabularyError
 from modeling_mistral_large.modeling_mistral_large import MistralLargeForCausalLM
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
-from modeling_mistral_large.transformers_api import declared_options, refuse_unknown_options
+from modeling_mistral_large.transformers_api.keywords import declared_options, refuse_unknown_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TextGenerationPipeline
 
-# Options of `from_pretrained` that say where the files are, and hold for the tokenizer as well.
-OPTIONS_OF_BOTH = (*HUB_OPTIONS, "force_download", "proxies", "subfolder")
 # What `from_pretrained` takes besides those that it declares and the fields of the config; transformers documents them.
 OPTIONS_OF_MODELS = (
     *("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers"),
@@ -115,7 +113,6 @@ def _refuse_unknown(function: str, options: Mapping[str, Any]) -> None:
         *declared_options(PreTrainedModel.from_pretrained),
         *MistralLargeConfig.__dataclass_fields__,
         *OPTIONS_OF_FILES,
-        *OPTIONS_OF_BOTH,
         *OPTIONS_OF_MODELS,
         *OVERRIDES_WITHOUT_A_FIELD,
     }

@@ -18,17 +18,12 @@ from modeling_mistral_large.instruct.answer import parse_answer
 from modeling_mistral_large.instruct.formats import format_problem
 from modeling_mistral_large.instruct.json_text import show
 from modeling_mistral_large.instruct.prompt import Segment, build_prompt
-from modeling_mistral_large.transformers_api import HOST_CHAT_OPTIONS, TokenizerHook, refuse_unknown_options
+from modeling_mistral_large.transformers_api.keywords import declared_options, refuse_unknown_options
+from modeling_mistral_large.transformers_api.tokenizers import HOST_CHAT_OPTIONS, TokenizerHook
 
 # What `tokenizer_kwargs` can still say about a prompt that is put together from segments.
 TOKENIZER_KWARGS = ("padding_side", "pad_to_multiple_of", "return_attention_mask", "verbose")
 
-# Options of `apply_chat_template` in every version of transformers.
-_CHAT_OPTIONS = (
-    *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
-    *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
-)
 # Our options of `apply_chat_template`, which no other template can keep to.
 FORMAT_OPTIONS = ("strict", "finetuning", "reference_documents_as_text")
 # Templates that are none of ours whose encoders are remembered.
@@ -118,6 +113,9 @@ class ChatTokenizer(TokenizerHook):
                 "message's rest; leave one of the two out"
             )
         options: dict[str, Any] = {
+            "tools": tools,
+            "documents": documents,
+            "tokenize": tokenize,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "return_assistant_tokens_mask": return_assistant_tokens_mask,
@@ -144,26 +142,9 @@ class ChatTokenizer(TokenizerHook):
         if prompt_format is None:
             is_safe = sanitize_control_tokens is not False
             self._say_custom(chat_template, template, is_safe=is_safe)
-            rows = self._custom_prompts(
-                template,
-                conversations,
-                tools=tools,
-                documents=documents,
-                tokenize=tokenize,
-                is_safe=is_safe,
-                variables=kwargs,
-                **options,
-            )
+            rows = self._custom_prompts(template, conversations, is_safe=is_safe, variables=kwargs, **options)
         else:
-            rows = self._own_prompts(
-                prompt_format,
-                conversations,
-                tools=tools,
-                documents=documents,
-                tokenize=tokenize,
-                **options,
-                **kwargs,
-            )
+            rows = self._own_prompts(prompt_format, conversations, **options, **kwargs)
         if not tokenize:
             return rows if is_batch else rows[0]
         encoding = self._as_encoding(
@@ -368,6 +349,10 @@ class ChatTokenizer(TokenizerHook):
                 pads = [[filler] * (length - len(row)) for row in rows]
                 encoding[name] = [pad + row if is_left else row + pad for row, pad in zip(rows, pads, strict=True)]
         return encoding
+
+
+# The options that are not variables of a template.
+_CHAT_OPTIONS = tuple(name for name in declared_options(ChatTokenizer.apply_chat_template) if name != "self")
 
 
 def _is_batch(conversation: Any) -> bool:

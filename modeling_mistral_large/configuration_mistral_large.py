@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 
 from mistral_large_conversion.checkpoint.auto_classes import is_another_model, is_named_mistral_large
 from mistral_large_conversion.checkpoint.geometry import Geometry
-from mistral_large_conversion.checkpoint.hub import find_consolidated, reachable_options, refuse_adapter
+from mistral_large_conversion.checkpoint.hub import HUB_OPTIONS, find_consolidated, reachable_options, refuse_adapter
 from mistral_large_conversion.checkpoint.params import ABSENT, read_params_file
 from mistral_large_conversion.errors import CheckpointError
 from modeling_mistral_large.errors import ConfigurationError
@@ -21,19 +21,10 @@ from modeling_mistral_large.stock_config import STOCK_TYPE, is_mistral_large, ow
 
 ROPE_THETA = 1e6
 
-# Options of `from_pretrained` that say how to come by the file: they are none of the config's own.
-OPTIONS_OF_FILES = (
-    "_from_auto",
-    "_from_pipeline",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
+# Options of `from_pretrained` that say where the files are, of the model as of the tokenizer.
+OPTIONS_OF_BOTH = (*HUB_OPTIONS, "force_download", "proxies", "subfolder")
+# Those that say how to come by the file: they are none of the config's own.
+OPTIONS_OF_FILES = (*OPTIONS_OF_BOTH, "_from_auto", "_from_pipeline", "trust_remote_code")
 # transformers leaves overrides of what is no field to the model, whose error does not say what is wrong.
 OVERRIDES_WITHOUT_A_FIELD = (
     *(ABSENT.keys() - {"hidden_act", "tie_word_embeddings"}),
@@ -41,19 +32,7 @@ OVERRIDES_WITHOUT_A_FIELD = (
     "rope_scaling",
     "rope_theta",
 )
-POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
-
-
+POSITIVE = tuple(field.name for field in fields(Geometry) if field.name != "rope_theta")
 # What `rope_parameters` may say; `type` is the older name of `rope_type`.
 ROPE_TYPE_NAMES = ("rope_type", "type")
 

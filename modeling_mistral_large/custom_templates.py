@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from mistral_large_conversion.sentencepiece_bpe import added_tokens, clone_backend
 from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.instruct.json_text import check_unicode, show
-from modeling_mistral_large.transformers_api import render_chat_template
+from modeling_mistral_large.transformers_api.tokenizers import render_chat_template
 
 # Characters for private use, of which a text holds hardly any.
 _PLACEHOLDERS = range(0x100000, 0x10FFFE)
@@ -67,9 +67,11 @@ class CustomPrompts:
         self._protect = _Protection(token.content for token in control.values())
         self._backend = clone_backend(backend)
         # The same with control strings as text; what follows a control token has no dummy ▁ of its own.
-        tokens = [_special(token) if index in control else token for index, token in added_tokens(backend)]
-        self._encode_start = _text_encoder(backend, tokens, dummy=True)
-        self._encode_rest = _text_encoder(backend, tokens, dummy=False)
+        tokens = added_tokens(backend)
+        for index, token in tokens:
+            token.special = token.special or index in control
+        self._encode_start = _text_encoder(backend, [token for _, token in tokens], dummy=True)
+        self._encode_rest = _text_encoder(backend, [token for _, token in tokens], dummy=False)
 
     def render(
         self,
@@ -202,17 +204,6 @@ def _text_encoder(
         return list(zip(encoding.ids, encoding.offsets, strict=True))
 
     return encode
-
-
-def _special(token: AddedToken) -> AddedToken:
-    return AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=True,
-    )
 
 
 def _messages(conversation: Any) -> list[Any]:

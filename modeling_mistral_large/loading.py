@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from modeling_mistral_large.configuration_mistral_large import check_config
-from modeling_mistral_large.transformers_api import HeadedModel, HostedModel
+from modeling_mistral_large.transformers_api.models import HeadedModel, HostedModel
 
 
 class LoadableModel(HostedModel):  # type: ignore[no-untyped-call]  # transformers types no __init_subclass__

@@ -25,16 +25,15 @@ from modeling_mistral_large.inference.attention import ALL_ATTENTION_FUNCTIONS, 
 from modeling_mistral_large.loading import LoadableModel
 from modeling_mistral_large.recorded_steps.automatic import RecordedGenerationMixin
 from modeling_mistral_large.recorded_steps.cache import by_recorded_steps
-from modeling_mistral_large.transformers_api import (
-    HeadedModel,
+from modeling_mistral_large.transformers_api.keywords import (
     attention_implementation,
     cache_argument,
     cache_in,
     cache_update_options,
     layer_forward,
     model_forward,
-    records,
 )
+from modeling_mistral_large.transformers_api.models import HeadedModel, records
 
 
 @use_kernel_forward_from_hub("RMSNorm")

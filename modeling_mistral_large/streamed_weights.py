@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -161,6 +161,7 @@ def _wait(copies: Sequence[Future[None]]) -> None:
         raise failure
 
 
+@dataclass(frozen=True, eq=False)
 class StreamedTensor:
     """A tensor in a file as transformers reads it: sliced, and then moved to its device and dtype.
 
@@ -168,10 +169,9 @@ class StreamedTensor:
     mapped: the library's own slice of the mapped file, for the CPU and for what is not streamed.
     """
 
-    def __init__(self, file: FileTensor, mapped: Any, staging: Staging) -> None:
-        self.file = file
-        self.mapped = mapped
-        self.staging = staging
+    file: FileTensor
+    mapped: Any
+    staging: Staging
 
     def get_shape(self) -> list[int]:
         return list(self.file.shape)
@@ -291,7 +291,17 @@ def _bounds(shape: Sequence[int], index: Index) -> list[tuple[int, int]] | None:
 
 
 @contextmanager
-def _streamed_weights(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+def streamed_weights(files: Sequence[str], devices: Collection[Any]) -> Iterator[dict[str, Any] | None]:
+    """Open safetensors files for transformers, as long as the context lasts; None where it reads them itself.
+
+    devices: those of the device_map.
+
+    Raises:
+        SettingError: the switch in the environment is neither 0 nor 1.
+    """
+    if not is_switched_on() or not any(map(is_streamed, devices)):
+        yield None
+        return
     with ExitStack() as stack:
         staging = Staging(READERS, BUFFER_BYTES)
         stack.callback(staging.close)
@@ -304,16 +314,3 @@ def _streamed_weights(files: Sequence[str]) -> Iterator[dict[str, Any]]:
                 part = mapped.get_slice(name)
                 weights[name] = StreamedTensor(known[name], part, staging) if name in known else part
         yield weights
-
-
-def streamed_weights(files: Sequence[str], devices: Collection[Any]) -> AbstractContextManager[dict[str, Any] | None]:
-    """Open safetensors files for transformers, as long as the context lasts; None where it reads them itself.
-
-    devices: those of the device_map.
-
-    Raises:
-        SettingError: the switch in the environment is neither 0 nor 1.
-    """
-    if not is_switched_on() or not any(map(is_streamed, devices)):
-        return nullcontext()
-    return _streamed_weights(files)

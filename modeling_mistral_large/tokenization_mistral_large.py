@@ -11,11 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from mistral_large_conversion.chat_templates import (
-    CHAT_TEMPLATES,
-    RESPONSE_TEMPLATES,
-    prompt_format_of,
-)
+from mistral_large_conversion.chat_templates import CHAT_TEMPLATES, RESPONSE_TEMPLATES, prompt_format_of
 from mistral_large_conversion.checkpoint.remote_code import TOKENIZER_AUTO_MAP
 from mistral_large_conversion.errors import TokenizerFileError
 from mistral_large_conversion.sentencepiece_bpe import (
@@ -61,8 +57,6 @@ FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("vocab", "merges", "normalizer", "pre_tokenizer", "decoder", "post_processor"), (None,)),
     **dict.fromkeys(("tokenizer_truncation", "tokenizer_padding", "gguf_file"), (None,)),
 }
-
-
 SETTINGS = (
     *FIXED_SETTINGS,
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
@@ -258,11 +252,9 @@ class MistralLargeTokenizer(ChatTokenizer):
         return vocabulary_of(self.backend_tokenizer)
 
     def forget_tokens(self) -> None:
-        """Drop what is derived from the tokens."""
         self._caches.forget_tokens()
 
     def own_backend(self) -> Tokenizer:
-        """Return a backend of the running thread, whose settings may be changed."""
         of_thread = self._caches.of_thread
         if not hasattr(of_thread, "backend"):
             of_thread.backend = clone_backend(self.backend_tokenizer)
@@ -308,11 +300,10 @@ class MistralLargeTokenizer(ChatTokenizer):
         `[REFERENCE_DOC_n]` in a text is one piece, as for SentencePiece, and in the v7 vocabulary so are `[REF]` and
         `[/REF]`, unless `reference_documents_as_text` is set.
         """
-        encoders = self._caches.text_encoders
-        encode = encoders.get(reference_documents_as_text)
-        if encode is None:
-            encode = _text_encoder(self.backend_tokenizer, reference_documents_as_text)
-            encoders[reference_documents_as_text] = encode
+        encoders, key = self._caches.text_encoders, reference_documents_as_text
+        if key not in encoders:
+            encoders[key] = _text_encoder(self.backend_tokenizer, key)
+        encode = encoders[key]
         return [encode(text) for text in texts]
 
 

@@ -11,7 +11,7 @@ from mistral_large_conversion.checkpoint.atomic_write import PARTIAL_SUFFIX, syn
 from mistral_large_conversion.destination import Journal
 from mistral_large_conversion.manifest import new_checksum
 from mistral_large_conversion.stream import file_checksum
-from modeling_mistral_large.streamed.tensors import bytes_of
+from modeling_mistral_large.streamed.tensors import bytes_of, fill
 
 # What the model computes in on GPUs, and half the bytes of fp32.
 DTYPE = torch.bfloat16
@@ -59,12 +59,8 @@ class HiddenStates:
         with self.path.open("rb", buffering=0) as stream:
             for length in self.lengths:
                 hidden = torch.empty(1, length, self.width, dtype=DTYPE)
-                left = bytes_of(hidden)
-                while left:
-                    count = stream.readinto(left)
-                    if not count:
-                        raise OSError(f"{self.path} ends early")
-                    left = left[count:]
+                if not fill(stream, hidden):
+                    raise OSError(f"{self.path} ends early")
                 yield hidden
 
     def remove(self) -> None:

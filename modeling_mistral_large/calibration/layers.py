@@ -1,6 +1,5 @@
 """Decoder layers quantized one after the other, each by the activations that the quantized layers before it give."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,13 +17,10 @@ from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.stream import WeightStore
 from modeling_mistral_large.calibration.hidden_states import HiddenStates, file_name
 from modeling_mistral_large.configuration_mistral_large import MistralLargeConfig
-from modeling_mistral_large.modeling_mistral_large import (
-    MistralLargeModel,
-    MistralLargeRotaryEmbedding,
-)
+from modeling_mistral_large.modeling_mistral_large import MistralLargeModel
 from modeling_mistral_large.quantization.gptq import Hessian, quantize_weight
 from modeling_mistral_large.quantization.linear import pack_words
-from modeling_mistral_large.streamed import release
+from modeling_mistral_large.streamed.layer_stream import decoder_of_one_layer, release
 
 # Linear layers with the same inputs, in the order of the forward pass: what is quantized reaches those after it.
 STAGES = (
@@ -125,15 +121,7 @@ class LayerCalibrator:
 
     def _load(self, weights: WeightStore, layer: int) -> MistralLargeModel:
         """Return a decoder of this layer alone, from embeddings on and without a norm at the end."""
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = 1
-        with torch.device("meta"):
-            decoder = MistralLargeModel(config)
-        # Its forward makes mask and rotary angles.
-        for name in ("embed_tokens", "norm"):
-            decoder.set_submodule(name, nn.Identity())
-        decoder.rotary_emb = MistralLargeRotaryEmbedding(config).to(self.device)
-        decoder.requires_grad_(False).train(False)
+        decoder = decoder_of_one_layer(self.config, self.device)
         module = decoder.layers[0]
         parameters = {
             name: self._read(weights, f"model.layers.{layer}.{name}", parameter.shape, self.dtype)

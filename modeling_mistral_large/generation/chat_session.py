@@ -16,23 +16,17 @@ from modeling_mistral_large.inference.common_prefix import common_length
 from modeling_mistral_large.inference.speculative_decoding import Speculation, current_speculation
 from modeling_mistral_large.instruct.answer import AnswerEvent, AnswerStream
 from modeling_mistral_large.recorded_steps.automatic import session_cache
-from modeling_mistral_large.transformers_api import CACHE_NAMES, cache_argument, can_take_back, capacity, keep_first
+from modeling_mistral_large.transformers_api.assisted import can_take_back
+from modeling_mistral_large.transformers_api.caches import capacity, keep_first
+from modeling_mistral_large.transformers_api.keywords import CACHE_NAMES, cache_argument
 
 # Of a response, where neither the call nor the model's generation config says it.
 MAX_NEW_TOKENS = 1024
 # Of `generate`, and the session's own: the prompt is the conversation's, and one sequence goes with the cache.
 OWN_OPTIONS = frozenset(
     {
-        *(
-            "input_ids",
-            "inputs",
-            "inputs_embeds",
-            "attention_mask",
-            "position_ids",
-            "use_cache",
-            "cache_implementation",
-        ),
-        *("return_dict_in_generate", *CACHE_NAMES),
+        *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids"),
+        *("use_cache", "cache_implementation", "return_dict_in_generate", *CACHE_NAMES),
     }
 )
 ONE_SEQUENCE = ("num_beams", "num_return_sequences")

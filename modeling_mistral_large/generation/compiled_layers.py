@@ -11,7 +11,7 @@ from modeling_mistral_large.modeling_mistral_large import (
     MistralLargeModel,
     MistralLargePreTrainedModel,
 )
-from modeling_mistral_large.transformers_api import cache_argument, layer_forward
+from modeling_mistral_large.transformers_api.keywords import cache_argument, layer_forward
 
 
 class _OneLayer:

@@ -25,6 +25,7 @@ from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from mistral_large_conversion.vocabulary import BOS, BYTE_IDS, CONTROL_TOKENS, VOCAB_SIZE, VOCABULARIES, piece_bytes
 from modeling_mistral_large.errors import ConversationError, SchemaError
 from modeling_mistral_large.generation.closed_objects import close_object, close_objects
+from modeling_mistral_large.inference.common_prefix import common_length
 from modeling_mistral_large.instruct.answer import EOS_ID, TOOL_CALLS_ID
 from modeling_mistral_large.instruct.json_text import as_mapping
 from modeling_mistral_large.instruct.tool_schemas import ToolDefinition, find_schema_error, list_tools, write_tools
@@ -219,18 +220,14 @@ class _Answer:
 
         The latter happens to the candidates of assisted generation, and where another processor forces a token.
         """
-        mask = None
-        if self._move_to(ids):
-            mask = self._matcher.compute_bitmask()
+        mask = self._matcher.compute_bitmask() if self._move_to(ids) else None
         _check_matcher(self._matcher)
         return mask
 
     def _move_to(self, ids: list[int]) -> bool:
         """Bring the grammar's state behind `ids`, and return whether it could."""
-        known = len(self._read)
-        if ids[:known] != self._read:
-            pairs = enumerate(zip(ids, self._read, strict=False))
-            known = next((number for number, (new, old) in pairs if new != old), len(ids))
+        known = common_length(ids, self._read)
+        if known < len(self._read):
             self._matcher.rollback(len(self._read) - known)
         taken = self._matcher.try_consume_tokens(ids[known:])
         self._read = ids[: known + taken]

@@ -19,24 +19,11 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
     """
 
     def postprocess(  # type: ignore[override]  # the base classes disagree with each other
-        self,
-        model_outputs: Any,
-        return_type: Any = ReturnType.FULL_TEXT,
-        clean_up_tokenization_spaces: bool | None = None,
-        continue_final_message: bool | None = None,
-        skip_special_tokens: bool | None = None,
-        **kwargs: Any,
+        self, model_outputs: Any, return_type: Any = ReturnType.FULL_TEXT, **options: Any
     ) -> Any:
-        """Return the records of transformers' method."""
+        """Return the records of transformers' method, which has these options."""
         read: Any = super().postprocess
-        records = read(
-            model_outputs,
-            return_type,
-            clean_up_tokenization_spaces,
-            continue_final_message,
-            skip_special_tokens,
-            **kwargs,
-        )
+        records = read(model_outputs, return_type, **options)
         prompt_ids = model_outputs["input_ids"]
         tokenizer: Any = self.tokenizer
         if not isinstance(tokenizer, MistralLargeTokenizer) or prompt_ids is None:
@@ -50,14 +37,14 @@ class MistralLargeTextGenerationPipeline(TextGenerationPipeline):
                 continue
             if isinstance(given, str):
                 # Options of raw texts: with a response template transformers keeps the control tokens whatever is said.
-                is_skipped = skip_special_tokens is not False
+                is_skipped = options.get("skip_special_tokens") is not False
                 is_full = return_type == ReturnType.FULL_TEXT
                 text = self._text(ids, goes_on=bool(given) and (is_full or ends_in_text), skip=is_skipped)
                 record["generated_text"] = given + text if is_full else text
             elif return_type == ReturnType.NEW_TEXT:
                 record["generated_text"] = self._text(ids, goes_on=ends_in_text, skip=False)
             elif response_format_of(tokenizer.response_template) is not None:
-                continues = continue_final_message
+                continues = options.get("continue_final_message")
                 if continues is None:
                     continues = given.messages[-1]["role"] == "assistant"
                 message = tokenizer.parse_response(ids, prefix=prompt)

@@ -195,6 +195,8 @@ def _run_call(
     """Return the result of a call as the content of a tool message."""
     if name not in named:
         return _write_error(f"there is no tool {show(name)}; the tools are {', '.join(named)}", form)
+    if not isinstance(arguments, dict):
+        return _write_error(f"the arguments are {show(arguments)} and must be an object", form)
     tool = named[name]
     check = _find_schema_error if tool.has_own_schema else _find_argument_error
     if problem := check(arguments, tool.schema):
@@ -241,10 +243,8 @@ def _write_error(problem: str, form: InstructFormat) -> str:
     return _as_content(json.dumps({"error": problem}, ensure_ascii=False), form)
 
 
-def _find_schema_error(arguments: Any, schema: Mapping[str, Any]) -> str | None:
+def _find_schema_error(arguments: dict[str, Any], schema: Mapping[str, Any]) -> str | None:
     """Return how arguments break a JSON schema, or None."""
-    if not isinstance(arguments, dict):
-        return f"the arguments are {show(arguments)} and must be an object"
     from jsonschema import Draft7Validator
     from jsonschema.exceptions import best_match
     from jsonschema.validators import validator_for
@@ -263,10 +263,8 @@ def _find_schema_error(arguments: Any, schema: Mapping[str, Any]) -> str | None:
     return f"{path}: {shorten(error.message)}" if path else shorten(error.message)
 
 
-def _find_argument_error(arguments: Any, schema: Mapping[str, Any]) -> str | None:
+def _find_argument_error(arguments: dict[str, Any], schema: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the arguments of a call, or None."""
-    if not isinstance(arguments, dict):
-        return f"the arguments are {show(arguments)} and must be an object"
     properties = schema["properties"]
     if missing := [name for name in schema.get("required", ()) if name not in arguments]:
         return f"the arguments lack {', '.join(missing)}"

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from mistral_large_conversion.sharding.memory import PREFILL_CHUNK
-from modeling_mistral_large.transformers_api import PrefillHook, mask_length
+from modeling_mistral_large.transformers_api.models import PrefillHook, mask_length
 
 
 # transformers takes a class for one that generates by this end of its name.

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from mistral_large_conversion.sharding.memory import PREFILL_CHUNK
+from modeling_mistral_large.inference.common_prefix import common_length
 from modeling_mistral_large.inference.cpu_decode import uses_vector_products
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
-from modeling_mistral_large.transformers_api import cache_argument, cached_tokens, take_back
+from modeling_mistral_large.transformers_api.caches import keep_first
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 
 # Tokens drafted at a time, where nobody says how many; of prompt lookup `prompt_lookup_num_tokens` says it.
 MOST_DRAFTED = 8
@@ -160,11 +162,8 @@ class DraftModel:
 
     def _forget_other(self, ids: Sequence[int]) -> list[int]:
         """Remove what is not the beginning of `ids` from the cache; return what it lacks, one token at least."""
-        known = min(len(self._read), len(ids) - 1)
-        if list(ids[:known]) != self._read[:known]:
-            pairs = zip(ids, self._read, strict=False)
-            known = next(number for number, (one, other) in enumerate(pairs) if one != other)
-        take_back(self._cache, cached_tokens(self._cache) - known)
+        known = min(common_length(self._read, list(ids)), len(ids) - 1)
+        keep_first(self._cache, known)
         self._read = self._read[:known]
         return list(ids[known:])
 

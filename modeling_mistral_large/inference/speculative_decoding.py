@@ -28,7 +28,7 @@ from modeling_mistral_large.inference.drafting import (
     policy_for,
 )
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
-from modeling_mistral_large.transformers_api import (
+from modeling_mistral_large.transformers_api.assisted import (
     UNSET_ASSISTANT_TOKENS,
     AssistedDecoding,
     AssistedHook,
@@ -48,7 +48,7 @@ class Speculation:
     """
 
     def __init__(self) -> None:
-        self.proposed = self.accepted = self.written = self.forwards = 0
+        self.restart()
         self._draft: DraftModel | None = None
         self._tokens: list[Token[Speculation | None]] = []
 

@@ -1,7 +1,7 @@
 """The instruct formats as data: what differs between the prompts of the 2407 and the 2411 model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from mistral_large_conversion.vocabulary import VOCABULARIES, Vocabulary
@@ -41,9 +41,9 @@ class InstructFormat:
     begins_with_user: bool
     tool_content_token: str | None
     takes_text_with_calls: bool
-    separator: str
-    stripped: str
-    next_roles: Mapping[str, tuple[str, ...]]
+    separator: str = "\n\n"
+    stripped: str = " "
+    next_roles: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NEXT_ROLES)
 
 
 FORMATS: Mapping[str, InstructFormat] = MappingProxyType(
@@ -55,9 +55,6 @@ FORMATS: Mapping[str, InstructFormat] = MappingProxyType(
             begins_with_user=True,
             tool_content_token=None,
             takes_text_with_calls=False,
-            separator="\n\n",
-            stripped=" ",
-            next_roles=_NEXT_ROLES,
         ),
         # Mistral-Large-Instruct-2411
         "v7": InstructFormat(
@@ -66,9 +63,6 @@ FORMATS: Mapping[str, InstructFormat] = MappingProxyType(
             begins_with_user=False,
             tool_content_token="[TOOL_CONTENT]",
             takes_text_with_calls=True,
-            separator="\n\n",
-            stripped=" ",
-            next_roles=_NEXT_ROLES,
         ),
     }
 )

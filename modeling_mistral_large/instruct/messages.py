@@ -11,7 +11,7 @@ from modeling_mistral_large.errors import ConversationError
 from modeling_mistral_large.instruct.formats import InstructFormat
 from modeling_mistral_large.instruct.json_text import as_mapping, check_unicode, is_list, json_value, rewrite_json, show
 from modeling_mistral_large.instruct.tool_call_ids import is_tool_call_id
-from modeling_mistral_large.instruct.tool_schemas import FUNCTION_NAME, FUNCTION_NAME_RULE
+from modeling_mistral_large.instruct.tool_schemas import FUNCTION_NAME, FUNCTION_NAME_RULE, read_function_name
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # What `tool` was called before there were several calls in a response.
@@ -92,9 +92,7 @@ def read_message(given: Any, index: int, form: InstructFormat, *, strict: bool, 
         raise ConversationError(
             f"message {index}: {show(given)}; a message is a dict with a role and a content; pass one"
         )
-    given_role = message.get("role")
-    if isinstance(given_role, Enum):
-        given_role = given_role.value
+    given_role = _value(message.get("role"))
     role = ROLES.get(given_role) if isinstance(given_role, str) else None
     if given_role == OLD_TOOL_ROLE and not strict:
         role = "tool"
@@ -123,6 +121,11 @@ def read_message(given: Any, index: int, form: InstructFormat, *, strict: bool, 
     if role == "assistant":
         _read_answer(message, read, form, strict=strict, is_sample_end=is_sample_end)
     return read
+
+
+def _value(given: Any) -> Any:
+    """Return what an enum's member stands for, or the value that is given."""
+    return given.value if isinstance(given, Enum) else given
 
 
 def _check_keys(fields: Mapping[Any, Any], known: frozenset[str], where: str, place: str, form: InstructFormat) -> None:
@@ -157,9 +160,7 @@ def _read_text(content: Any, where: str, form: InstructFormat) -> str:
 
 def _read_chunk(chunk: Any, where: str, form: InstructFormat) -> str:
     fields = as_mapping(chunk)
-    kind = fields.get("type") if fields is not None else None
-    if isinstance(kind, Enum):
-        kind = kind.value
+    kind = _value(fields.get("type")) if fields is not None else None
     if fields is None or kind != "text":
         raise ConversationError(
             f"{where} is {show(chunk if kind is None else kind)}; this model reads text chunks only; "
@@ -215,14 +216,10 @@ def _read_call(call: Any, where: str, form: InstructFormat, *, strict: bool, is_
             f'{where}: {show(call)}; a call is {{"id": …, "type": "function", "function": {{"name": …, '
             '"arguments": …}}; correct it'
         )
-    kind = fields.get("type", "function")
-    if isinstance(kind, Enum):
-        kind = kind.value
+    kind = _value(fields.get("type", "function"))
     if kind != "function":
         raise ConversationError(f"{where}: type {show(kind)}; every call is of type 'function'; correct it")
-    name = function.get("name")
-    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
-        raise ConversationError(f"{where}: name {show(name)}; {FUNCTION_NAME_RULE}; rename the function")
+    name = read_function_name(function, where)
     if not CALL_KEYS.issuperset(fields):
         _check_keys(fields, CALL_KEYS, where, "in a tool call", form)
     if not FUNCTION_KEYS.issuperset(function):

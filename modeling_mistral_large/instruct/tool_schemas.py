@@ -52,9 +52,7 @@ def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, A
     function = as_mapping(tool.get("function", None if strict else tool))
     if function is None:
         raise ConversationError(f'{where}: no "function"; write {{"type": "function", "function": {{"name": …}}}}')
-    name = function.get("name")
-    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
-        raise ConversationError(f"{where}: name {show(name)}; {FUNCTION_NAME_RULE}; rename the function")
+    name = read_function_name(function, where)
     description = function.get("description")
     if description is None:
         description = ""
@@ -70,6 +68,14 @@ def _read_tool(tool: ToolDefinition, where: str, *, strict: bool) -> dict[str, A
     if problem := find_schema_error(parameters, "parameters"):
         raise ConversationError(f"{where} ({name}): {problem}; the parameters must be a JSON schema (draft 7)")
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def read_function_name(function: Mapping[str, Any], where: str) -> str:
+    """Return the name of a function that is defined or called, or raise for one that no prompt has."""
+    name = function.get("name")
+    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
+        raise ConversationError(f"{where}: name {show(name)}; {FUNCTION_NAME_RULE}; rename the function")
+    return name
 
 
 def describe_function(tool: Any, where: str) -> dict[str, Any]:

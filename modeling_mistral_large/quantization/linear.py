@@ -20,7 +20,7 @@ from mistral_large_conversion.checkpoint.quantization import CODES_PER_WORD, GRO
 from mistral_large_conversion.quantize import LARGEST_FP8
 from mistral_large_conversion.sharding.memory import DEQUANTIZED_AT_ONCE
 from modeling_mistral_large.quantization import gpu_int4
-from modeling_mistral_large.transformers_api import LocalShards
+from modeling_mistral_large.transformers_api.models import LocalShards
 
 # The kernel for 4 bits reads the weights again for every few tokens: for more, dequantizing is faster.
 MOST_TOKENS_OF_KERNEL = 32
@@ -39,10 +39,25 @@ class QuantizedLinear(LocalShards, nn.Module):
     columns of it, and `in_features` and `out_features` are those of all ranks together.
     """
 
+    weight_scale: Tensor
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+
+    def hold_(self, **tensors: Tensor) -> None:
+        """Take tensors as parameters, which are not trained."""
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def check_groups(self, columns: int, group_size: int) -> None:
+        """Check that the columns of a rank's shard are those of its scales."""
+        if columns != self.weight_scale.shape[1] * group_size:
+            raise ValueError(
+                f"tensor parallelism: {columns} columns for a rank are no whole number of groups of {group_size}; use "
+                "fewer ranks, or device_map instead"
+            )
 
     def after_loading_(self) -> None:
         """Bring what was loaded into the layout of the kernel; a ValueError for a shard that cannot be used."""
@@ -88,18 +103,20 @@ class Fp8Linear(QuantizedLinear):
     models a kernel multiplies FP8 with FP8 on GPUs that have one.
     """
 
+    weight: Tensor
+
     def __init__(self, in_features: int, out_features: int, *, device: torch.device | str | None = None) -> None:
         super().__init__(in_features, out_features)
-        codes = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        # BF16 in the file; the kernel takes FP32.
-        scales = torch.empty(out_features, 1, dtype=torch.float32, device=device)
-        self.weight_scale = nn.Parameter(scales, requires_grad=False)
+        self.hold_(
+            weight=torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device),
+            # BF16 in the file; the kernel takes FP32.
+            weight_scale=torch.empty(out_features, 1, dtype=torch.float32, device=device),
+        )
 
     def after_loading_(self) -> None:
         if isinstance(self.weight_scale, DTensor) and self.weight_scale.placements == (Shard(1),):
             # Shards of columns have the scales of whole rows.
-            self.weight_scale = nn.Parameter(self.weight_scale.full_tensor(), requires_grad=False)
+            self.hold_(weight_scale=self.weight_scale.full_tensor())
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach(), "weight_scale": self.weight_scale.detach().bfloat16()}
@@ -157,7 +174,6 @@ class Int4Linear(QuantizedLinear):
     """
 
     weight_packed: Tensor
-    weight_scale: Tensor
 
     def __init__(
         self,
@@ -171,8 +187,7 @@ class Int4Linear(QuantizedLinear):
         self.group_size = group_size
         words = torch.empty(out_features, in_features // CODES_PER_WORD, dtype=torch.int32, device=device)
         scales = torch.empty(out_features, in_features // group_size, dtype=torch.bfloat16, device=device)
-        self.weight_packed = nn.Parameter(words, requires_grad=False)
-        self.weight_scale = nn.Parameter(scales, requires_grad=False)
+        self.hold_(weight_packed=words, weight_scale=scales)
         # The kernel layout of the weight, or None for the packed layout of the file.
         self.layout: KernelLayout | None = None
 
@@ -186,14 +201,8 @@ class Int4Linear(QuantizedLinear):
 
     def after_loading_(self) -> None:
         if isinstance(self.weight_packed, DTensor) and isinstance(self.weight_scale, DTensor):
-            self.weight_packed = nn.Parameter(self.weight_packed.to_local(), requires_grad=False)
-            self.weight_scale = nn.Parameter(self.weight_scale.to_local(), requires_grad=False)
-            columns = self.weight_packed.shape[1] * CODES_PER_WORD
-            if columns != self.columns:
-                raise ValueError(
-                    f"tensor parallelism: {columns} columns for a rank are no whole number of groups of "
-                    f"{self.group_size}; use fewer ranks, or device_map instead"
-                )
+            self.hold_(weight_packed=self.weight_packed.to_local(), weight_scale=self.weight_scale.to_local())
+            self.check_groups(self.weight_packed.shape[1] * CODES_PER_WORD, self.group_size)
         self.use_kernel_()
 
     def use_kernel_(self) -> None:
@@ -205,15 +214,14 @@ class Int4Linear(QuantizedLinear):
         scales = self.weight_scale.detach().t()
         # [in_features / group, out_features, 2]
         scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1).contiguous()
-        self.weight_packed = nn.Parameter(packed.view(layout.shape(self.rows, self.columns)), requires_grad=False)
-        self.weight_scale = nn.Parameter(scales_and_zeros, requires_grad=False)
+        shape = layout.shape(self.rows, self.columns)
+        self.hold_(weight_packed=packed.view(shape), weight_scale=scales_and_zeros)
         self.layout = layout
 
     def use_packed_layout_(self) -> None:
         """Undo `use_kernel_`."""
         tensors = self.file_tensors()
-        self.weight_packed = nn.Parameter(tensors["weight_packed"], requires_grad=False)
-        self.weight_scale = nn.Parameter(tensors["weight_scale"], requires_grad=False)
+        self.hold_(weight_packed=tensors["weight_packed"], weight_scale=tensors["weight_scale"])
         self.layout = None
 
     def scales(self) -> Tensor:

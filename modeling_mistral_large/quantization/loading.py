@@ -25,7 +25,7 @@ from mistral_large_conversion.errors import CheckpointError, MissingLibraryError
 from modeling_mistral_large.configuration_mistral_large import OPTIONS_OF_FILES
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear, QuantizedLinear
 from modeling_mistral_large.quantization.nvfp4 import Nvfp4Linear
-from modeling_mistral_large.transformers_api import QuantizerHook, ignore_unexpected_keys, is_sharded
+from modeling_mistral_large.transformers_api.models import QuantizerHook, ignore_unexpected_keys, is_sharded
 
 # Under this name transformers finds the classes below; in files it is compressed-tensors.
 LOADED_METHOD = "mistral_large"
@@ -68,11 +68,6 @@ class LoadedQuantization(QuantizationConfigMixin):
     def __init__(self, **settings: Any) -> None:
         self.quant_method = LOADED_METHOD  # type: ignore[assignment]  # any registered name will do
         self.settings = settings | {"quant_method": QUANT_METHOD}
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(**config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.settings)

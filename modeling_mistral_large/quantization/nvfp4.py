@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mistral_large_conversion.checkpoint.quantization import CODES_PER_BYTE, GROUP_SIZES
@@ -22,32 +22,23 @@ class Nvfp4Linear(QuantizedLinear):
     """
 
     weight_packed: Tensor
-    weight_scale: Tensor
     weight_global_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, device: torch.device | str | None = None) -> None:
         super().__init__(in_features, out_features)
-        for name, columns, dtype in (
-            ("weight_packed", in_features // CODES_PER_BYTE, torch.uint8),
-            ("weight_scale", in_features // GROUP_SIZE, torch.float8_e4m3fn),
-        ):
-            tensor = torch.empty(out_features, columns, dtype=dtype, device=device)
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
-        scale = torch.empty(1, dtype=torch.float32, device=device)
-        self.weight_global_scale = nn.Parameter(scale, requires_grad=False)
+        rows = out_features
+        self.hold_(
+            weight_packed=torch.empty(rows, in_features // CODES_PER_BYTE, dtype=torch.uint8, device=device),
+            weight_scale=torch.empty(rows, in_features // GROUP_SIZE, dtype=torch.float8_e4m3fn, device=device),
+            weight_global_scale=torch.empty(1, dtype=torch.float32, device=device),
+        )
 
     def after_loading_(self) -> None:
         for name, tensor in list(self.named_parameters()):
             if isinstance(tensor, DTensor):
                 # The global scale is one number, which the first rank has.
-                local = tensor.full_tensor() if tensor.ndim == 1 else tensor.to_local()
-                setattr(self, name, nn.Parameter(local, requires_grad=False))
-        columns = self.weight_packed.shape[1] * CODES_PER_BYTE
-        if columns != self.weight_scale.shape[1] * GROUP_SIZE:
-            raise ValueError(
-                f"tensor parallelism: {columns} columns for a rank are no whole number of groups of {GROUP_SIZE}; use "
-                "fewer ranks, or device_map instead"
-            )
+                self.hold_(**{name: tensor.full_tensor() if tensor.ndim == 1 else tensor.to_local()})
+        self.check_groups(self.weight_packed.shape[1] * CODES_PER_BYTE, GROUP_SIZE)
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.named_parameters()}

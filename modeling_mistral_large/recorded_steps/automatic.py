@@ -19,7 +19,7 @@ from modeling_mistral_large.inference.speculative_decoding import SpeculativeGen
 from modeling_mistral_large.recorded_steps.cache import RecordedCache
 from modeling_mistral_large.recorded_steps.decoding import MOST_ROWS, CacheDtype, RecordedDecoding, fingerprint_of
 from modeling_mistral_large.recorded_steps.obstacles import is_switched_off, log_once, obstacle_to_recording
-from modeling_mistral_large.transformers_api import CacheHook
+from modeling_mistral_large.transformers_api.models import CacheHook
 
 # Tokens of a completion for which there is room from the start; the cache grows for more.
 ROOM_AHEAD = 1024

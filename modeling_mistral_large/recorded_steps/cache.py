@@ -17,7 +17,7 @@ from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large.inference.static_cache import Fp8States, States, write
 from modeling_mistral_large.recorded_steps.decoding import MOST_ROWS, RecordedDecoding
 from modeling_mistral_large.recorded_steps.obstacles import log_once
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 
 # cuDNN's attention plans every new length anew, and a prompt's chunks each have one.
 PROMPT_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -8,7 +8,6 @@ forward does: W8A8 with FP8 weights, W4A16 with int4.
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from mistral_large_conversion.errors import MissingLibraryError, SettingError
 from modeling_mistral_large.inference.kv_cache import SCALE
 from modeling_mistral_large.inference.static_cache import Fp8States, States, of_each
+from modeling_mistral_large.quantization import gpu_int4
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
-from modeling_mistral_large.recorded_steps import obstacles
+from modeling_mistral_large.recorded_steps.obstacles import obstacle_to_recording
 
 if TYPE_CHECKING:
     from modeling_mistral_large.inference.gpu_kernels import Weights
@@ -67,7 +67,7 @@ def record_decoding(
         SettingError: sizes out of range, or a model whose steps cannot be recorded: not on one GPU, not BF16, sharded,
             offloaded, with hooks or adapters, or in training mode.
     """
-    if not obstacles.has_triton():
+    if not gpu_int4.HAS_TRITON:
         raise MissingLibraryError(
             "recorded steps need Triton, which the CUDA builds of torch bring along; pip install triton"
         )
@@ -75,7 +75,7 @@ def record_decoding(
         raise SettingError(f"batch {batch}: recorded steps take 1 to {MOST_ROWS} sequences; split the batch")
     if cache not in get_args(CacheDtype):
         raise SettingError(f"cache {cache!r}: must be 'bf16' or 'fp8'")
-    if obstacle := obstacles.obstacle_to_recording(model):
+    if obstacle := obstacle_to_recording(model):
         raise SettingError(f"recorded steps: {obstacle}; pass no RecordedCache, and generate decodes without them")
     config: Any = model.config
     most = config.max_position_embeddings
@@ -139,7 +139,6 @@ class RecordedDecoding:
         self.graphs: dict[int, Callable[[], None]] = {}
         # The cache that hands this recording to `generate`, while there is one.
         self.holder: weakref.ref[Any] | None = None
-        self.lock = threading.Lock()
         self.read_weights(model)
         self.reserve(context_length)
 
@@ -236,7 +235,7 @@ class RecordedDecoding:
     def clone(self) -> RecordedDecoding:
         """A recording of the same weights, with a copy of the cache."""
         other = copy.copy(self)
-        other.graphs, other.holder, other.lock = {}, None, threading.Lock()
+        other.graphs, other.holder = {}, None
         other.layers = [
             replace(each, keys=of_each(torch.clone, each.keys), values=of_each(torch.clone, each.values))
             for each in self.layers

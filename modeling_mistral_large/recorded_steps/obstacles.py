@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import nn
 
 from mistral_large_conversion.checkpoint.quantization import FUSED_LAYERS
 from modeling_mistral_large.inference.chunked_prefill import ChunkedPrefillGenerationMixin
-from modeling_mistral_large.quantization.gpu_int4 import GROUP_SIZES
+from modeling_mistral_large.quantization import gpu_int4
 from modeling_mistral_large.quantization.linear import Fp8Linear, Int4Linear
-from modeling_mistral_large.transformers_api import attention_implementation, has_foreign_hooks, is_sharded
+from modeling_mistral_large.transformers_api.keywords import attention_implementation
+from modeling_mistral_large.transformers_api.models import has_foreign_hooks, is_sharded
 
 # Set to 0, it turns recorded steps off for the process.
 SWITCH = "MISTRAL_LARGE_USE_CUDA_GRAPH"
@@ -31,11 +31,6 @@ logger = logging.getLogger("modeling_mistral_large")
 def log_once(reason: str) -> None:
     """Say at debug level why decoding is not recorded, the first time."""
     logger.debug("decoding without recorded steps: %s", reason)
-
-
-def has_triton() -> bool:
-    """Whether Triton is installed, which the CUDA builds of torch bring along."""
-    return find_spec("triton") is not None
 
 
 def is_switched_off(model: nn.Module) -> bool:
@@ -65,7 +60,7 @@ def _obstacle_of_device(model: Any) -> str | None:
         return f"no kernels for {device}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need compute capability 8.0 or higher"
-    if not has_triton():
+    if not gpu_int4.HAS_TRITON:
         return "Triton is not installed"
     return None
 
@@ -96,7 +91,7 @@ def _obstacle_of_modules(model: nn.Module) -> str | None:
             return f"{name} is {type(module).__name__}, not a BF16, FP8 or int4 linear layer without bias"
         if not type(module).__module__.startswith(KNOWN_MODULES):
             return f"{name or 'the model'} is {type(module).__name__}, whose forward may be another"
-        if isinstance(module, Int4Linear) and module.group_size not in GROUP_SIZES:
+        if isinstance(module, Int4Linear) and module.group_size not in gpu_int4.GROUP_SIZES:
             return f"{name} has int4 groups of {module.group_size}, not of 64 or 128"
     for name, module in model.named_modules():
         for names in FUSED_LAYERS:

@@ -20,7 +20,7 @@ from modeling_mistral_large.serving.engine_thread import EngineThread, Job
 from modeling_mistral_large.serving.requests import GeneratedToken
 from modeling_mistral_large.serving.slots import Slot, SlotPool
 from modeling_mistral_large.serving.token_choice import choose_tokens
-from modeling_mistral_large.transformers_api import attention_implementation, cache_argument
+from modeling_mistral_large.transformers_api.keywords import attention_implementation, cache_argument
 
 # A forward of few tokens takes as long as one of a sixteenth of a chunk: the time goes into reading the weights.
 LEAST_COST = 16

@@ -16,7 +16,7 @@ from modeling_mistral_large.serving.batching import end_ids
 from modeling_mistral_large.serving.engine_thread import EngineThread, Job
 from modeling_mistral_large.serving.requests import TokenChoice
 from modeling_mistral_large.serving.token_choice import described, is_greedy, no_choice
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 
 # With one of these, `generate` drafts tokens.
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")

@@ -4,13 +4,12 @@ import errno
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from mistral_large_conversion.errors import DestinationError
-from modeling_mistral_large.streamed.tensors import bytes_of
+from modeling_mistral_large.streamed.tensors import bytes_of, fill
 
 # More than this goes to disk.
 BYTES_IN_MEMORY = 2**29
@@ -55,11 +54,8 @@ class Activations:
             return found
         found = torch.empty(1, self.lengths[index], self.width, dtype=self.dtype)
         self._file.seek(self._starts[index])
-        left = bytes_of(found)
-        while left:
-            count = self._file.readinto(left)
-            assert count, "read before it was written"
-            left = left[count:]
+        is_whole = fill(self._file, found)
+        assert is_whole, "read before it was written"
         return found
 
     def __setitem__(self, index: int, hidden: Tensor) -> None:
@@ -90,7 +86,5 @@ class Activations:
     def __enter__(self) -> "Activations":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -256,11 +256,10 @@ def _summary(
                 f"{stream.checkpoint.folder}: its logits are not finite in {str(stream.dtype).removeprefix('torch.')}; "
                 "nothing can be said of such predictions; pass dtype float32, or verify the checkpoint"
             )
-    agreement = found.agrees.double().mean().item()
     return Comparison(
         kl_mean=found.kl.mean().item(),
         kl_p99=float(np.quantile(found.kl.numpy(), 0.99)),
-        top1_agreement=agreement,
+        top1_agreement=found.agrees.double().mean().item(),
         flips_per_10k=10_000 * (len(found.agrees) - int(found.agrees.sum())) / len(found.agrees),
         perplexity_reference=found.loss_reference.mean().exp().item(),
         perplexity_candidate=found.loss_candidate.mean().exp().item(),

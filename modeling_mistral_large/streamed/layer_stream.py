@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +66,7 @@ class LayerStream:
                 f"{checkpoint.folder}: computes in {str(self.dtype).removeprefix('torch.')}, which has no products; "
                 "pass dtype: bfloat16, float16 or float32"
             )
-        with torch.device("meta"):
-            one_layer = copy.deepcopy(self.config)
-            one_layer.num_hidden_layers = 1
-            decoder: Any = MistralLargeModel(one_layer)
-        # Its forward makes mask and rotary angles; it gets embeddings, and its norm is applied once, after all layers.
-        decoder.embed_tokens, decoder.norm = nn.Identity(), nn.Identity()
-        decoder.rotary_emb = MistralLargeRotaryEmbedding(self.config).to(self.device)
-        self._decoder = decoder.eval()
+        self._decoder = decoder_of_one_layer(self.config, self.device)
 
     def _collect_tensors(self) -> None:
         """Note by HF name where each tensor is, and the head_dim by which its rows are brought into the HF order."""
@@ -171,6 +163,21 @@ class LayerStream:
         is_quantized = self.quantization is not None and parameter is not None and is_part(name)
         dtype = parameter.dtype if is_quantized and parameter is not None else self.dtype
         return read_rows(tensor, range(tensor.shape[0]), dtype=dtype, device=self.device, head_dim=head_dim)
+
+
+def decoder_of_one_layer(config: MistralLargeConfig, device: torch.device) -> MistralLargeModel:
+    """Return a decoder for one layer at a time: its forward makes mask and rotary angles for embeddings that it gets.
+
+    It has no norm, which comes after all layers, and its layer has no weights.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    with torch.device("meta"):
+        decoder = MistralLargeModel(config)
+    for name in ("embed_tokens", "norm"):
+        decoder.set_submodule(name, nn.Identity())
+    decoder.rotary_emb = MistralLargeRotaryEmbedding(config).to(device)
+    return decoder.requires_grad_(False).train(False)
 
 
 def release(layer: nn.Module) -> None:

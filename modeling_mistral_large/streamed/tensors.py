@@ -73,17 +73,24 @@ def gather_rows(tensor: FileTensor, ids: Tensor, *, dtype: torch.dtype, device: 
 
 
 def _fill(stream: BinaryIO, target: Tensor, tensor: FileTensor) -> None:
-    """Read the next bytes of a stream into a contiguous tensor on the CPU."""
+    """Read the next bytes of a tensor's file, or raise a CheckpointError where there are fewer."""
+    if not fill(stream, target):
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name!r} ends before its last byte: the file has changed since it was opened; "
+            "a checkpoint stays as it is while it is read; run it again"
+        )
+
+
+def fill(stream: Any, target: Tensor) -> bool:
+    """Read the next bytes of a stream into a contiguous tensor on the CPU, and return whether there were so many."""
     left = bytes_of(target)
     while left:
         # A read of more than 2 GB comes back in parts.
-        count = stream.readinto(left)  # type: ignore[attr-defined]  # of every stream of a file
+        count = stream.readinto(left)
         if not count:
-            raise CheckpointError(
-                f"{tensor.path}: {tensor.name!r} ends before its last byte: the file has changed since it was opened; "
-                "a checkpoint stays as it is while it is read; run it again"
-            )
+            return False
         left = left[count:]
+    return True
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -1,5 +1,6 @@
 """How transformers' `generate` decodes with a draft: a smaller model, or prompt lookup."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -41,59 +42,37 @@ class AssistedHook(GenerationMixin):
         validate: Any = super()._validate_generation_mode  # type: ignore[misc]  # typed for whole models
         validate(generation_mode, generation_config, generation_mode_kwargs)
 
-    def _assisted_decoding(  # type: ignore[override]  # what it does not read is in kwargs
+    def _assisted_decoding(  # type: ignore[override]  # what it does not read is in options
         self,
         input_ids: Tensor,
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        assistant_model: Any = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> Any:
         wants_all = generation_config.output_attentions or generation_config.output_hidden_states
-        if _is_of_other_kind(generation_config) or wants_all or synced_gpus:
+        prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if _is_of_other_kind(generation_config) or wants_all or options.get("synced_gpus"):
             decode: Any = super()._assisted_decoding  # type: ignore[misc]  # typed for whole models
-            return decode(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                assistant_model=assistant_model,
-                **kwargs,
-            )
-        for name in ("inputs_tensor", "assistant_tokenizer", "tokenizer"):
-            kwargs.pop(name, None)
-        decoding = AssistedDecoding(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, kwargs
-        )
-        return self.decode_with_draft(decoding, assistant_model)
+            return decode(*prepared, **options)
+        streamer, draft = options.pop("streamer", None), options.pop("assistant_model", None)
+        for name in ("synced_gpus", "inputs_tensor", "assistant_tokenizer", "tokenizer"):
+            options.pop(name, None)
+        return self.decode_with_draft(AssistedDecoding(self, *prepared, streamer, options), draft)
 
 
+@dataclass(eq=False)
 class AssistedDecoding:
     """What `generate` has prepared for one sequence, and how the model reads tokens of it."""
 
-    def __init__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        streamer: Any,
-        inputs: dict[str, Any],
-    ) -> None:
-        self.input_ids = input_ids
-        self.logits_processor = logits_processor
-        self.stopping_criteria = stopping_criteria
-        self.config = generation_config
-        self.streamer = streamer
-        self._model = model
-        self._inputs = inputs
-        self._outputs: Any = None
+    _model: Any
+    input_ids: Tensor
+    logits_processor: Any
+    stopping_criteria: Any
+    config: GenerationConfig
+    streamer: Any
+    _inputs: dict[str, Any]
+    _outputs: Any = None
 
     @property
     def cache(self) -> Cache | None:
@@ -153,8 +132,8 @@ class AssistedDecoding:
 
 def _is_of_other_kind(generation_config: Any) -> bool:
     """Whether tokens are drafted by parts of the model itself, which transformers does alone."""
-    given = (getattr(generation_config, name, None) for name in ("assistant_early_exit", "use_mtp", "speculation_type"))
-    return any(given)
+    names = ("assistant_early_exit", "use_mtp", "speculation_type")
+    return any(getattr(generation_config, name, None) for name in names)
 
 
 def can_take_back(cache: Cache) -> bool:
@@ -175,11 +154,6 @@ def take_back(cache: Cache, tokens: int) -> None:
         return
     for layer in layers:
         layer.cumulative_length.sub_(tokens)
-
-
-def cached_tokens(cache: Cache) -> int:
-    """How many tokens a cache holds; static ones count on their device."""
-    return int(cache.get_seq_length())
 
 
 def draft_settings(draft: Any) -> tuple[int | None, bool, float]:

@@ -124,8 +124,7 @@ def _is_used(model: Any, keywords: dict[str, Any], name: str) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not type it
 def _refusal(model_class: str, name: str, known: frozenset[str]) -> str:
-    close = get_close_matches(name, sorted(known), n=1)
-    advice = f"did you mean {close[0]!r}?" if close else "it would have no effect; leave it out"
+    advice = _advice(name, known)
     if name in CACHE_NAMES:
         advice = f"transformers {transformers_version} calls the cache {CACHE_NAME!r}"
     return f"{model_class}.forward() got an unexpected keyword argument {name!r}; {advice}"
@@ -164,6 +163,9 @@ def refuse_unknown_options(function: str, options: Mapping[str, Any], known: Col
     for name, value in options.items():
         if name in known or (name in _OFF_OPTIONS and not value):
             continue
-        close = get_close_matches(name, sorted(known), n=1)
-        advice = f"did you mean {close[0]!r}?" if close else "it would have no effect; leave it out"
-        raise KeywordError(f"{function}() got an unexpected keyword argument {name!r}; {advice}")
+        raise KeywordError(f"{function}() got an unexpected keyword argument {name!r}; {_advice(name, known)}")
+
+
+def _advice(name: str, known: Collection[str]) -> str:
+    close = get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "it would have no effect; leave it out"

@@ -18,7 +18,7 @@ from mistral_large_cli import app
 from mistral_large_cli.demo import convert_demo_checkpoint
 from mistral_large_cli.doctor import MODES, find_packages, run_checks
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 
 CPU = {"cpu": "a processor"}
 DOCTOR = sys.modules["mistral_large_cli.doctor"]

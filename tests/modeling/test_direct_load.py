@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +45,6 @@ from tests.support.reference_model import reference_logits
 from tests.support.tensor_parallel import PROMPT
 from tests.support.warm_python import WarmPython
 
-ROOT = Path(__file__).parents[2]
 # Fewer rows than the tokenizer has pieces, as nothing here is generated of them.
 CONFIG = MistralLargeConfig(
     vocab_size=768,
@@ -519,16 +517,7 @@ def test_two_ranks_say_the_same_as_one(tmp_path: Path, demo_folder: Path, warm_p
     torch.set_num_threads(threads)
     tokens = model.generate(prompt, **GREEDY)
     for source in (folder, demo_folder):
-        launch = [warm_python.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        result = subprocess.run(
-            [*launch, "-m", "tests.support.tensor_parallel", source, tmp_path / "result"],
-            cwd=ROOT,
-            env={**warm_python.environment, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
+        warm_python.run_two_ranks("tests.support.tensor_parallel", source, tmp_path / "result")
         found = torch.load(tmp_path / "result", weights_only=True)
         # Half of the two key heads.
         assert found["key_rows"] == model.config.head_dim

@@ -12,7 +12,7 @@ from transformers import (
 
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeModel, MistralLargeTokenizer
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 from tests.support.models import ATTENTION, GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 
 

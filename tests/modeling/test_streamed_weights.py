@@ -7,7 +7,6 @@ needs is asked of it, and in which order, is seen with a stream that only writes
 import errno
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -33,7 +32,6 @@ from tests.support.checkpoints import write_consolidated
 from tests.support.errors import raises_exactly
 from tests.support.warm_python import WarmPython
 
-ROOT = Path(__file__).parents[2]
 CONFIG = MistralLargeConfig(
     hidden_size=256,
     intermediate_size=512,
@@ -236,17 +234,8 @@ def test_quantizers_that_work_while_loading_get_the_same_weights(
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the ranks talk through gloo")
 def test_a_rank_reads_its_shards_only(folders: dict[str, Path], tmp_path: Path, warm_python: WarmPython) -> None:
-    launch = [warm_python.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     forms = ["consolidated", "hf", "int4"]
-    run = subprocess.run(
-        [*launch, "-m", "tests.support.streamed_ranks", tmp_path / "result", *(folders[form] for form in forms)],
-        cwd=ROOT,
-        env={**warm_python.environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    warm_python.run_two_ranks("tests.support.streamed_ranks", tmp_path / "result", *(folders[form] for form in forms))
     found = torch.load(tmp_path / "result")
     assert len(found) == len(forms)
     for form, ranks in zip(forms, found, strict=True):

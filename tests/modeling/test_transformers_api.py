@@ -25,7 +25,7 @@ from modeling_mistral_large import (
     MistralLargeModel,
 )
 from modeling_mistral_large.errors import KeywordError
-from modeling_mistral_large.transformers_api import CACHE_NAME, CACHE_NAMES, cache_argument, cache_in
+from modeling_mistral_large.transformers_api.keywords import CACHE_NAME, CACHE_NAMES, cache_argument, cache_in
 from tests.support.errors import raises_exactly, whole
 from tests.support.models import GREEDY, ours_only, random_ids, stock_and_ours
 

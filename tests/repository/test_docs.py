@@ -21,7 +21,6 @@ SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py
 INTERNAL_FACADES = {
     "mistral_large_conversion.chat_templates",
     "modeling_mistral_large.serving.page",
-    "modeling_mistral_large.transformers_api",
 }
 NO_FACADES = {"modeling_mistral_large.integrations.vllm_plugin"}
 

@@ -15,7 +15,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from modeling_mistral_large.supported import NEWEST_TRANSFORMERS, OLDEST_TRANSFORMERS
-from modeling_mistral_large.transformers_api import warn_outside_range
+from modeling_mistral_large.transformers_api.registration import warn_outside_range
 from tests.support import clean_forks
 from tests.support.clean_forks import CleanForks
 

@@ -139,5 +139,5 @@ def use(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setitem(sys.modules, NAME, module)
     monkeypatch.setattr("modeling_mistral_large.inference.gpu_kernels", module, raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr("modeling_mistral_large.recorded_steps.obstacles.has_triton", lambda: True)
+    monkeypatch.setattr("modeling_mistral_large.quantization.gpu_int4.HAS_TRITON", True)
     return steps

@@ -58,6 +58,19 @@ class WarmPython:
     def python(self) -> str:
         return str(self.folder / "python")
 
+    def run_two_ranks(self, module: str, *arguments: object) -> None:
+        """Run a module as two processes of torch.distributed, which must not fail."""
+        launch = [self.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+        run = subprocess.run(
+            [*launch, *map(str, arguments)],
+            cwd=ROOT,
+            env={**self.environment, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+
 
 @contextmanager
 def start() -> Iterator[WarmPython]:

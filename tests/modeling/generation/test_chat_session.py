@@ -18,7 +18,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, 
 from modeling_mistral_large.generation import ChatSession, RecordedCache, Speculation, run_tool_loop
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
 from modeling_mistral_large.instruct import TextEvent
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 from tests.conftest import TINY
 from tests.support import torch_kernels
 from tests.support.errors import raises_exactly

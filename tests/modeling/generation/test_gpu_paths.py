@@ -13,7 +13,7 @@ from torch import Tensor
 from modeling_mistral_large.generation import RecordedCache, record_decoding, release_recording
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
 from modeling_mistral_large.recorded_steps import automatic, decoding
-from modeling_mistral_large.transformers_api import cache_argument, cache_in
+from modeling_mistral_large.transformers_api.keywords import cache_argument, cache_in
 from tests.support.devices import on_both_devices, use_kernels_of
 from tests.support.gpu_models import CONFIG, random_model
 from tests.support.gpu_products import relative_error

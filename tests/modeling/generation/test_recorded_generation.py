@@ -27,7 +27,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, 
 from modeling_mistral_large.generation import RecordedCache, constrain, record_decoding, release_recording
 from modeling_mistral_large.quantization import Nvfp4Linear
 from modeling_mistral_large.recorded_steps import automatic, decoding, obstacles
-from modeling_mistral_large.transformers_api import cache_argument, cache_in
+from modeling_mistral_large.transformers_api.keywords import cache_argument, cache_in
 from tests.support import torch_kernels
 from tests.support.errors import raises_exactly
 from tests.support.models import left_padded, random_ids

@@ -18,7 +18,7 @@ from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, 
 from modeling_mistral_large.generation import Speculation, constrain, generate_with, run_tool_loop
 from modeling_mistral_large.inference.drafting import DraftPolicy, PromptLookup, policy_for
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
-from modeling_mistral_large.transformers_api import CACHE_NAME, cache_argument
+from modeling_mistral_large.transformers_api.keywords import CACHE_NAME, cache_argument
 from tests.support.errors import raises_exactly
 from tests.support.models import GREEDY, ours_only, random_ids, stock_config
 

@@ -24,7 +24,7 @@ from modeling_mistral_large.inference import attention as attention_functions
 from modeling_mistral_large.inference import cpu_decode
 from modeling_mistral_large.inference.attention import sdpa_attention
 from modeling_mistral_large.inference.cpu_decode import use_vector_products_
-from modeling_mistral_large.transformers_api import cache_argument, cache_in
+from modeling_mistral_large.transformers_api.keywords import cache_argument, cache_in
 from tests.cli.test_demo import answers, expected
 from tests.support.errors import raises_exactly
 from tests.support.models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours

@@ -35,7 +35,7 @@ from modeling_mistral_large.generation import RecordedCache, record_decoding, re
 from modeling_mistral_large.inference import gpu_kernels
 from modeling_mistral_large.recorded_steps import automatic
 from modeling_mistral_large.recorded_steps.decoding import RecordedDecoding
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Without a GPU the interpreter runs the same tests.

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from modeling_mistral_large import MistralLargeConfig
 from modeling_mistral_large.inference.growing_cache import GrowingCache, RaggedCache
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 from tests.support.errors import raises_exactly
 from tests.support.models import ATTENTION, ours_only, random_ids
 

@@ -18,7 +18,7 @@ from modeling_mistral_large.inference import attention as attention_module
 from modeling_mistral_large.inference.attention import sdpa_attention
 from modeling_mistral_large.inference.kv_cache import Fp8Cache, Fp8Layer, pack, unpack
 from modeling_mistral_large.inference.static_cache import Fp8States, write
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 from tests.support.models import GREEDY, left_padded, ours_only, random_ids, stock_and_ours
 from tests.support.peak_memory import PeakMemory
 

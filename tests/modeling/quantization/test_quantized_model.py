@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ QUANTIZATIONS: list[Scheme] = ["fp8", "int4", "nvfp4"]
 # Of the demo; of fp8 it stands for no groups.
 GROUPS: dict[Scheme, int] = {"fp8": 128, "int4": 64, "nvfp4": 16}
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
-ROOT = Path(__file__).parents[3]
 # A share of each row is a whole number of groups, for two ranks.
 NARROW = MistralLargeConfig(
     hidden_size=256,
@@ -459,16 +457,7 @@ def test_groups_are_not_cut_by_ranks(
 
 def run_ranks(python: WarmPython, folder: Path, result: Path) -> dict[str, Any]:
     """What two ranks find, see `tensor_parallel`."""
-    launch = [python.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*launch, "-m", "tests.support.tensor_parallel", folder, result],
-        cwd=ROOT,
-        env={**python.environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    python.run_two_ranks("tests.support.tensor_parallel", folder, result)
     found: dict[str, Any] = torch.load(result, weights_only=True)
     return found
 

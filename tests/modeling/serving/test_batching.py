@@ -17,7 +17,7 @@ from modeling_mistral_large.inference.kv_cache import Fp8Cache
 from modeling_mistral_large.serving import slots
 from modeling_mistral_large.serving.batching import ContinuousBatching
 from modeling_mistral_large.serving.requests import GenerationRequest, TokenChoice
-from modeling_mistral_large.transformers_api import cache_argument
+from modeling_mistral_large.transformers_api.keywords import cache_argument
 from tests.support.errors import raises_exactly
 from tests.support.models import ATTENTION
 from tests.support.serving import (
