@@ -2,23 +2,18 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from .options import AsJson, CacheDir, Revision, Source, Token, hub_options
-from .terminal import one_line, print_json, print_line
+from .options import AsJson, CacheDir, PromptFormat, Revision, Source, Token, hub_options
+from .terminal import one_line, print_json
 
 
 def adopt(
     source: Source,
     destination: Annotated[Path, typer.Argument(file_okay=False, help="Folder to write, new or empty.")],
-    prompt_format: Annotated[
-        Literal["v3", "v7", "own"] | None,
-        typer.Option(
-            help="Prompt format of a fine-tune; own: its chat template.", show_default="what its chat template renders"
-        ),
-    ] = None,
+    prompt_format: PromptFormat = None,
     revision: Revision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
@@ -33,9 +28,9 @@ def adopt(
         print_json(asdict(done) | {"source": source, "destination": str(done.destination)})
         return
     links = ", ".join(f"{count} × {kind}" for kind, count in done.links.items())
-    print_line(f"{one_line(str(destination))}: weights {links}; {done.written_bytes:,} bytes written")
+    print(f"{one_line(str(destination))}: weights {links}; {done.written_bytes:,} bytes written")
     if "symbolic link" in done.links:
-        print_line("note: symbolic links break when their targets are removed, as pruning of a cache does")
-    print_line(one_line(f"prompts: {done.prompt_format or 'those of its own chat template'}; {done.format_reason}"))
+        print("note: symbolic links break when their targets are removed, as pruning of a cache does")
+    print(one_line(f"prompts: {done.prompt_format or 'those of its own chat template'}; {done.format_reason}"))
     for remark in done.remarks:
-        print_line(one_line(f"note: {remark}"))
+        print(one_line(f"note: {remark}"))

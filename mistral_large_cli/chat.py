@@ -1,18 +1,21 @@
 """`mistral-large chat`: streamed responses, tools that are called, a conversation that can be saved."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
+
+from mistral_large_conversion.errors import ConversationError, MistralLargeError
 
 from .chat_commands import COMMANDS, ChatCommands
 from .chat_page import chat_on_page
 from .chat_screen import ChatScreen
 from .chat_turns import ChatTurns
-from .conversation_file import Conversation, check_messages, formats_of_folder, load_conversation
+from .conversation_file import Conversation, check_messages, format_of_folder, load_conversation
 from .generation_session import GenerationSession
 from .line_editor import LineEditor, history_file
 from .model_argument import check_model
@@ -33,9 +36,6 @@ from .sampling import NAMES, Sampling
 from .speculation import Draft, Drafting, DraftRevision, DraftTokens, Lookup
 from .terminal import console
 from .tools_file import Tool, function_names, load_tools
-
-if TYPE_CHECKING:
-    from .mcp_tools import McpServers
 
 BLOCK_MARK = '"""'
 # Typed alone at a terminal.
@@ -106,7 +106,7 @@ def chat(
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, tuple(stop or ()))
     hub = hub_options(model, revision, token, cache_dir, draft=draft)
-    drafting = Drafting.read(draft, lookup, draft_tokens, draft_revision, token, cache_dir)
+    drafting = Drafting.read(draft, lookup, draft_tokens, draft_revision, hub)
     check_model(model, hub, device_map, adapter)
     if drafting is not None and drafting.draft is not None:
         check_model(drafting.draft, drafting.hub, device_map)
@@ -118,11 +118,9 @@ def chat(
     if tools is not None:
         conversation.tools = load_tools(tools)
     if load is not None:
-        load_conversation(conversation, load, *formats_of_folder(model))
+        load_conversation(conversation, load, format_of_folder(model))
     if system is not None:
         if conversation.system is not None:
-            from mistral_large_conversion.errors import ConversationError
-
             raise ConversationError(f"--system: {load} has a system prompt of its own; leave one of the two out")
         conversation.system = system
     session = GenerationSession(
@@ -142,13 +140,19 @@ def chat(
     is_terminal = sys.stdout.isatty()
     # Lines of the chat itself are broken between words at a terminal, and nowhere else.
     out = console(soft_wrap=not is_terminal)
-    servers: McpServers | None = None
-    try:
+    more_tools: Sequence[Tool] = ()
+    with ExitStack() as stack:
+        stack.callback(session.dismiss)
         if load is not None:
             # Of a repository or an adapter, the format is known now.
-            check_messages(conversation.messages, None, *session.prompt_formats)
+            check_messages(conversation.messages, None, session.tokenizer.prompt_format)
         if mcp:
-            servers = start_servers(mcp)
+            # The client's event loop is imported only where there are any.
+            from .mcp_tools import McpServers
+
+            servers = McpServers(mcp)
+            stack.callback(servers.close)
+            more_tools = servers.tools
         Chat(
             ChatScreen(out, is_markdown=is_terminal and not plain),
             conversation,
@@ -157,19 +161,8 @@ def chat(
             commands=commands,
             asks=not yes,
             history=None if no_history else history_file(),
-            more_tools=[] if servers is None else servers.tools,
+            more_tools=more_tools,
         ).run()
-    finally:
-        if servers is not None:
-            servers.close()
-        session.dismiss()
-
-
-def start_servers(commands: Sequence[str]) -> "McpServers":
-    """Start MCP servers; the client's event loop is imported only where there are any."""
-    from .mcp_tools import McpServers
-
-    return McpServers(commands)
 
 
 class Chat:
@@ -204,8 +197,6 @@ class Chat:
 
     def run(self) -> None:
         """Read messages and respond until the input ends."""
-        from mistral_large_conversion.errors import MistralLargeError
-
         if self._is_terminal:
             self._screen.note(f"{self._session.description}\nCtrl-C stops a response, /help lists the commands.")
         elif isinstance(sys.stdin, TextIOWrapper):
@@ -265,8 +256,6 @@ class Chat:
                 self._default = None
 
     def _read(self, prompt: str) -> str:
-        from mistral_large_conversion.errors import ConversationError
-
         try:
             if self._editor is not None:
                 return self._editor.read(prompt, self._default or "")
@@ -279,16 +268,13 @@ class Chat:
             ) from error
 
     def _ask(self, question: str) -> str:
-        if self._editor is not None:
-            return self._editor.ask(question)
+        ask: Callable[[str], str] = input if self._editor is None else self._editor.ask
         try:
-            return input(question)
+            return ask(question)
         except EOFError:
             return ""
 
     def _edit(self, text: str) -> None:
-        from mistral_large_conversion.errors import ConversationError
-
         if self._editor is None:
             raise ConversationError("/edit: no terminal to edit the last message at; write /edit TEXT")
         self._default = text

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from mistral_large_conversion.errors import ConversationError, SettingError
+
 from .chat_turns import ChatTurns
 from .conversation_file import load_conversation, save_conversation
 from .highlighting import highlighted
@@ -30,10 +32,6 @@ Enter sends, Alt+Enter or Esc Enter begins a line, Tab completes, ctrl-X ctrl-E 
 Ctrl-C stops a response. A message of several lines begins and ends with a line that is \"\"\"; none is a command."""
 WITH_ARGUMENT = ("/system", "/tools", "/save", "/load", "/set", "/edit")
 ENDS = ("/exit", "/quit")
-COMMANDS = (
-    *("/system", "/tools", "/set", "/regenerate", "/edit", "/undo", "/save", "/load", "/reset", "/status", "/prompt"),
-    *("/help", *ENDS),
-)
 
 
 class ChatCommands:
@@ -45,26 +43,9 @@ class ChatCommands:
     def __init__(self, turns: ChatTurns, edit: Callable[[str], None]) -> None:
         self._turns, self._edit = turns, edit
         self._conversation, self._screen = turns.conversation, turns.screen
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/system": self._set_system,
-            "/tools": self._set_tools,
-            "/set": self._set,
-            "/regenerate": self._regenerate,
-            "/edit": self._replace,
-            "/undo": self._undo,
-            "/save": self._save,
-            "/load": self._load,
-            "/reset": self._reset,
-            "/status": self._show_status,
-            "/prompt": self._show_prompt,
-            "/help": lambda _: self._screen.note(HELP),
-        }
-        assert {*self._commands, *ENDS} == {*COMMANDS}
 
     def obey(self, line: str) -> bool:
         """Do what a command says, and return whether it ends the chat."""
-        from mistral_large_conversion.errors import ConversationError
-
         name, *rest = line.split(maxsplit=1)
         argument = rest[0].strip() if rest else ""
         if name not in COMMANDS:
@@ -74,7 +55,7 @@ class ChatCommands:
         if argument and name not in WITH_ARGUMENT:
             raise ConversationError(f"{name}: takes nothing, not {argument!r}; write {name} alone")
         if name not in ENDS:
-            self._commands[name](argument)
+            ACTIONS[name](self, argument)
         return name in ENDS
 
     def _set_system(self, text: str) -> None:
@@ -85,8 +66,6 @@ class ChatCommands:
         self._screen.note(f"tools: {', '.join(tool_names(self._turns.tools)) or 'none'}")
 
     def _set(self, argument: str) -> None:
-        from mistral_large_conversion.errors import SettingError
-
         session = self._turns.session
         if not argument:
             self._screen.note("\n".join(session.sampling.lines()))
@@ -121,7 +100,7 @@ class ChatCommands:
         self._screen.note(f"{len(self._conversation.messages)} messages in {path}")
 
     def _load(self, name: str) -> None:
-        load_conversation(self._conversation, Path(name), *self._turns.session.prompt_formats)
+        load_conversation(self._conversation, Path(name), self._turns.session.tokenizer.prompt_format)
         self._screen.note(f"{len(self._conversation.messages)} messages from {name}")
 
     def _reset(self, _: str) -> None:
@@ -149,3 +128,23 @@ class ChatCommands:
         session = self._turns.session
         ids = session.prompt(self._turns.prompt_messages, self._turns.tools)
         self._screen.console.print(highlighted(session.tokenizer, ids))
+
+    def _help(self, _: str) -> None:
+        self._screen.note(HELP)
+
+
+ACTIONS: dict[str, Callable[[ChatCommands, str], None]] = {
+    "/system": ChatCommands._set_system,
+    "/tools": ChatCommands._set_tools,
+    "/set": ChatCommands._set,
+    "/regenerate": ChatCommands._regenerate,
+    "/edit": ChatCommands._replace,
+    "/undo": ChatCommands._undo,
+    "/save": ChatCommands._save,
+    "/load": ChatCommands._load,
+    "/reset": ChatCommands._reset,
+    "/status": ChatCommands._show_status,
+    "/prompt": ChatCommands._show_prompt,
+    "/help": ChatCommands._help,
+}
+COMMANDS = (*ACTIONS, *ENDS)

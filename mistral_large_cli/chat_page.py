@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from mistral_large_conversion.errors import SettingError
+
 from .serve_here import ServerSettings, serve_here
 from .speculation import Drafting
 
@@ -35,8 +37,6 @@ def chat_on_page(
         SettingError: an option that has no effect on the page.
         MissingLibraryError: what the server needs is not installed.
     """
-    from mistral_large_conversion.errors import SettingError
-
     given = [name for name in context.params if _is_given(context, name)]
     for name in given:
         option = f"--{name.replace('_', '-')}"

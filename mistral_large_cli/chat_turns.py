@@ -1,10 +1,11 @@
-"""The turns of a chat: a message is answered, tools are called, and turns are taken back."""
+"""The turns of a chat: a message is answered, tools are called, turns are taken back, and the oldest are left out."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mistral_large_conversion.errors import ConversationError
+
 from .chat_screen import ChatScreen, call_text
-from .context_window import ContextWindow
 from .conversation_file import Conversation, Message
 from .generation_session import GenerationSession
 from .terminal import one_line
@@ -12,6 +13,8 @@ from .tools_file import Tool
 
 # Attribute of a function that changes nothing, so that nobody is asked before it runs.
 READ_ONLY = "read_only"
+# Of the room, what is free after turns were left out, so that not every turn changes the beginning of the prompt.
+FREE = 8
 
 
 class ChatTurns:
@@ -78,7 +81,7 @@ class ChatTurns:
                 messages,
                 self.tools,
                 max_rounds=self._max_rounds,
-                prompt_format=next(iter(self.session.prompt_formats), None),
+                prompt_format=self.session.tokenizer.prompt_format,
                 approve=None if self._ask is None else self._approve,
             )
         except KeyboardInterrupt:
@@ -101,8 +104,6 @@ class ChatTurns:
         Raises:
             ConversationError: there is none.
         """
-        from mistral_large_conversion.errors import ConversationError
-
         for index in range(len(self.conversation.messages) - 1, -1, -1):
             if self.conversation.messages[index]["role"] == "user":
                 return index
@@ -147,3 +148,46 @@ class ChatTurns:
                 return True
             if answer in ("", "n", "no"):
                 return False
+
+
+class ContextWindow:
+    """What is left out of prompts; a turn is a message of the user's with all that follows until the next one.
+
+    count: returns the tokens of the prompt of some messages.
+    """
+
+    def __init__(self, count: Callable[[list[Message]], int], context_length: int) -> None:
+        self._count, self._context_length = count, context_length
+        # Messages at the beginning that are left out.
+        self.dropped: list[Message] = []
+
+    def kept(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages without those that were left out last, if they begin with them."""
+        has_same_start = list(messages[: len(self.dropped)]) == self.dropped
+        return list(messages[len(self.dropped) :] if has_same_start else messages)
+
+    def fit(self, messages: Sequence[Message], max_new_tokens: int) -> list[Message]:
+        """Return the messages with those turns that fit next to a response; the last turn always stays.
+
+        A response gets the tokens it may have, but no more than half of the context.
+        """
+        room = self._context_length - min(max_new_tokens, self._context_length // 2)
+        if self._count(list(messages)) <= room:
+            self.dropped = []
+            return list(messages)
+        kept = self.kept(messages)
+        first = len(messages) - len(kept)
+        later = [index for index in range(first + 1, len(messages)) if messages[index]["role"] == "user"]
+        if not later or (first and self._count(kept) <= room):
+            return kept
+        smaller = room - room // FREE
+        # The first turn from which on all fits; the prompt grows with each that comes before it.
+        low, high = 0, len(later) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._count(list(messages[later[middle] :])) <= smaller:
+                high = middle
+            else:
+                low = middle + 1
+        self.dropped = list(messages[: later[low]])
+        return list(messages[later[low] :])

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mistral_large_conversion.checkpoint import open_checkpoint
+from mistral_large_conversion.errors import SettingError
+
 from .options import DTYPES, TORCH_DTYPES, AsJson, CacheDir, Dtype, Revision, Token, hub_options
 from .terminal import console, one_line, print_json, progress_bar
 
@@ -52,8 +55,6 @@ def compare(
     hub = hub_options(on_hub[0] if on_hub else reference, revision, token, cache_dir)
     # All that needs no torch comes first, so that it is said at once.
     from mistral_large_conversion import read_samples
-    from mistral_large_conversion.checkpoint import open_checkpoint
-    from mistral_large_conversion.errors import SettingError
 
     if revision is not None and len(on_hub) > 1:
         raise SettingError(

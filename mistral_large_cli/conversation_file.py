@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mistral_large_conversion.checkpoint.atomic_write import atomic_write
+from mistral_large_conversion.checkpoint.layout import layouts_of
+from mistral_large_conversion.errors import ConversationError, DestinationError, MistralLargeError
+
 from .tools_file import Tool, tool_names
 
 Message = dict[str, Any]
@@ -28,14 +32,12 @@ class Conversation:
         return [*system, *messages]
 
 
-def read_conversation(path: Path, *prompt_formats: str) -> tuple[list[Any], list[Any] | None]:
+def read_conversation(path: Path, prompt_format: str | None = None) -> tuple[list[Any], list[Any] | None]:
     """Return messages and tools of `{"messages": […], "tools": […]}`, or of the list of messages alone; `-` is stdin.
 
     Raises:
-        ConversationError: no such file, or no conversation in it that has a prompt in one of these formats.
+        ConversationError: no such file, or no conversation in it that has a prompt in this format.
     """
-    from mistral_large_conversion.errors import ConversationError
-
     try:
         content = json.loads(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -46,41 +48,35 @@ def read_conversation(path: Path, *prompt_formats: str) -> tuple[list[Any], list
     if not isinstance(tools, list | None):
         raise ConversationError(f"{path}: tools is not a list; tools are definitions as OpenAI has them; pass a list")
     try:
-        check_messages(messages, tools, *prompt_formats)
+        check_messages(messages, tools, prompt_format)
     except ConversationError as error:
         raise ConversationError(f"{path}: {error}") from error
     return messages, tools
 
 
-def formats_of_folder(model: str) -> tuple[str, ...]:
-    """Return the prompt format of a local checkpoint, before torch is imported; none where it is not known yet."""
-    from mistral_large_conversion.checkpoint.layout import layouts_of
-    from mistral_large_conversion.errors import MistralLargeError
+def format_of_folder(model: str) -> str | None:
+    """Return the prompt format of a local checkpoint, before torch is imported; None where it is not known yet."""
     from mistral_large_conversion.folder_tokenizer import read_folder_tokenizer
 
-    if not layouts_of(Path(model)):
-        return ()
     # What is wrong with it, loading it says.
     with suppress(MistralLargeError):
-        prompt_format = read_folder_tokenizer(model).prompt_format
-        return () if prompt_format is None else (prompt_format,)
-    return ()
+        return read_folder_tokenizer(model).prompt_format if layouts_of(Path(model)) else None
+    return None
 
 
-def check_messages(messages: list[Any], tools: list[Any] | None, *prompt_formats: str) -> None:
-    """Check that a conversation has a prompt in one of these formats, or in any if none is given.
+def check_messages(messages: list[Any], tools: list[Any] | None, prompt_format: str | None = None) -> None:
+    """Check that a conversation has a prompt in this format, or in any if none is given.
 
     Raises:
-        ConversationError: that of the first of them.
+        ConversationError: it has none; that of the first format.
     """
-    from mistral_large_conversion.errors import ConversationError
     from modeling_mistral_large.instruct import build_prompt
     from modeling_mistral_large.instruct.formats import FORMATS
 
     problems = []
-    for prompt_format in prompt_formats or FORMATS:
+    for each in FORMATS if prompt_format is None else (prompt_format,):
         try:
-            build_prompt(messages, tools, prompt_format=prompt_format)
+            build_prompt(messages, tools, prompt_format=each)
         except ConversationError as error:
             problems.append(error)
         else:
@@ -94,9 +90,6 @@ def save_conversation(conversation: Conversation, name: str) -> Path:
     Raises:
         DestinationError: no name, the file is another one's, or it cannot be written.
     """
-    from mistral_large_conversion.checkpoint.atomic_write import atomic_write
-    from mistral_large_conversion.errors import DestinationError
-
     if not name:
         raise DestinationError("/save: no name of a file; pass one")
     path = Path(name).absolute()
@@ -112,16 +105,14 @@ def save_conversation(conversation: Conversation, name: str) -> Path:
     return path
 
 
-def load_conversation(conversation: Conversation, path: Path, *prompt_formats: str) -> None:
+def load_conversation(conversation: Conversation, path: Path, prompt_format: str | None = None) -> None:
     """Take over the messages of a file; tools are kept.
 
     Raises:
-        ConversationError: no such file, no conversation in it that has a prompt in one of these formats, or
+        ConversationError: no such file, no conversation in it that has a prompt in this format, or
             definitions of tools that the chat has no functions for, so that nobody could run them.
     """
-    from mistral_large_conversion.errors import ConversationError
-
-    messages, tools = read_conversation(path, *prompt_formats)
+    messages, tools = read_conversation(path, prompt_format)
     defined = {str((tool.get("function") or tool).get("name")) for tool in tools or ()}
     if missing := defined.difference(tool_names(conversation.tools)):
         raise ConversationError(

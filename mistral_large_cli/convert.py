@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mistral_large_conversion.checkpoint.source_files import adapter_problem
+from mistral_large_conversion.errors import SettingError
+
 from .convert_adapter import adapter_lines, adapter_report
-from .options import DTYPES, AsJson, CacheDir, Dtype, Revision, Source, Token, hub_options
+from .options import DTYPES, AsJson, CacheDir, Dtype, PromptFormat, Revision, Source, Token, hub_options
 from .terminal import console as safe_console
 from .terminal import one_line, print_json, progress_bar
 
@@ -92,12 +95,7 @@ def convert(
         str | None,
         typer.Option(help="Base checkpoint of an adapter in SOURCE, if it does not name one."),
     ] = None,
-    prompt_format: Annotated[
-        Literal["v3", "v7", "own"] | None,
-        typer.Option(
-            help="Prompt format of a fine-tune; own: its chat template.", show_default="what its chat template renders"
-        ),
-    ] = None,
+    prompt_format: PromptFormat = None,
     gguf_type: Annotated[
         str | None,
         typer.Option(
@@ -130,9 +128,6 @@ def convert(
     is converted between PEFT's format (--to hf) and the vendor's lora.safetensors (--to consolidated). A GGUF file is
     written by llama.cpp's own tools, from the start if they are interrupted.
     """
-    from mistral_large_conversion.checkpoint.source_files import adapter_problem
-    from mistral_large_conversion.errors import SettingError
-
     of_weights = {
         "--as": as_ is not None,
         "--max-shard-size": max_shard_size != DEFAULT_SHARD_SIZE,

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from mistral_large_conversion.checkpoint.adapter import Adapter
+from mistral_large_conversion.checkpoint.adapter_folder import FILES, is_other_base
+from mistral_large_conversion.errors import SettingError
 
 from .options import DTYPES
 from .terminal import console as safe_console
 from .terminal import one_line, print_json
-
-if TYPE_CHECKING:
-    from mistral_large_conversion.checkpoint.adapter import Adapter
 
 
 def convert_adapter(
@@ -30,8 +31,6 @@ def convert_adapter(
         SettingError: an option that means nothing for an adapter.
     """
     from mistral_large_conversion import convert_adapter as convert
-    from mistral_large_conversion.checkpoint.adapter_folder import FILES
-    from mistral_large_conversion.errors import SettingError
 
     if (option := next((option for option, is_given in without_effect.items() if is_given), None)) is not None:
         raise SettingError(f"{option}: has no effect: {source} is an adapter, which is converted alone; leave it out")
@@ -45,7 +44,7 @@ def convert_adapter(
     console.print(f"to    {one_line(str(destination))}: {' and '.join(FILES[to])}, {written.description}")
 
 
-def adapter_report(adapter: "Adapter") -> dict[str, Any]:
+def adapter_report(adapter: Adapter) -> dict[str, Any]:
     """What --json says of an adapter."""
     return {
         "name": adapter.name,
@@ -56,10 +55,8 @@ def adapter_report(adapter: "Adapter") -> dict[str, Any]:
     }
 
 
-def adapter_lines(adapter: "Adapter", source: str) -> Iterator[str]:
+def adapter_lines(adapter: Adapter, source: str) -> Iterator[str]:
     """What is printed of an adapter that is merged into `source`."""
-    from mistral_large_conversion.checkpoint.adapter_folder import is_other_base
-
     yield f"with  {one_line(adapter.name)}: {adapter.description}, merged"
     if adapter.base is not None and is_other_base(adapter.base, source):
         yield f"note: the adapter names {one_line(adapter.base)} as its base; the shapes fit {one_line(source)}, too"

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mistral_large_conversion.checkpoint.hub import resolve_conversion_source
+from mistral_large_conversion.errors import SettingError
+
 from .convert_adapter import adapter_lines, adapter_report
 from .terminal import console as safe_console
 from .terminal import one_line, print_json, progress_bar
@@ -32,8 +35,6 @@ def convert_gguf(
     Raises:
         SettingError: no llama.cpp is given, or an option that means nothing for a GGUF file.
     """
-    from mistral_large_conversion.checkpoint.hub import resolve_conversion_source
-    from mistral_large_conversion.errors import SettingError
     from mistral_large_conversion.gguf import CONVERTER, QUANTIZER, REPOSITORY, prepare_gguf
 
     if (option := next((option for option, is_given in without_effect.items() if is_given), None)) is not None:

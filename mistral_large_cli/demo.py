@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mistral_large_conversion.errors import TokenizerFileError
 from mistral_large_conversion.vocabulary import VOCABULARIES
 
 from .highlighting import highlighted
@@ -99,8 +100,6 @@ def tokenizer_model_file(prompt_format: str = "v3") -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / name).is_file():
             return path
-    from mistral_large_conversion.errors import TokenizerFileError
-
     problem = "is not installed" if spec is None else f"has no {name}"
     raise TokenizerFileError(
         f"mistral-common: {problem}; the demo takes the vendor's tokenizer file from it: "

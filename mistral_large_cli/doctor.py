@@ -15,6 +15,8 @@ from typing import Any
 
 import typer
 
+from mistral_large_conversion.errors import TokenizerFileError
+
 from .demo import (
     GoldenConversation,
     convert_demo_checkpoint,
@@ -146,8 +148,6 @@ def find_devices() -> dict[str, str]:
 def run_checks(devices: Mapping[str, str]) -> Iterator[Check]:
     """Yield each check as soon as it is done; one that fails with an error is wrong, and the others are still run."""
     import transformers
-
-    from mistral_large_conversion.errors import TokenizerFileError
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -9,20 +9,24 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from mistral_large_conversion.checkpoint.names import expected_tensors
+from mistral_large_conversion.errors import CheckpointError, ConversationError, MistralLargeError
 
 from .conversation_file import Message
 from .response_meter import ResponseMeter
 from .sampling import Sampling
-from .speculation import Drafting
-from .stop_strings import StoppedText
 from .terminal import printable
 from .tools_file import Tool
 
 if TYPE_CHECKING:
     from modeling_mistral_large import MistralLargeTokenizer
+    from modeling_mistral_large.instruct import AnswerStream
+
+    from .speculation import Drafting
 
 # What a process is told to generate: the prompt, the seed and how tokens are chosen.
 Task = tuple[list[int], int, Sampling]
@@ -48,12 +52,11 @@ class GenerationSession:
         prefill_chunk: int,
         hub: Mapping[str, Any] | None = None,
         adapter: str | None = None,
-        drafting: Drafting | None = None,
+        drafting: "Drafting | None" = None,
     ) -> None:
         import torch
         import transformers
 
-        from mistral_large_conversion.checkpoint.names import expected_tensors
         from modeling_mistral_large.generation import ChatSession
         from modeling_mistral_large.recorded_steps.automatic import session_cache
 
@@ -68,9 +71,7 @@ class GenerationSession:
         self._model, self.tokenizer = load_model(model_name, hub or {}, adapter=adapter, dtype=dtype, **place)
         self._draft_options: dict[str, Any] = {}
         if drafting is not None:
-            self._draft_options = drafting.generate_options(
-                self._model, self.tokenizer, load_model, dtype=dtype, **place
-            )
+            self._draft_options = drafting.generate_options(self._model, self.tokenizer, dtype=dtype, **place)
         config = self._model.config
         self.chat = ChatSession(
             self._model, self.tokenizer, session_cache(self._model, "fp8" if kv == "fp8" else "bf16")
@@ -98,12 +99,6 @@ class GenerationSession:
         else:
             self._random.seed()
 
-    @property
-    def prompt_formats(self) -> tuple[str, ...]:
-        """The instruct format of the model's prompts; none where they are what a template of its own renders."""
-        prompt_format: str | None = self.tokenizer.prompt_format
-        return () if prompt_format is None else (prompt_format,)
-
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """Return the ids of a prompt."""
         return self.chat.prompt(messages, tools)
@@ -123,7 +118,6 @@ class GenerationSession:
         """
         import torch
 
-        from mistral_large_conversion.errors import ConversationError
         from modeling_mistral_large.instruct.answer import AnswerStream
 
         prompt = self.prompt(messages, tools)
@@ -144,14 +138,16 @@ class GenerationSession:
 
         if self._is_parallel:
             _broadcast((prompt, seed, self.sampling))
-        with _stop_on_interrupt(self.chat.stop, is_wanted=not self._is_parallel) as was_interrupted:
+        interrupts: list[int] = []
+        # Other processes would go on without the first one.
+        with nullcontext() if self._is_parallel else _stop_on_interrupt(self.chat.stop, interrupts):
             self._generate(prompt, seed, take, show_prefill)
         for event in stream.finish():
             show(event)
         message = stream.message()
-        if was_interrupted():
+        if interrupts:
             message.pop("tool_calls", None)
-        return message, was_interrupted()
+        return message, bool(interrupts)
 
     def follow(self) -> None:
         """Generate what the first process does, until it leaves."""
@@ -186,13 +182,57 @@ class GenerationSession:
         )
 
 
+class StoppedText:
+    """An `AnswerStream` whose text ends before the first stop string; what may begin one is held back."""
+
+    def __init__(self, stream: "AnswerStream", stop: Sequence[str]) -> None:
+        from modeling_mistral_large.serving.completion_text import StopStrings
+
+        self._stream, self._stops = stream, StopStrings(stop)
+        self._said = ""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Return whether a stop string has ended the text."""
+        return self._stops.is_stopped
+
+    def feed(self, ids: list[int]) -> list[Any]:
+        """Take the next ids and return what they complete."""
+        return self._filtered(self._stream.feed(ids))
+
+    def finish(self) -> list[Any]:
+        """Take the end of the response and return what was held back for it."""
+        return [*self._filtered(self._stream.finish()), *self._text(self._stops.finish())]
+
+    def message(self) -> dict[str, Any]:
+        """Return the response as a message; one that a stop string ended calls no tools."""
+        if self.is_stopped:
+            return {"role": "assistant", "content": self._said}
+        return self._stream.parsed.message
+
+    def _filtered(self, events: Sequence[Any]) -> list[Any]:
+        from modeling_mistral_large.instruct import TextEvent
+
+        passed: list[Any] = []
+        for event in events:
+            if self.is_stopped:
+                break
+            if isinstance(event, TextEvent):
+                passed += self._text(self._stops.feed(event.text))
+            else:
+                passed += [*self._text(self._stops.finish()), event]
+        return passed
+
+    def _text(self, text: str) -> list[Any]:
+        from modeling_mistral_large.instruct import TextEvent
+
+        self._said += text
+        return [TextEvent(text)] if text else []
+
+
 @contextmanager
-def _stop_on_interrupt(stop: Callable[[], None], *, is_wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Let ctrl-C call `stop`, where wanted, instead of ending the program; yield what tells whether it did."""
-    interrupts: list[int] = []
-    if not is_wanted:
-        yield lambda: False
-        return
+def _stop_on_interrupt(stop: Callable[[], None], interrupts: list[int]) -> Iterator[None]:
+    """Let ctrl-C call `stop` instead of ending the program, and note it in a list."""
 
     def interrupt(number: int, _: FrameType | None) -> None:
         interrupts.append(number)
@@ -200,7 +240,7 @@ def _stop_on_interrupt(stop: Callable[[], None], *, is_wanted: bool) -> Iterator
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield lambda: bool(interrupts)
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -237,22 +277,19 @@ def load_model(
     Raises:
         CheckpointError: there is none, or it cannot be loaded.
     """
-    from mistral_large_conversion.errors import CheckpointError, MistralLargeError
     from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
     from modeling_mistral_large.adapter_loading import adapter_base, load_on_base, named_base
 
     try:
         base = adapter_base(name, hub)
         if base is not None:
-            print(f"{printable(name)}: an adapter, loaded on {printable(base)}", file=sys.stderr)
+            print(adapter_remark(name, base), file=sys.stderr)
         tokenizer = MistralLargeTokenizer.from_pretrained(name, **hub)
         if adapter is None:
             model = MistralLargeForCausalLM.from_pretrained(name, **options, **hub)
         else:
             model = load_on_base(MistralLargeForCausalLM, name, adapter, **options, **hub)
-            other = named_base(adapter, name, hub)
-            note = "" if other is None else f"; it names {printable(other)} as its base"
-            print(f"{printable(adapter)}: an adapter, loaded on {printable(name)}{note}", file=sys.stderr)
+            print(adapter_remark(adapter, name, named_base(adapter, name, hub)), file=sys.stderr)
     except MistralLargeError:
         raise
     # transformers raises these for whatever it does not find.
@@ -262,3 +299,9 @@ def load_model(
             f"{name}: cannot be loaded ({problem}); pass a folder of the HF or the consolidated layout, or a repository"
         ) from error
     return model.eval(), tokenizer
+
+
+def adapter_remark(adapter: str, base: str, named: str | None = None) -> str:
+    """Return the line that says what is loaded on what, and the base that the adapter names, where it is another."""
+    note = "" if named is None else f"; it names {printable(named)} as its base"
+    return f"{printable(adapter)}: an adapter, loaded on {printable(base)}{note}"

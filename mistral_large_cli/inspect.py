@@ -2,6 +2,8 @@
 
 from dataclasses import asdict
 
+from mistral_large_conversion.checkpoint.calibration import Calibration
+
 from .options import AsJson, CacheDir, Revision, Source, Token, hub_options
 from .terminal import console, one_line, print_json
 
@@ -15,7 +17,6 @@ def inspect(
 ) -> None:
     """Print what a checkpoint holds, what loads it and what is wrong with it; only the headers of weights are read."""
     hub = hub_options(source, revision, token, cache_dir)
-    from mistral_large_conversion.checkpoint.calibration import Calibration
     from mistral_large_conversion.inspect import inspect_checkpoint
 
     inspection = inspect_checkpoint(source, **hub)

@@ -77,13 +77,14 @@ class LineEditor:
         return self._session.prompt([("bold ansicyan", prompt)], default=default)
 
     def ask(self, question: str) -> str:
-        """Return what is typed at a question, which is not remembered; ctrl-D is none."""
+        """Return what is typed at a question, which is not remembered.
+
+        Raises:
+            EOFError: ctrl-D. KeyboardInterrupt: ctrl-C.
+        """
         from prompt_toolkit import prompt
 
-        try:
-            return prompt(question)
-        except EOFError:
-            return ""
+        return prompt(question)
 
 
 def _bindings() -> "KeyBindings":

@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
+from mistral_large_conversion.errors import MissingLibraryError, SettingError
+
 from .terminal import one_line
 
 if TYPE_CHECKING:
@@ -65,8 +67,6 @@ class McpServers:
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
-        from mistral_large_conversion.errors import MissingLibraryError
-
         try:
             import mcp  # noqa: F401
         except ImportError as error:
@@ -122,8 +122,6 @@ class McpServers:
             raise
 
     async def _connect(self, source: str, stack: AsyncExitStack) -> None:
-        from mistral_large_conversion.errors import SettingError
-
         errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed by the stack
         stack.enter_context(errors)
         try:
@@ -160,8 +158,6 @@ class McpServers:
 
 def _client(source: str, errors: Any) -> "Client":
     from mcp import Client, StdioServerParameters, stdio_client
-
-    from mistral_large_conversion.errors import SettingError
 
     if source.startswith(("http://", "https://")):
         return Client(source)

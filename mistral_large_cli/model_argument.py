@@ -3,6 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from mistral_large_conversion.checkpoint.adapter_folder import (
+    adapter_layout,
+    refuse_second_adapter,
+    require_adapter,
+    vendors_adapter_problem,
+)
+from mistral_large_conversion.checkpoint.hub import is_repository_id, reachable_options, refuse_adapter
+from mistral_large_conversion.checkpoint.layout import CONFIG_NAMES, layouts_of
+from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME, LORA_NAME
+from mistral_large_conversion.errors import CheckpointError, SettingError
+
 from .generation_session import is_parallel
 
 
@@ -14,11 +25,6 @@ def check_model(model: str, hub: dict[str, Any], device_map: str | None, adapter
             second one.
         SettingError: a device map for a process that has one GPU.
     """
-    from mistral_large_conversion.checkpoint.adapter_folder import vendors_adapter_problem
-    from mistral_large_conversion.checkpoint.hub import reachable_options, refuse_adapter
-    from mistral_large_conversion.checkpoint.layout import CONFIG_NAMES, layouts_of
-    from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME, LORA_NAME
-    from mistral_large_conversion.errors import CheckpointError, SettingError
 
     if is_parallel() and device_map is not None:
         raise SettingError("--device-map: under torchrun each process has its own GPU; leave it out")
@@ -43,12 +49,6 @@ def check_adapter(model: str, adapter: str) -> None:
     Raises:
         CheckpointError: such an adapter.
     """
-    from mistral_large_conversion.checkpoint.adapter_folder import (
-        adapter_layout,
-        refuse_second_adapter,
-        require_adapter,
-    )
-    from mistral_large_conversion.checkpoint.hub import is_repository_id
 
     folder, base = Path(adapter), Path(model)
     if folder.exists() or not is_repository_id(adapter):

@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
+from mistral_large_conversion.errors import SettingError
+
 # Names of dtypes as people write them, and as `convert` and `plan` have them.
 DTYPES: dict[str, Literal["bf16", "fp16", "fp32"]] = {
     "bf16": "bf16",
@@ -36,6 +39,12 @@ CacheDir = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
 Kv = Annotated[Literal["auto", "fp8"], typer.Option(help="KV-cache dtype: the model's, or FP8.")]
 PrefillChunk = Annotated[int, typer.Option(min=1, help="Prefill chunk size in tokens.")]
+PromptFormat = Annotated[
+    Literal["v3", "v7", "own"] | None,
+    typer.Option(
+        help="Prompt format of a fine-tune; own: its chat template.", show_default="what its chat template renders"
+    ),
+]
 HtmlFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the output as an HTML page.")]
 SvgFile = Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the output as a picture.")]
 
@@ -60,16 +69,12 @@ def hub_options(
     if source is not None:
         if not Path(source).exists():
             return given
-        from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
-
         if (Path(source) / ADAPTER_CONFIG_NAME).exists():
             # The adapter's base may be on the hub, at a revision that the adapter names.
             without_effect &= {"revision"}
     if draft is not None and not Path(draft).exists():
         without_effect &= {"revision"}
     if without_effect:
-        from mistral_large_conversion.errors import SettingError
-
         option = f"--{sorted(without_effect)[0].replace('_', '-')}"
         what = "no repository on the hub is read" if source is None else f"{source} is a folder here"
         raise SettingError(f"{option}: has no effect: {what}; leave it out, or name a repository as owner/name")

@@ -1,24 +1,35 @@
 """`mistral-large plan`: what fits where, how fast it can be, and how to run it."""
 
 import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from mistral_large_conversion.checkpoint.geometry import PUBLISHED, PUBLISHED_7B, Geometry, ModelSizes
+from mistral_large_conversion.checkpoint.hub import resolve_source
+from mistral_large_conversion.checkpoint.layout import CONFIG_NAMES, layouts_of
+from mistral_large_conversion.checkpoint.quantization import Quantization
+from mistral_large_conversion.checkpoint.read import read_geometry
+from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
+from mistral_large_conversion.errors import PlanError
+from mistral_large_conversion.options import parse_size
+from mistral_large_conversion.sharding.devices import Device, detect_devices, parse_devices
+from mistral_large_conversion.sharding.memory import QUANTIZED, Draft, Sizes, Workload, cache_bytes_of_layer
+from mistral_large_conversion.sharding.plan import (
+    LARGEST,
+    ShardingPlan,
+    fewest_devices,
+    largest_batch,
+    largest_context,
+    plan_sharding,
+)
 
 from .options import DTYPES, TORCH_DTYPES, AsJson, CacheDir, Dtype, Kv, PrefillChunk, Revision, Token, hub_options
 from .plan_view import bar, gib, parts_of, strategies_table, strategy_report
 from .terminal import console, one_line, print_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from mistral_large_conversion.checkpoint.geometry import Geometry, ModelSizes
-    from mistral_large_conversion.checkpoint.quantization import Quantization
-    from mistral_large_conversion.sharding.devices import Device
-    from mistral_large_conversion.sharding.memory import Draft
-    from mistral_large_conversion.sharding.plan import ShardingPlan
 
 PUBLISHED_NAME = "mistralai/Mistral-Large-Instruct-2407"
 CONVERT = "mistral-large convert {model} {folder} --quantize {weights}"
@@ -48,12 +59,10 @@ class PlanOptions:
     kv: str = "auto"
     prefill_chunk: int = 2048
     host_memory: int = 0
-    draft: "Draft | None" = None
+    draft: Draft | None = None
 
-    def plans(self, geometry: "ModelSizes", devices: "Sequence[Device]") -> "list[ShardingPlan]":
+    def plans(self, geometry: ModelSizes, devices: Sequence[Device]) -> list[ShardingPlan]:
         """Return the strategies for it, the best first."""
-        from mistral_large_conversion.sharding.plan import plan_sharding
-
         return plan_sharding(geometry, devices, **self.keywords())
 
     def keywords(self, *left_out: str) -> dict[str, Any]:
@@ -95,9 +104,6 @@ def plan(
 ) -> None:
     """Plan how a model fits on GPUs, how fast it can be and how to run it; exit code 1 if it does not fit."""
     hub = hub_options(model, revision, token, cache_dir, draft=None if draft == NAME_OF_7B else draft)
-    from mistral_large_conversion.errors import PlanError
-    from mistral_large_conversion.sharding.devices import detect_devices, parse_devices
-    from mistral_large_conversion.sharding.memory import QUANTIZED, Sizes, Workload, cache_bytes_of_layer
 
     geometry, found = read_model_geometry(model, hub)
     dtype: str | None = None if weights is None else DTYPES.get(weights, weights)
@@ -105,7 +111,7 @@ def plan(
         raise PlanError(f"{model} has {found.scheme} weights, not {weights}; leave --weights out")
     dtype = dtype or (found.scheme if found else "bf16")
     devices = detect_devices() if gpus == "auto" else parse_devices(gpus)
-    host_memory = parse_host(host)
+    host_memory = 0 if host == "0" else parse_size(host, "host memory")
     if host_memory and dtype in QUANTIZED:
         raise PlanError(f"--host with {dtype} weights: quantized weights are not offloaded; leave --host out")
     if host_memory and devices[0].kind != "cuda":
@@ -176,17 +182,12 @@ def plan(
     raise typer.Exit(not best.fits)
 
 
-def read_model_geometry(model: str | None, hub: dict[str, Any]) -> "tuple[Geometry, Quantization | None]":
+def read_model_geometry(model: str | None, hub: dict[str, Any]) -> tuple[Geometry, Quantization | None]:
     """Return the geometry and quantization of a folder or repository, or those of the published one.
 
     Raises:
         CheckpointError: no geometry of ours there.
     """
-    from mistral_large_conversion.checkpoint.geometry import PUBLISHED
-    from mistral_large_conversion.checkpoint.hub import resolve_source
-    from mistral_large_conversion.checkpoint.layout import CONFIG_NAMES, layouts_of
-    from mistral_large_conversion.checkpoint.read import read_geometry
-    from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME
 
     if model is None:
         return PUBLISHED, None
@@ -194,14 +195,12 @@ def read_model_geometry(model: str | None, hub: dict[str, Any]) -> "tuple[Geomet
     return read_geometry(folder, next(iter(layouts_of(folder)), "hf"))
 
 
-def read_draft(draft: str, hub: dict[str, Any]) -> "Draft":
+def read_draft(draft: str, hub: dict[str, Any]) -> Draft:
     """Return the sizes of a folder or repository that is to draft tokens, or those of the published 7B.
 
     Raises:
         CheckpointError: no geometry of ours there.
     """
-    from mistral_large_conversion.checkpoint.geometry import PUBLISHED_7B
-    from mistral_large_conversion.sharding.memory import Draft
 
     if draft == NAME_OF_7B:
         return Draft(PUBLISHED_7B)
@@ -211,8 +210,6 @@ def read_draft(draft: str, hub: dict[str, Any]) -> "Draft":
 
 def draft_report(name: str | None, options: PlanOptions) -> dict[str, Any]:
     """Return the draft as JSON has it, empty without one."""
-    from mistral_large_conversion.sharding.memory import Workload
-
     if options.draft is None:
         return {}
     workload = Workload(options.context, options.batch, options.weights, options.kv, options.prefill_chunk)
@@ -226,26 +223,17 @@ def draft_report(name: str | None, options: PlanOptions) -> dict[str, Any]:
     }
 
 
-def parse_host(size: str) -> int:
-    """Return the bytes of a size such as 512GB."""
-    from mistral_large_conversion.options import parse_size
-
-    return 0 if size == "0" else parse_size(size, "host memory")
-
-
-def quantized_on(devices: "Sequence[Device]") -> tuple[str, ...]:
+def quantized_on(devices: Sequence[Device]) -> tuple[str, ...]:
     """Return the quantized weights that run on these devices."""
     return ("int4",) if devices[0].kind == "mps" else ("fp8", "int4")
 
 
-def smallest_changes(geometry: "ModelSizes", devices: "Sequence[Device]", options: PlanOptions) -> dict[str, str]:
+def smallest_changes(geometry: ModelSizes, devices: Sequence[Device], options: PlanOptions) -> dict[str, str]:
     """Return what could be asked for instead, one thing changed at a time, by its name."""
-    from mistral_large_conversion.sharding.memory import QUANTIZED
-    from mistral_large_conversion.sharding.plan import LARGEST, fewest_devices, largest_batch, largest_context
 
     changes = {}
 
-    def add_first_that_fits(name: str, values: "Iterable[Any]") -> None:
+    def add_first_that_fits(name: str, values: Iterable[Any]) -> None:
         for value in values:
             # Quantized weights are not offloaded.
             host_memory = 0 if name == "weights" else options.host_memory
@@ -278,11 +266,9 @@ def smallest_changes(geometry: "ModelSizes", devices: "Sequence[Device]", option
 
 
 def how_to_run(
-    plan: "ShardingPlan", model: str, options: PlanOptions, *, is_converted: bool, draft: str | None = None
+    plan: ShardingPlan, model: str, options: PlanOptions, *, is_converted: bool, draft: str | None = None
 ) -> str:
     """Return the commands or the code that run a plan; `is_converted` if the model has its quantized weights."""
-    from mistral_large_conversion.sharding.memory import QUANTIZED
-
     steps = []
     if plan.weights in QUANTIZED and not is_converted:
         folder = f"{Path(model).name}-{plan.weights}"

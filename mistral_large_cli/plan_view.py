@@ -1,14 +1,13 @@
 """How a plan is shown: as a table, as bars of the devices' memory, and as JSON."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from mistral_large_conversion.sharding.plan import DeviceLoad, ShardingPlan
 
+if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
-
-    from mistral_large_conversion.sharding.plan import DeviceLoad, ShardingPlan
 
 # The parts of a bar, and how they look.
 PARTS = {
@@ -21,7 +20,7 @@ PARTS = {
 BAR_WIDTH = 40
 
 
-def strategy_report(plan: "ShardingPlan") -> dict[str, Any]:
+def strategy_report(plan: ShardingPlan) -> dict[str, Any]:
     """Return a plan as JSON has it: every number of bytes with its unit in the name."""
     return {
         "strategy": plan.strategy,
@@ -35,11 +34,7 @@ def strategy_report(plan: "ShardingPlan") -> dict[str, Any]:
                 "name": load.device.name,
                 "memory_bytes": load.device.memory_bytes,
                 "bandwidth_bytes_per_second": load.device.bandwidth,
-                "weight_bytes": load.weight_bytes,
-                "cache_bytes": load.cache_bytes,
-                "activation_bytes": load.activation_bytes,
-                "reserve_bytes": load.reserve_bytes,
-                **({"draft_bytes": load.draft_bytes} if load.draft_bytes else {}),
+                **{name: getattr(load, name) for name, _, _ in parts_of(load).values()},
                 "free_bytes": load.free_bytes,
             }
             for load in plan.loads
@@ -48,7 +43,7 @@ def strategy_report(plan: "ShardingPlan") -> dict[str, Any]:
     }
 
 
-def strategies_table(plans: "Sequence[ShardingPlan]") -> "Table":
+def strategies_table(plans: Sequence[ShardingPlan]) -> "Table":
     """Return strategies as rows, with the fullest device of each."""
     from rich.table import Table
 
@@ -67,12 +62,12 @@ def strategies_table(plans: "Sequence[ShardingPlan]") -> "Table":
     return table
 
 
-def parts_of(load: "DeviceLoad") -> dict[str, tuple[str, str, str]]:
+def parts_of(load: DeviceLoad) -> dict[str, tuple[str, str, str]]:
     """Return the parts of a device's bar; a draft is one where there is one."""
     return {part: look for part, look in PARTS.items() if part != "draft" or load.draft_bytes}
 
 
-def bar(number: int, load: "DeviceLoad") -> "Text":
+def bar(number: int, load: DeviceLoad) -> "Text":
     """Return a device as a bar of its parts, as long as its memory."""
     from rich.text import Text
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .terminal import one_line, print_line
+from .terminal import one_line
 
 
 def retag(
@@ -20,4 +20,4 @@ def retag(
 
     changed = retag_checkpoint(folder, as_)
     done = f"changed {', '.join(changed)}" if changed else "unchanged"
-    print_line(f"{one_line(str(folder))}: model type {as_}; {done}")
+    print(f"{one_line(str(folder))}: model type {as_}; {done}")

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from mistral_large_conversion.errors import SettingError
+
 # Logits divided by less overflow.
 SMALLEST_TEMPERATURE = 0.001
 SEEDS = range(-(2**63), 2**63)
 # Of sampled tokens only.
 NEEDS_SAMPLING = ("top_p", "top_k", "min_p")
+# What every response has.
+ALWAYS = ("max_new_tokens", "temperature")
 # What `/set` takes for nothing.
 UNSET = ("off", "none")
 
@@ -37,8 +41,6 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        from mistral_large_conversion.errors import SettingError
-
         if self.max_new_tokens < 1:
             raise SettingError(f"max_new_tokens {self.max_new_tokens}: must be at least 1; a response has tokens")
         if not (self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf):
@@ -92,12 +94,10 @@ class Sampling:
         Raises:
             SettingError: no such setting, no such value, or one without effect.
         """
-        from mistral_large_conversion.errors import SettingError
-
         if name not in NAMES:
             raise SettingError(f"/set {name}: no such setting; they are {', '.join(NAMES)}; name one")
         if text.lower() in UNSET:
-            if name in ("max_new_tokens", "temperature"):
+            if name in ALWAYS:
                 raise SettingError(f"/set {name} {text}: a response always has one; give a number")
             nothing: Any = () if name == "stop" else None
             return replace(self, **{name: nothing})
@@ -105,17 +105,14 @@ class Sampling:
         try:
             value = read(text)
         except ValueError as error:
-            raise SettingError(f"/set {name} {text}: no {kind}; give one{_or_off(name)}") from error
+            or_off = "" if name in ALWAYS else ", or off"
+            raise SettingError(f"/set {name} {text}: no {kind}; give one{or_off}") from error
         return replace(self, **{name: value})
 
     def lines(self) -> list[str]:
         """Return a line for each setting, as `/set` lists them."""
         width = max(map(len, NAMES)) + 2
         return [f"{name:<{width}}{_shown(getattr(self, name))}" for name in NAMES]
-
-
-def _or_off(name: str) -> str:
-    return "" if name in ("max_new_tokens", "temperature") else ", or off"
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mistral_large_conversion.checkpoint.adapter_folder import refuse_second_adapter
+from mistral_large_conversion.checkpoint.hub import reachable_options
+from mistral_large_conversion.checkpoint.layout import is_consolidated
+from mistral_large_conversion.errors import MissingLibraryError
+
+from .generation_session import adapter_remark
 from .model_argument import check_adapter, check_model
 from .options import (
     DTYPES,
@@ -85,13 +91,11 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's API; further options are vLLM's own and are passed on to it unchanged."""
     hub = hub_options(model, revision, token, cache_dir, draft=draft)
-    drafting = Drafting.read(draft, lookup, draft_tokens, draft_revision, token, cache_dir)
+    drafting = Drafting.read(draft, lookup, draft_tokens, draft_revision, hub)
     # Engines have no options of their own for these, or another one each.
     os.environ.update(
         {name: str(value) for name, value in {"HF_TOKEN": token, "HF_HUB_CACHE": cache_dir}.items() if value}
     )
-    from mistral_large_conversion.checkpoint.adapter_folder import refuse_second_adapter
-    from mistral_large_conversion.checkpoint.hub import reachable_options
 
     given_model, options = model, reachable_options(model, hub)
     base = base_of_adapter(model, options)
@@ -183,13 +187,11 @@ def vllm_command(
     Raises:
         MistralLargeError: what vLLM cannot serve.
     """
-    from mistral_large_conversion.checkpoint.layout import is_consolidated
-
     if Path(model).is_dir():
         refuse_unserved_adapter(Path(model), None if lora is None else lora.folder)
     lora_options = () if lora is None else vllm_lora_options(lora, model)
     if lora is not None:
-        typer.echo(lora.remark(model), err=True)
+        typer.echo(adapter_remark(lora.given, model, lora.base), err=True)
     has_consolidated = Path(model).is_dir() and is_consolidated(Path(model))
     tokenizer = () if has_consolidated else vllm_tokenizer_options(model, options, further)
     speculation = () if drafting is None else drafting.vllm_options(model)
@@ -203,8 +205,6 @@ def vllm_command(
 
 def choose_engine(engine: Engine) -> Literal["vllm", "transformers"]:
     """Return the engine that is asked for or, if any will do, the faster one that is installed."""
-    from mistral_large_conversion.errors import MissingLibraryError
-
     if engine != "transformers" and find_spec("vllm") is not None:
         return "vllm"
     if engine != "vllm" and all(find_spec(library) is not None for library in SERVER_LIBRARIES):

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mistral_large_conversion.errors import SettingError
+
+from .generation_session import is_parallel, load_model
 from .speculation import Drafting
 
 # What vLLM calls the same.
@@ -31,19 +34,11 @@ class ServerSettings:
     kv: str | None = None
     prefill_chunk: int | None = None
     max_batch: int | None = None
-    cors_origins: tuple[str, ...] = ()
+    cors_origin: tuple[str, ...] = ()
     ui: bool = False
 
     def _given(self) -> list[str]:
-        given = {
-            "--device-map": self.device_map,
-            "--kv": self.kv,
-            "--prefill-chunk": self.prefill_chunk,
-            "--max-batch": self.max_batch,
-            "--cors-origin": self.cors_origins,
-            "--ui": self.ui,
-        }
-        return [name for name, value in given.items() if value]
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value]
 
     def refuse_with_vllm(self) -> None:
         """Refuse what vLLM does not have under these names.
@@ -51,8 +46,6 @@ class ServerSettings:
         Raises:
             SettingError: the first of them.
         """
-        from mistral_large_conversion.errors import SettingError
-
         for name in self._given():
             raise SettingError(
                 f"{name}: no option of vLLM: {VLLM_WORDS[name]}; leave it out, or take --engine transformers"
@@ -66,9 +59,7 @@ class ServerSettings:
         """
         from urllib.parse import urlsplit
 
-        from mistral_large_conversion.errors import SettingError
-
-        for origin in self.cors_origins:
+        for origin in self.cors_origin:
             parts = urlsplit(origin)
             is_site = parts.scheme in ("http", "https") and parts.netloc != ""
             if origin != "*" and not (is_site and origin == f"{parts.scheme}://{parts.netloc}"):
@@ -89,8 +80,6 @@ def check_options(options: Sequence[str]) -> None:
     Raises:
         SettingError: the first of them.
     """
-    from mistral_large_conversion.errors import SettingError
-
     for option in options:
         name = option.partition("=")[0]
         reason = FORMER_OPTIONS.get(name, "no option of the server without vLLM")
@@ -125,11 +114,8 @@ def serve_here(
         SettingError: the port is taken, or the server runs in one of several processes.
         CheckpointError: no such checkpoint, one that cannot be loaded, or an adapter that does not fit.
     """
-    from mistral_large_conversion.errors import SettingError
     from modeling_mistral_large.serving import serve
     from modeling_mistral_large.serving.server import take_port
-
-    from .generation_session import is_parallel, load_model
 
     if is_parallel():
         raise SettingError("serve: our server runs in one process; leave torchrun out, or serve with vLLM")
@@ -149,7 +135,7 @@ def serve_here(
             listening=listening,
             model_names=names,
             api_key=api_key,
-            cors_origins=settings.cors_origins,
+            cors_origins=settings.cors_origin,
             ui=settings.ui,
         )
 
@@ -158,8 +144,6 @@ def make_engine(
     model: Any, tokenizer: Any, settings: ServerSettings, drafting: Drafting | None, place: Mapping[str, str]
 ) -> Any:
     """Return what generates the responses: all at once or, with drafts, one after another."""
-    from .generation_session import load_model
-
     if drafting is None:
         from modeling_mistral_large.serving import ContinuousBatching
 
@@ -168,7 +152,7 @@ def make_engine(
         return ContinuousBatching(model, **own)
     from modeling_mistral_large.serving import OneByOne
 
-    options = drafting.generate_options(model, tokenizer, load_model, **place)
+    options = drafting.generate_options(model, tokenizer, **place)
     if settings.prefill_chunk is not None:
         options["prefill_chunk_size"] = settings.prefill_chunk
     return OneByOne(model, **options)

@@ -5,7 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .terminal import printable
+from mistral_large_conversion.checkpoint.adapter_config import largest_rank
+from mistral_large_conversion.checkpoint.adapter_folder import (
+    ADAPTER_MARKS,
+    adapter_layout,
+    is_other_base,
+    require_adapter,
+)
+from mistral_large_conversion.checkpoint.hub import find_small_file, refuse_adapter, resolve_adapter
+from mistral_large_conversion.checkpoint.layout import CONFIG_NAME
+from mistral_large_conversion.checkpoint.params import PARAMS_NAME
+from mistral_large_conversion.checkpoint.source_files import (
+    ADAPTER_CONFIG_NAME,
+    adapter_problem,
+    file_problem,
+    read_adapter_base,
+    read_json_object,
+)
+from mistral_large_conversion.errors import CheckpointError
 
 # Calls as tool_calls, and no tools in the prompt of a request that wants none called.
 TOOL_OPTIONS = (
@@ -24,8 +41,6 @@ def base_of_adapter(model: str, options: dict[str, Any]) -> str | None:
     Raises:
         CheckpointError: an adapter that names none.
     """
-    from mistral_large_conversion.checkpoint.hub import refuse_adapter
-    from mistral_large_conversion.checkpoint.source_files import adapter_problem, read_adapter_base
 
     folder = Path(model)
     # Only a repository has to be looked for with the library.
@@ -49,9 +64,6 @@ def refuse_unserved_adapter(folder: Path, adapter: Path | None) -> None:
     Raises:
         CheckpointError: such a folder, unless it is that adapter's.
     """
-    from mistral_large_conversion.checkpoint.adapter_folder import ADAPTER_MARKS, adapter_layout
-    from mistral_large_conversion.errors import CheckpointError
-
     layout = adapter_layout(folder)
     if layout is None or (layout == "hf" and adapter is not None and adapter.resolve() == folder.resolve()):
         return
@@ -75,11 +87,6 @@ class ServedAdapter:
     name: str
     base: str | None
 
-    def remark(self, base: str) -> str:
-        """Return the line that says what is loaded on what."""
-        note = "" if self.base is None else f"; it names {printable(self.base)} as its base"
-        return f"{printable(self.given)}: an adapter, loaded on {printable(base)}{note}"
-
 
 def served_adapter(adapter: str, model: str, options: dict[str, Any]) -> ServedAdapter:
     """Return how an adapter, a folder or a repository, is served on a base.
@@ -89,10 +96,6 @@ def served_adapter(adapter: str, model: str, options: dict[str, Any]) -> ServedA
     Raises:
         CheckpointError: no adapter, or one that is not available.
     """
-    from mistral_large_conversion.checkpoint.adapter_folder import is_other_base, require_adapter
-    from mistral_large_conversion.checkpoint.hub import resolve_adapter
-    from mistral_large_conversion.checkpoint.source_files import read_adapter_base
-    from mistral_large_conversion.errors import CheckpointError
 
     folder, name = resolve_adapter(adapter, **options)
     require_adapter(folder)
@@ -111,10 +114,6 @@ def vllm_lora_options(lora: ServedAdapter, model: str) -> tuple[str, ...]:
     Raises:
         CheckpointError: an adapter that it does not load, and the way out.
     """
-    from mistral_large_conversion.checkpoint.adapter_config import largest_rank
-    from mistral_large_conversion.checkpoint.adapter_folder import adapter_layout
-    from mistral_large_conversion.checkpoint.source_files import ADAPTER_CONFIG_NAME, read_json_object
-    from mistral_large_conversion.errors import CheckpointError
 
     if adapter_layout(lora.folder) == "consolidated":
         raise CheckpointError(
@@ -146,11 +145,6 @@ def vllm_tokenizer_options(model: str, hub: dict[str, Any], options: Sequence[st
         CheckpointError: our tokenizer does not know the folder's vocabulary.
         TokenizerFileError: a folder whose tokenizer cannot be read.
     """
-    from mistral_large_conversion.checkpoint.hub import find_small_file
-    from mistral_large_conversion.checkpoint.layout import CONFIG_NAME
-    from mistral_large_conversion.checkpoint.params import PARAMS_NAME
-    from mistral_large_conversion.checkpoint.source_files import file_problem, read_json_object
-    from mistral_large_conversion.errors import CheckpointError
     from mistral_large_conversion.folder_tokenizer import read_folder_tokenizer
 
     names = {option.partition("=")[0].replace("_", "-") for option in options}

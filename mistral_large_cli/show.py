@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mistral_large_conversion.errors import ConversationError
 from mistral_large_conversion.prompt_roles import COLOURS, ROLES, roles_of
+from mistral_large_conversion.vocabulary import VOCABULARIES
 
 from .conversation_file import read_conversation
 from .highlighting import control_style
@@ -59,8 +61,6 @@ def show(
     cache_dir: CacheDir = None,
 ) -> None:
     """Print the exact prompt of a conversation, its control tokens coloured by role."""
-    from mistral_large_conversion.errors import ConversationError
-
     if ids and model is None:
         raise ConversationError("--ids: no tokenizer; ids are those of a model's; name its folder with --model")
     hub = hub_options(model, revision, token, cache_dir)
@@ -98,8 +98,6 @@ def read_tools(path: Path) -> "Sequence[Any]":
     Raises:
         ConversationError: no such file, or no tools in it.
     """
-    from mistral_large_conversion.errors import ConversationError
-
     if path.suffix != ".json":
         from .tools_file import load_tools
 
@@ -121,7 +119,6 @@ def read_tokenizer(model: str, prompt_format: str | None, hub: dict[str, Any]) -
         TokenizerFileError: no tokenizer of ours in it, or one without the control tokens of the prompt format.
         ConversationError: its prompts have a format of their own, and no other is asked for.
     """
-    from mistral_large_conversion.errors import ConversationError
     from modeling_mistral_large import MistralLargeTokenizer
 
     tokenizer = MistralLargeTokenizer.from_pretrained(model, prompt_format=prompt_format, **hub)
@@ -160,8 +157,6 @@ def with_ids(prompt: "Sequence[Segment]", segment_ids: "Sequence[Sequence[int]]"
 
 def legend(prompt_format: str, token_count: int | None, *, mask: bool) -> "Text":
     from rich.text import Text
-
-    from mistral_large_conversion.vocabulary import VOCABULARIES
 
     roles = {ROLES[token] for token in VOCABULARIES[prompt_format].control_tokens}
     parts = [(f"{role}  ", colour) for role, colour in COLOURS.items() if role in roles]

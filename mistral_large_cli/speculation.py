@@ -1,12 +1,15 @@
 """Drafts on the command line: a smaller model or the prompt itself proposes tokens, and the model checks them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mistral_large_conversion.checkpoint.layout import is_consolidated
+from mistral_large_conversion.errors import SettingError
 
 if TYPE_CHECKING:
     from modeling_mistral_large import MistralLargeTokenizer
@@ -43,16 +46,15 @@ class Drafting:
         lookup: bool,
         tokens: int | None,
         revision: str | None,
-        token: str | None,
-        cache_dir: Path | None,
+        hub: Mapping[str, Any],
     ) -> "Drafting | None":
         """Return what the options ask for, None where nothing drafts.
+
+        hub: the options of `hub_options` for the model.
 
         Raises:
             SettingError: both kinds, or an option without effect.
         """
-        from mistral_large_conversion.errors import SettingError
-
         if draft is not None and lookup:
             raise SettingError("--lookup with --draft: tokens are drafted by the one or by the other; leave one out")
         if tokens is not None and draft is None and not lookup:
@@ -66,9 +68,10 @@ class Drafting:
             )
         if draft is None:
             return cls(None, tokens) if lookup else None
-        is_here = Path(draft).exists()
-        given = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        return cls(draft, tokens, {} if is_here else {name: each for name, each in given.items() if each is not None})
+        if Path(draft).exists():
+            return cls(draft, tokens)
+        own = {} if revision is None else {"revision": revision}
+        return cls(draft, tokens, {**own, **{name: hub[name] for name in ("token", "cache_dir") if name in hub}})
 
     def check(self, model: str) -> None:
         """Refuse a draft whose folder has another vocabulary than that of the model, before weights are read.
@@ -82,10 +85,8 @@ class Drafting:
         if own and other and own != other:
             raise different_vocabularies(own, other)
 
-    def generate_options(
-        self, model: Any, tokenizer: "MistralLargeTokenizer", load: Callable[..., tuple[Any, Any]], **options: Any
-    ) -> dict[str, Any]:
-        """Load the draft, if it is a model, and return options of `generate`; `load` is `load_model`, with its options.
+    def generate_options(self, model: Any, tokenizer: "MistralLargeTokenizer", **options: Any) -> dict[str, Any]:
+        """Load the draft, if it is a model, and return options of `generate`; `options` are those of `load_model`.
 
         Raises:
             SettingError: its vocabulary is not that of the model.
@@ -95,9 +96,11 @@ class Drafting:
             different_vocabularies,
         )
 
+        from .generation_session import load_model
+
         if self.draft is None:
             return {"prompt_lookup_num_tokens": self.tokens or LOOKUP_TOKENS}
-        draft, drafts_tokenizer = load(self.draft, self.hub, **options)
+        draft, drafts_tokenizer = load_model(self.draft, self.hub, **options)
         own, other = (f"the vocabulary of {each.vocabulary.name}" for each in (tokenizer, drafts_tokenizer))
         if own != other:
             raise different_vocabularies(own, other)
@@ -112,9 +115,6 @@ class Drafting:
         Raises:
             SettingError: a draft that vLLM cannot load next to the model.
         """
-        from mistral_large_conversion.checkpoint.layout import is_consolidated
-        from mistral_large_conversion.errors import SettingError
-
         config: dict[str, Any]
         if self.draft is None:
             config = {"method": "ngram", "num_speculative_tokens": self.tokens or LOOKUP_TOKENS, **VLLM_MATCH}

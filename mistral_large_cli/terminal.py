@@ -18,6 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mistral_large_conversion.checkpoint.atomic_write import atomic_write
+from mistral_large_conversion.errors import DestinationError, MistralLargeError
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -78,20 +81,12 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
 
 
-def print_line(text: str) -> None:
-    """Print a text that may hold anything."""
-    print(printable(text))
-
-
 def write_picture(path: Path, text: str) -> None:
     """Write what was printed as a page or a picture, as a new file: what hard links of the name hold stays.
 
     Raises:
         DestinationError: it cannot be written.
     """
-    from mistral_large_conversion.checkpoint.atomic_write import atomic_write
-    from mistral_large_conversion.errors import DestinationError
-
     data = text.encode("utf-8", "backslashreplace")
     try:
         if path.exists() and not path.is_file():
@@ -132,12 +127,10 @@ def _exit_code(app: "typer.Typer") -> int:
     except BrokenPipeError:
         _discard_output()
         return 1
+    except MistralLargeError as error:
+        print_error(str(error))
+        return 2
     except Exception as error:
-        # Only a module that is already imported can have raised ours.
-        errors = sys.modules.get("mistral_large_conversion.errors")
-        if errors is not None and isinstance(error, errors.MistralLargeError):
-            print_error(str(error))
-            return 2
         if isinstance(error, OSError) and error.errno in OUTPUT_ERRORS and error.filename is None:
             print_error(f"the output cannot be written: {error.strerror}; make room or send it elsewhere")
             _discard_output()

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NewType, get_origin
 
+from mistral_large_conversion.errors import ConversationError
+
 Tool = Callable[..., Any]
 
 
@@ -33,8 +35,6 @@ def load_tools(path: Path) -> list[Tool]:
         ConversationError: no such file, it fails, it defines no tool, one that no schema can be made of, or two of one
             name. The tools file that was in use stays in use.
     """
-    from mistral_large_conversion.errors import ConversationError
-
     if path.suffix != ".py" or not path.is_file():
         raise ConversationError(f"{path}: no Python file; tools are functions in one; name such a file")
     with _instead_of_the_last(path.resolve().parent):
@@ -118,8 +118,6 @@ def _is_in(folder: Path, module: ModuleType) -> bool:
 
 def _run(path: Path) -> tuple[ModuleType, set[str]]:
     """Run a file as a module, and return it with the names that its statements bind, those of imports left out."""
-    from mistral_large_conversion.errors import ConversationError
-
     try:
         source = path.read_bytes()
         _check_module_names(path, ast.parse(source, str(path)))
@@ -147,8 +145,6 @@ def _run(path: Path) -> tuple[ModuleType, set[str]]:
 
 def _check_module_names(path: Path, tree: ast.Module) -> None:
     """Refuse a file whose own module, or one next to it that it imports, Python would take from elsewhere."""
-    from mistral_large_conversion.errors import ConversationError
-
     folder = path.resolve().parent
     imported = set()
     for node in ast.walk(tree):
@@ -166,8 +162,6 @@ def _check_module_names(path: Path, tree: ast.Module) -> None:
 
 def _find_tools(path: Path, module: ModuleType, assigned: set[str]) -> dict[str, Tool]:
     """Return the tools of a file by the names it gives them."""
-    from mistral_large_conversion.errors import ConversationError
-
     values = vars(module)
     if "__all__" in values:
         for name in values["__all__"]:
@@ -193,7 +187,6 @@ def _may_be_tool(value: Any) -> bool:
 
 
 def _check_descriptions(path: Path, tools: dict[str, Tool]) -> None:
-    from mistral_large_conversion.errors import ConversationError
     from modeling_mistral_large.instruct.tool_schemas import describe_function
 
     described: dict[str, str] = {}

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from mistral_large_conversion.checkpoint.hub import resolve_source
+from mistral_large_conversion.errors import SettingError
+
 from .options import AsJson, CacheDir, Revision, Token, hub_options
 from .terminal import console, one_line, print_json, progress_bar
 
@@ -27,12 +30,9 @@ def verify(
 ) -> None:
     """Check a checkpoint, and compare every bit with its source; exit code 1 if anything is wrong."""
     if adapter is not None and source is None:
-        from mistral_large_conversion.errors import SettingError
-
         raise SettingError(f"--adapter {adapter}: has no effect without SOURCE, which it was merged into; give it")
     hub = hub_options(source, revision, token, cache_dir)
     from mistral_large_conversion import verify_checkpoint
-    from mistral_large_conversion.checkpoint.hub import resolve_source
 
     origin = None if source is None else resolve_source(source, **hub)
     # In a folder with both layouts one of them is read, and the bar ends early.

@@ -18,7 +18,6 @@ from mistral_large_conversion.folder_tokenizer import FolderTokenizer, read_fold
 from mistral_large_conversion.sentencepiece_bpe import (
     TextEncoder,
     build_backend,
-    load_processor,
     load_sentencepiece_bpe,
     read_tokenizer_json,
     vocabulary_of,
@@ -92,18 +91,16 @@ def tokenizer_files(source: Path, *, vocab_size: int, tokenizer: FolderTokenizer
         return _files_of(tokenizer, vocab_size=vocab_size)
     # Of this file alone: the vendor's folder also has a tokenizer.json and a template, which are not exact.
     path = find_vocabulary(source) or source / TOKENIZER_NAME
-    backend, model = load_sentencepiece_bpe(path), path.read_bytes()
-    processor = load_processor(path)
-    if processor.vocab_size() != vocab_size:
+    backend = load_sentencepiece_bpe(path)
+    if vocab_size != VOCAB_SIZE:
         raise CheckpointError(
-            f"{path}: has {processor.vocab_size()} pieces, the weights have {vocab_size} rows; "
-            "take both from one checkpoint"
+            f"{path}: has {VOCAB_SIZE} pieces, the weights have {vocab_size} rows; take both from one checkpoint"
         )
     name = vocabulary_of(backend).name
     text = backend.to_str(pretty=True).encode()
     # Two backends at once would be the most memory that a conversion takes.
     del backend
-    return _proven(path, model, text, tokenizer_settings(name), name)
+    return _proven(path, path.read_bytes(), text, tokenizer_settings(name), name)
 
 
 def tokenizer_settings(prompt_format: str | None) -> dict[str, Any]:
@@ -128,7 +125,8 @@ def _files_of(tokenizer: FolderTokenizer, *, vocab_size: int) -> dict[str, bytes
             {"name": name, "template": text} for name, text in tokenizer.chat_templates.items()
         ]
     where = tokenizer.folder / tokenizer.source
-    return _proven(where, tokenizer.sentencepiece, tokenizer.backend, settings, tokenizer.vocabulary)
+    text = tokenizer.backend.to_str(pretty=True).encode()
+    return _proven(where, tokenizer.sentencepiece, text, settings, tokenizer.vocabulary)
 
 
 def _proven(

@@ -18,8 +18,8 @@ from .access import AccessGuard
 from .batching import ContinuousBatching
 from .chat_completions import completion_body, completion_events
 from .chat_request import ChatRequest, read_chat_request
-from .json_fields import MOST_BODY_BYTES, RequestError, error_body, failure_body, read_json_object
-from .requests import Engine
+from .engine_thread import EngineThread
+from .json_fields import RequestError, error_body, failure_body, read_body, read_json_object
 from .responses_api import response_body, response_events
 from .responses_request import read_response_request
 from .running import ClientGoneError, EventStream, RunningCompletion, collect
@@ -37,7 +37,7 @@ def create_app(
     model: Any,
     tokenizer: MistralLargeTokenizer,
     *,
-    engine: Engine | None = None,
+    engine: EngineThread | None = None,
     model_names: Sequence[str] = ("mistral-large",),
     host: str | None = None,
     api_key: str | None = None,
@@ -104,8 +104,8 @@ def _add_routes(app: FastAPI, served: ServedModel) -> None:
         return {"id": name, "object": "model", "created": created, "owned_by": "mistral-large", **context}
 
     async def run(chat: ChatRequest) -> RunningCompletion:
-        served.name_of(chat.model)
-        return RunningCompletion(served, chat, await asyncio.to_thread(served.prepare, chat))
+        name = served.name_of(chat.model)
+        return RunningCompletion(served.engine, name, chat, await asyncio.to_thread(served.prepare, chat))
 
     async def chat_completions(request: Request) -> Response:
         completion = await run(read_chat_request(await _read_body(request)))
@@ -149,12 +149,7 @@ async def _read_body(request: Request) -> dict[str, Any]:
             "application/json",
             status=415,
         )
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BODY_BYTES:
-            raise RequestError(f"the body: more than {MOST_BODY_BYTES:,} bytes; send less", status=413)
-    return read_json_object(bytes(body))
+    return read_json_object(await read_body(request, "the body"))
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -163,10 +158,10 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(body, status)
 
     async def refuse_route(request: Request, error: Any) -> Response:
-        message, code = str(error.detail), None
+        message = str(error.detail)
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path}: not served; there are {', '.join(ROUTES)}"
-        return JSONResponse(error_body(error.status_code, message, code=code), error.status_code, error.headers)
+        return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
 
     async def forget(*_: Any) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

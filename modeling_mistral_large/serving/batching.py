@@ -28,7 +28,7 @@ ATTENTION = ("sdpa", "eager")
 
 
 class ContinuousBatching(EngineThread):
-    """An `Engine` that generates many responses at once with a model in this process.
+    """An engine that generates many responses at once with a model in this process.
 
     max_batch: the most responses at once; more wait.
     prefill_chunk: the most tokens of prompts that are read between two tokens of the other responses.

@@ -112,8 +112,7 @@ def read_chat_request(body: Mapping[str, Any]) -> ChatRequest:
         RequestError: a parameter that is unknown, of another type, out of its range, or that this server cannot obey.
     """
     given = Fields(body)
-    given.refuse_unknown(KNOWN)
-    given.check_neutral(NEUTRAL)
+    given.check_names(KNOWN, NEUTRAL)
     for name in TEXT_LABELS:
         given.text(name)
     given.mapping("metadata")
@@ -252,8 +251,7 @@ def _read_stream_options(given: Fields, is_streamed: bool) -> bool:
     if not is_streamed:
         raise RequestError("stream_options: only of a request with stream; leave it out, or stream", "stream_options")
     inner = Fields(options, "stream_options")
-    inner.refuse_unknown(frozenset({"include_usage", "include_obfuscation"}))
-    inner.check_neutral({"include_obfuscation": (False,)})
+    inner.check_names({"include_usage"}, {"include_obfuscation": (False,)})
     return inner.flag("include_usage")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,14 +33,18 @@ class Job:
 
 
 class EngineThread:
-    """What engines have in common: a daemon thread, a queue that an event loop fills, and an outbox for the results."""
+    """What engines have in common: a daemon thread, a queue that an event loop fills, and an outbox for the results.
+
+    `submit` and `close` are called from the thread of the event loop.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.waiting: deque[Job] = deque()
         self.outbox = Outbox()
         self._changed = threading.Condition()
-        self._is_closed = False
+        # Whether the responses are to end.
+        self.is_closed = False
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
@@ -54,7 +57,7 @@ class EngineThread:
         job = Job(request, TokenStream(self._wake), TokenChooser(request, self.model.device))
         self.check(job)
         with self._changed:
-            if self._is_closed:
+            if self.is_closed:
                 raise GenerationError("the engine is closed; it takes no requests any more; start another one")
             self.waiting.append(job)
             self._changed.notify()
@@ -62,19 +65,14 @@ class EngineThread:
 
     def close(self) -> None:
         """End all responses and the thread, after the forward pass that runs now."""
-        self._is_closed = True
+        self.is_closed = True
         self._wake()
         self._thread.join()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the responses are to end."""
-        return self._is_closed
 
     def check(self, job: Job) -> None:
         """Raise SettingError for a request that this engine cannot serve."""
 
-    def jobs(self) -> Iterable[Job]:
+    def jobs(self) -> list[Job]:
         """The jobs that have left the queue."""
         raise NotImplementedError
 
@@ -112,5 +110,5 @@ class EngineThread:
     def _wait(self) -> bool:
         """Wait until there is something to do; return whether the engine goes on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self.waiting or any(True for _ in self.jobs()))
-            return not self._is_closed
+            self._changed.wait_for(lambda: self.is_closed or self.waiting or self.jobs())
+            return not self.is_closed

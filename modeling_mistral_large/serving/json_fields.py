@@ -2,10 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from modeling_mistral_large.errors import ConversationError, MistralLargeError, SchemaError, SettingError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+T = TypeVar("T")
 
 # A schema that cannot be kept to may be found out only while the response is generated.
 CLIENTS_MISTAKES = (ConversationError, SchemaError, SettingError)
@@ -46,6 +51,20 @@ def failure_body(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, error_body(500, message)
 
 
+async def read_body(request: "Request", what: str) -> bytes:
+    """Return the body of a request, which errors call `what`.
+
+    Raises:
+        RequestError: it is too long.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BODY_BYTES:
+            raise RequestError(f"{what}: more than {MOST_BODY_BYTES:,} bytes; send less", status=413)
+    return bytes(body)
+
+
 def read_json_object(body: bytes) -> dict[str, Any]:
     """Return the object that the body of a request is; parameters that are null are left out.
 
@@ -78,9 +97,6 @@ class Fields:
         self.given = {name: value for name, value in given.items() if value is not None}
         self._prefix = prefix
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.given
-
     def name(self, name: str) -> str:
         """Return how a parameter is called in errors."""
         return f"{self._prefix}.{name}" if self._prefix else name
@@ -89,7 +105,7 @@ class Fields:
         """Raise for a parameter that is not what the rule says."""
         raise RequestError(f"{self.name(name)}: must be {rule}; correct it", self.name(name))
 
-    def of_type(self, name: str, kind: type | tuple[type, ...], rule: str) -> Any:
+    def of_type(self, name: str, kind: type[T] | tuple[type[T], ...], rule: str) -> T | None:
         """Return a parameter of a type, None where it is absent."""
         value = self.given.get(name)
         if value is not None and not isinstance(value, kind):
@@ -98,23 +114,20 @@ class Fields:
 
     def text(self, name: str) -> str | None:
         """Return a string."""
-        value: str | None = self.of_type(name, str, "a string")
-        return value
+        return self.of_type(name, str, "a string")
 
     def flag(self, name: str, default: bool = False) -> bool:
         """Return true or false."""
         value = self.of_type(name, bool, "true or false")
-        return default if value is None else bool(value)
+        return default if value is None else value
 
     def array(self, name: str, rule: str) -> list[Any] | None:
         """Return a JSON array."""
-        value: list[Any] | None = self.of_type(name, list, rule)
-        return value
+        return self.of_type(name, list, rule)
 
     def mapping(self, name: str, rule: str = "an object") -> dict[str, Any] | None:
         """Return a JSON object."""
-        value: dict[str, Any] | None = self.of_type(name, dict, rule)
-        return value
+        return self.of_type(name, dict, rule)
 
     def whole(self, name: str, smallest: int, largest: int) -> int | None:
         """Return a whole number of a range."""
@@ -135,16 +148,17 @@ class Fields:
             self.refuse(name, f"{'0 or ' if or_zero else ''}a number from {smallest:g} to {largest:g}")
         return float(value)
 
-    def refuse_unknown(self, known: frozenset[str]) -> None:
-        """Raise for a parameter that has no effect here."""
+    def check_names(self, obeyed: Iterable[str], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise for a parameter that is unknown, or that this server does not have and whose value asks for something.
+
+        neutral: parameters that this server does not have, and the values that ask for nothing.
+        """
+        known = {*obeyed, *neutral}
         for name in self.given:
             if name not in known:
                 raise RequestError(
                     f"{self.name(name)}: no such parameter here; it would have no effect; leave it out", self.name(name)
                 )
-
-    def check_neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise for a parameter that this server does not have, unless its value asks for nothing."""
         for name, values in neutral.items():
             value = self.given.get(name)
             # 0, 0.0 and false are equal to Python.

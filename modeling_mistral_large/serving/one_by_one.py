@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
 
 from modeling_mistral_large.errors import SettingError
-from modeling_mistral_large.inference.common_prefix import common_length
-from modeling_mistral_large.recorded_steps.automatic import session_cache
+from modeling_mistral_large.generation import ChatSession
 from modeling_mistral_large.serving.batching import end_ids
 from modeling_mistral_large.serving.engine_thread import EngineThread, Job
 from modeling_mistral_large.serving.requests import TokenChoice
 from modeling_mistral_large.serving.token_choice import described, is_greedy, no_choice
-from modeling_mistral_large.transformers_api.keywords import cache_argument
 
 # With one of these, `generate` drafts tokens.
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 class OneByOne(EngineThread):
-    """An `Engine` that calls `generate` for each request in turn.
+    """An engine that calls `generate` for each request in turn.
 
     generate_options: of each call, such as `assistant_model`, `prompt_lookup_num_tokens` or `prefill_chunk_size`.
 
@@ -33,8 +31,7 @@ class OneByOne(EngineThread):
     def __init__(self, model: Any, **generate_options: Any) -> None:
         self._options = generate_options
         self._job: Job | None = None
-        self._cache: Any = None
-        self._cached: list[int] = []
+        self._session: ChatSession | None = None
         super().__init__(model)
 
     def check(self, job: Job) -> None:
@@ -50,7 +47,7 @@ class OneByOne(EngineThread):
         """End the job by an error, and free its memory."""
         for job in self.jobs():
             self.outbox.put(job.stream, error.with_traceback(None))
-        self._job, self._cache, self._cached = None, None, []
+        self._job = self._session = None
 
     def step(self) -> None:
         """Generate one response."""
@@ -58,52 +55,48 @@ class OneByOne(EngineThread):
         if not self.waiting:
             return
         self._job = job = self.waiting.popleft()
-        prompt = job.request.prompt
-        if self._cache is None:
-            self._cache = session_cache(self.model)
-        common = common_length(self._cached, list(prompt[:-1]))
-        if excess := self._cache.get_seq_length() - common:
-            self._cache.crop(-excess)
-        job.stream.cached_tokens = common
+        if self._session is None:
+            # Prompts come as ids, which need no tokenizer.
+            self._session = ChatSession(self.model, None)
         seed = job.request.choice.seed
         if seed is None:
             torch.seed()
         else:
             torch.manual_seed(seed)
-        hook = self.model.register_forward_pre_hook(self._stop_if_cancelled)
-        try:
-            self._generate(job)
-        except _CancelledError:
-            pass
-        finally:
-            hook.remove()
-        # The last token has not been read, and a response that was stopped may have more of these.
-        self._cached = job.tokens[: self._cache.get_seq_length()]
+        with suppress(_CancelledError):
+            self._generate(job, self._session)
         self._job = None
-        if not job.stream.is_cancelled and not self.is_closed:
-            is_ended = job.tokens[-1] in end_ids(self.model)
-            self.outbox.put(job.stream, "stop" if is_ended else "length")
-        elif self.is_closed:
+        if self.is_closed:
             self.outbox.put(job.stream, None)
+        elif not job.stream.is_cancelled:
+            self.outbox.put(job.stream, "stop" if job.tokens[-1] in end_ids(self.model) else "length")
 
-    def _generate(self, job: Job) -> None:
-        input_ids = torch.tensor([job.request.prompt], device=self.model.device)
+    def _generate(self, job: Job, session: ChatSession) -> None:
         first = _FirstProcessor()
-        self.model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
+
+        def go_on() -> None:
+            if self.is_closed or job.stream.is_cancelled:
+                raise _CancelledError
+
+        def note_prefix(*_: int) -> None:
+            job.stream.cached_tokens = session.reused_tokens
+            go_on()
+
+        def take(ids: list[int]) -> None:
+            job.tokens += ids
+            self.outbox.put(job.stream, *(described(token, first.logits[-1], job.chooser) for token in ids))
+            self.outbox.send()
+            go_on()
+
+        session.generate(
+            job.request.prompt,
+            on_tokens=take,
+            on_prefill=note_prefix,
             max_new_tokens=job.request.max_new_tokens,
-            streamer=_Streamer(self, job, first),
             logits_processor=[first, *job.chooser.processors, _LastProcessor()],
             **_sampling(job.request.choice),
-            **cache_argument(self._cache),
             **self._options,
         )
-
-    def _stop_if_cancelled(self, *_: Any) -> None:
-        # Before a forward, also of a prompt's chunk, all layers have cached the same tokens.
-        if self.is_closed or (self._job is not None and self._job.stream.is_cancelled):
-            raise _CancelledError
 
 
 def _sampling(choice: TokenChoice) -> dict[str, Any]:
@@ -143,24 +136,3 @@ class _LastProcessor(LogitsProcessor):
         if not scores.max(dim=-1).values.isfinite().all():
             raise no_choice()
         return scores
-
-
-class _Streamer(BaseStreamer):
-    """Hands the tokens over as they come."""
-
-    def __init__(self, engine: OneByOne, job: Job, first: _FirstProcessor) -> None:
-        self.engine, self.job, self.first = engine, job, first
-        self.is_prompt = True
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, and then the new tokens of each step."""
-        if self.is_prompt:
-            self.is_prompt = False
-            return
-        for token in value.flatten().tolist():
-            self.job.tokens.append(token)
-            self.engine.outbox.put(self.job.stream, described(token, self.first.logits[-1], self.job.chooser))
-        self.engine.outbox.send()
-
-    def end(self) -> None:
-        """Do nothing: the engine says why a response ended."""

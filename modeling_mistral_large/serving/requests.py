@@ -1,8 +1,8 @@
 """What the routes of the server ask of its batching engine, and what it gives back: token ids, and nothing of HTTP."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from transformers import LogitsProcessorList
 
@@ -58,34 +58,3 @@ class GeneratedToken:
     id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-class Generation(Protocol):
-    """A response while it is generated: an asynchronous iterator of its tokens, the end-of-sequence token included.
-
-    finish_reason: why it ended; None before that.
-    cached_tokens: how many tokens of the prompt were in the cache before.
-    """
-
-    finish_reason: FinishReason | None
-    cached_tokens: int
-
-    def __aiter__(self) -> AsyncIterator[GeneratedToken]:
-        """Yield tokens as they come. An error of the engine is raised here."""
-        ...
-
-    def cancel(self) -> None:
-        """End the response where it is; its place is free after the forward pass that runs now."""
-        ...
-
-
-class Engine(Protocol):
-    """What generates responses; its methods are called from the thread of the event loop."""
-
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request."""
-        ...
-
-    def close(self) -> None:
-        """End all responses and the engine's thread."""
-        ...

@@ -61,8 +61,7 @@ def read_response_request(body: Mapping[str, Any]) -> ResponseRequest:
         RequestError: a parameter that is unknown, of another type, out of its range, or that this server cannot obey.
     """
     given = Fields(body)
-    given.refuse_unknown(KNOWN)
-    given.check_neutral(NEUTRAL)
+    given.check_names(KNOWN, NEUTRAL)
     for name in TEXT_LABELS:
         given.text(name)
     instructions = given.text("instructions")
@@ -103,7 +102,7 @@ def read_response_request(body: Mapping[str, Any]) -> ResponseRequest:
 
 
 def _read_input(given: Fields) -> list[Any]:
-    value = given.of_type("input", (str, list), "text or a list of items")
+    value: Any = given.of_type("input", (str, list), "text or a list of items")
     if value is None:
         raise RequestError("input: missing; pass text or a list of items", "input")
     if isinstance(value, str):
@@ -169,8 +168,7 @@ def _nest(tool: Any, where: str) -> dict[str, Any]:
 def _read_format(given: Fields) -> dict[str, Any] | None:
     """Read `text.format`, whose schema a chat completion has one level further down."""
     text = Fields(given.mapping("text") or {}, "text")
-    text.refuse_unknown(frozenset({"format", "verbosity"}))
-    text.check_neutral({"verbosity": ()})
+    text.check_names({"format"}, {"verbosity": ()})
     form = text.mapping("format")
     if form is None:
         return None

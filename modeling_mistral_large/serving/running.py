@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,14 @@ from modeling_mistral_large.errors import MistralLargeError
 
 from .chat_request import ChatRequest
 from .completion_text import CompletionReader, Delta
+from .engine_thread import EngineThread
 from .json_fields import RequestError, failure_body
-from .served_model import Prepared, ServedModel
+from .requests import GenerationRequest
 
 if TYPE_CHECKING:
     from fastapi import Request
 
-    from .requests import Generation
+    from .token_stream import TokenStream
 
 _logger = logging.getLogger("uvicorn.error")
 
@@ -35,14 +36,19 @@ class RunningCompletion:
     finish_reasons: of the choices; None before their end.
     """
 
-    def __init__(self, model: ServedModel, request: ChatRequest, prepared: Prepared) -> None:
+    def __init__(
+        self,
+        engine: EngineThread,
+        name: str,
+        request: ChatRequest,
+        choices: Sequence[tuple[GenerationRequest, CompletionReader]],
+    ) -> None:
         self.request = request
-        self.name = model.name_of(request.model)
+        self.name = name
         self.created = int(time.time())
-        self._prepared = prepared
-        self._engine = model.engine
-        self._readers = [model.reader(prepared, request) for _ in prepared.requests]
-        self._generations: list[Generation] = []
+        self._engine = engine
+        self._requests, self._readers = zip(*choices, strict=True)
+        self._generations: list[TokenStream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._completion_tokens = 0
 
@@ -52,7 +58,7 @@ class RunningCompletion:
 
     def usage(self) -> dict[str, Any]:
         """Return the tokens so far; the prompt counts once."""
-        prompt = len(self._prepared.requests[0].prompt)
+        prompt = len(self._requests[0].prompt)
         cached = max((each.cached_tokens for each in self._generations), default=0)
         return {
             "prompt_tokens": prompt,
@@ -67,7 +73,7 @@ class RunningCompletion:
         Raises what the engine raises; RequestError where the server is being stopped.
         """
         queue: asyncio.Queue[tuple[int, Delta, str | None] | Exception] = asyncio.Queue()
-        self._generations = [self._engine.submit(request) for request in self._prepared.requests]
+        self._generations = [self._engine.submit(request) for request in self._requests]
         self._tasks = [
             asyncio.create_task(self._run(index, generation, reader, queue.put_nowait))
             for index, (generation, reader) in enumerate(zip(self._generations, self._readers, strict=True))
@@ -82,7 +88,7 @@ class RunningCompletion:
             yield item
 
     async def _run(
-        self, index: int, generation: "Generation", reader: CompletionReader, put: Callable[[Any], None]
+        self, index: int, generation: "TokenStream", reader: CompletionReader, put: Callable[[Any], None]
     ) -> None:
         try:
             async for token in generation:

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokeni
 
 from .chat_request import LARGEST_SEED, ChatRequest
 from .completion_text import CompletionReader
+from .engine_thread import EngineThread
 from .json_fields import RequestError
-from .requests import Engine, GenerationRequest, TokenChoice
+from .requests import GenerationRequest, TokenChoice
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -41,18 +42,6 @@ READ_OF_GENERATION_CONFIG = frozenset(
 ROLES_OF_TEMPLATES = ("system", "developer", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request as the engine takes it, once for each choice, and how the prompt ends.
-
-    is_plain: whether responses are plain text, since the prompts are none of our formats.
-    """
-
-    requests: Sequence[GenerationRequest]
-    continues_text: bool
-    is_plain: bool
-
-
 class ServedModel:
     """A model with its tokenizer and engine, and the names it has in requests.
 
@@ -63,7 +52,7 @@ class ServedModel:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineThread,
         tokenizer: MistralLargeTokenizer,
         *,
         names: Sequence[str],
@@ -96,8 +85,10 @@ class ServedModel:
             )
         return asked
 
-    def prepare(self, request: ChatRequest) -> Prepared:
-        """Return what the engine has to do for a request; takes milliseconds to seconds.
+    def prepare(self, request: ChatRequest) -> list[tuple[GenerationRequest, CompletionReader]]:
+        """Return what the engine has to do for each choice of a request, and what reads its tokens.
+
+        It takes milliseconds to seconds.
 
         Raises:
             RequestError: a conversation that the format refuses, too many tokens, or what the response cannot be held
@@ -112,32 +103,29 @@ class ServedModel:
                     choice, logit_bias={**choice.logit_bias, CONTROL_TOKENS["[TOOL_CALLS]"]: -float("inf")}
                 )
             self._check_logit_bias(request.sampling.get("logit_bias", {}))
-            return Prepared(
-                [
+            read = partial(
+                CompletionReader,
+                self.tokenizer.pieces,
+                skipped=None if self._has_calls(prompt) else self._skipped,
+                continues_text=request.continues_message and prompt[-1] not in self.tokenizer.vocabulary.control_ids,
+                stops=request.stop,
+                has_logprobs=request.top_logprobs is not None,
+            )
+            return [
+                (
                     GenerationRequest(
                         prompt=prompt,
                         max_new_tokens=max_tokens,
                         choice=choice if not index else replace(choice, seed=_next_seed(choice.seed, index)),
                         constraint=self._constraint(request, prompt),
                         top_logprobs=request.top_logprobs,
-                    )
-                    for index in range(request.n)
-                ],
-                continues_text=request.continues_message and prompt[-1] not in self.tokenizer.vocabulary.control_ids,
-                is_plain=not self._has_calls(prompt),
-            )
+                    ),
+                    read(),
+                )
+                for index in range(request.n)
+            ]
         except RecursionError as error:
             raise RequestError("the request: nested too deeply; make it flatter") from error
-
-    def reader(self, prepared: Prepared, request: ChatRequest) -> CompletionReader:
-        """Return what reads the tokens of one response to a request."""
-        return CompletionReader(
-            self.tokenizer.pieces,
-            skipped=self._skipped if prepared.is_plain else None,
-            continues_text=prepared.continues_text,
-            stops=request.stop,
-            has_logprobs=request.top_logprobs is not None,
-        )
 
     def _prompt(self, request: ChatRequest) -> tuple[int, ...]:
         if self.tokenizer.prompt_format is None:

@@ -11,7 +11,7 @@ from modeling_mistral_large.errors import SettingError
 from modeling_mistral_large.tokenization_mistral_large import MistralLargeTokenizer
 
 from .app import create_app
-from .requests import Engine
+from .engine_thread import EngineThread
 
 # What a request in progress may take to end, once its generation was ended.
 STOP_SECONDS = 3
@@ -76,7 +76,7 @@ def serve(
 class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # where uvicorn is not installed
     """A server that ends what is being generated before it waits for its requests."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: EngineThread) -> None:
         super().__init__(config)
         self._engine = engine
 

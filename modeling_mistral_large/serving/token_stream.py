@@ -37,9 +37,14 @@ def check_request(model: Any, request: GenerationRequest) -> None:
 
 
 class TokenStream:
-    """A `Generation`: its tokens are put in by a thread, through an `Outbox`, and iterated over in the event loop.
+    """A response while it is generated: an asynchronous iterator of its tokens, the end-of-sequence token included.
+
+    A thread puts them in, through an `Outbox`, and they are read in the event loop, where an error of the engine is
+    raised.
 
     on_cancel: called in the event loop's thread.
+    finish_reason: why it ended; None before that.
+    cached_tokens: how many tokens of the prompt were in the cache before.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
@@ -64,7 +69,7 @@ class TokenStream:
         raise item
 
     def cancel(self) -> None:
-        """End the response where it is."""
+        """End the response where it is; its place is free after the forward pass that runs now."""
         if self.finish_reason is None and not self.is_cancelled:
             self.is_cancelled = True
             self._items.put_nowait(None)

@@ -177,7 +177,8 @@ def decoder_of_one_layer(config: MistralLargeConfig, device: torch.device) -> Mi
     for name in ("embed_tokens", "norm"):
         decoder.set_submodule(name, nn.Identity())
     decoder.rotary_emb = MistralLargeRotaryEmbedding(config).to(device)
-    return decoder.requires_grad_(False).train(False)
+    decoder.requires_grad_(False).train(False)
+    return decoder
 
 
 def release(layer: nn.Module) -> None:

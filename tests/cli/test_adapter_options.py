@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mistral_large_cli import app, main
+from mistral_large_cli import app
 from mistral_large_cli.serve import choose_engine
 from mistral_large_conversion import convert_adapter, convert_checkpoint
 from mistral_large_conversion.errors import CheckpointError
+from tests.support import command
 from tests.support.adapters import save_peft_adapter
 from tests.support.checkpoints import contents
 from tests.support.errors import raises_exactly
@@ -38,11 +39,8 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
-    with pytest.raises(SystemExit) as error:
-        main()
-    assert error.value.code == 2
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert command.run(*arguments) == 2
     return capsys.readouterr().err
 
 
@@ -96,23 +94,19 @@ def test_an_adapter_as_source_is_converted(base: Path, adapter: Path, tmp_path: 
     ids=" ".join,
 )
 def test_options_without_effect_on_an_adapter(
-    adapter: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
 ) -> None:
-    line = failure(monkeypatch, capsys, "convert", adapter, tmp_path / "out", *options)
+    line = failure(capsys, "convert", adapter, tmp_path / "out", *options)
     assert f"{options[0]}: has no effect: {adapter} is an adapter, which is converted alone; leave it out" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_options_that_need_another(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = failure(monkeypatch, capsys, "convert", base, tmp_path / "out", "--base", "owner/name")
+    line = failure(capsys, "convert", base, tmp_path / "out", "--base", "owner/name")
     assert f"--base owner/name: has no effect: {base} is no adapter; leave it out" in line
-    line = failure(monkeypatch, capsys, "verify", base, "--adapter", adapter)
+    line = failure(capsys, "verify", base, "--adapter", adapter)
     assert f"--adapter {adapter}: has no effect without SOURCE, which it was merged into; give it" in line
 
 
@@ -234,14 +228,14 @@ def test_our_server_is_given_the_adapter(
 
 
 def test_the_chat_refuses_adapters_before_torch_is_imported(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert_adapter(adapter, tmp_path / "vendors", to="consolidated")
-    line = failure(monkeypatch, capsys, "chat", base, "--adapter", tmp_path)
+    line = failure(capsys, "chat", base, "--adapter", tmp_path)
     assert f"{tmp_path}: no adapter; give a folder with adapter_config.json" in line
-    line = failure(monkeypatch, capsys, "chat", adapter, "--adapter", tmp_path / "vendors")
+    line = failure(capsys, "chat", adapter, "--adapter", tmp_path / "vendors")
     assert f"{adapter}: has an adapter of its own, and {tmp_path / 'vendors'} is another: one is loaded" in line
-    line = failure(monkeypatch, capsys, "chat", tmp_path / "vendors")
+    line = failure(capsys, "chat", tmp_path / "vendors")
     assert "an adapter (lora.safetensors) of a base that it does not name, not a checkpoint; merge it" in line
 
 
@@ -262,10 +256,7 @@ def test_the_chat_answers_as_the_merged_checkpoint(
 
     def answer(*arguments: object) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", StringIO("Hello\n"))
-        monkeypatch.setattr(sys, "argv", ["mistral-large", "chat", *map(str, arguments), *options])
-        with pytest.raises(SystemExit) as error:
-            main()
-        assert error.value.code == 0
+        assert command.run("chat", *arguments, *options) == 0
         printed = capsys.readouterr()
         return printed.out, printed.err
 

@@ -1,24 +1,15 @@
 """`mistral-large convert --calibration` as it is typed."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from mistral_large_cli import main
 from mistral_large_conversion import read_manifest
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.checkpoints import write_consolidated
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
+from tests.support.command import run
 
 
 @pytest.mark.parametrize(
@@ -45,33 +36,24 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     ],
 )
 def test_an_option_without_effect_is_refused(
-    options: list[object],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    options: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "source").mkdir()
-    assert run(monkeypatch, "convert", tmp_path / "source", tmp_path / "int4", *options) == 2
+    assert run("convert", tmp_path / "source", tmp_path / "int4", *options) == 2
     assert " ".join(capsys.readouterr().err.split()) == f"mistral-large: {message}"
     assert not (tmp_path / "int4").exists()
 
 
-def test_an_adapter_is_not_calibrated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_is_not_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     for option, value in (("--calibration", "default"), ("--samples", 3), ("--length", 99), ("--device", "cpu")):
-        assert run(monkeypatch, "convert", tmp_path, tmp_path / "out", option, value) == 2
+        assert run("convert", tmp_path, tmp_path / "out", option, value) == 2
         assert f"{option}: has no effect" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
 def test_the_command_plans_calibrates_and_compares(
-    tiny_config: MistralLargeConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_config: MistralLargeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_config.vocab_size, tiny_config.hidden_size, tiny_config.intermediate_size = 32768, 96, 160
     tiny_config.num_hidden_layers = 1
@@ -79,7 +61,7 @@ def test_the_command_plans_calibrates_and_compares(
     data, folder = tmp_path / "chats.jsonl", tmp_path / "int4"
     data.write_text('{"text": "One line."}\n{"text": "And another one, which is longer."}\n')
     command = ("convert", tmp_path / "source", folder, "--quantize", "int4", "--calibration", data, "--length", 8)
-    assert run(monkeypatch, *command, "--device", "cpu", "--json", "--dry-run") == 0
+    assert run(*command, "--device", "cpu", "--json", "--dry-run") == 0
     planned = json.loads(capsys.readouterr().out)
     assert not folder.exists()
     # The second text is cut in two.
@@ -93,7 +75,7 @@ def test_the_command_plans_calibrates_and_compares(
     weight_bytes = sum(planned["files"].values())
     # The activations between layers, twice, and the small files.
     assert planned["needed_bytes"] > weight_bytes + 2 * 14 * 96 * 2
-    assert run(monkeypatch, *command, "--device", "cpu") == 0
+    assert run(*command, "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "by    GPTQ on 3 sequences, 14 tokens, of chats.jsonl (sha256 " in printed
     assert "…), on cpu\n" in printed
@@ -102,14 +84,14 @@ def test_the_command_plans_calibrates_and_compares(
     assert manifest is not None
     assert manifest.calibration is not None
     assert manifest.calibration.to_json() == planned["calibration"]
-    assert run(monkeypatch, *command, "--device", "cpu") == 0
+    assert run(*command, "--device", "cpu") == 0
     assert (
         "every tensor is what the manifest says, and every one that is not calibrated what the source gives; nothing "
         "was written" in capsys.readouterr().out
     )
-    assert run(monkeypatch, "inspect", folder) == 0
+    assert run("inspect", folder) == 0
     assert f"calibration {manifest.calibration.description}\n" in capsys.readouterr().out
-    assert run(monkeypatch, *command, "--device", "cpu", "--samples", 2) == 2
+    assert run(*command, "--device", "cpu", "--samples", 2) == 2
     assert f"its weights are calibrated otherwise: {manifest.calibration.description}" in " ".join(
         capsys.readouterr().err.split()
     )

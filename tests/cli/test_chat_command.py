@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mistral_large_cli import app
-from mistral_large_cli.conversation_file import check_messages, formats_of_folder
+from mistral_large_cli.conversation_file import check_messages, format_of_folder
 from mistral_large_cli.demo import assemble_demo_checkpoint, golden_conversations
 from mistral_large_cli.generation_session import GenerationSession
 from mistral_large_cli.highlighting import highlighted
@@ -197,7 +197,7 @@ def test_the_format_of_a_model_is_known_before_it_is_loaded(
     demo_folder: Path, demo_folder_of_v7: Path, tmp_path: Path
 ) -> None:
     folders = [demo_folder, demo_folder_of_v7, tmp_path, Path("owner/name")]
-    assert [formats_of_folder(str(folder)) for folder in folders] == [("v3",), ("v7",), (), ()]
+    assert [format_of_folder(str(folder)) for folder in folders] == ["v3", "v7", None, None]
     with raises_exactly(ConversationError, REFUSED_BY_V3):
         check_messages(OF_V7_ALONE, None, "v3")
     # Of a repository, whatever one of the formats takes may be right.

@@ -18,13 +18,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from mistral_large_cli import app, terminal
-from mistral_large_cli.context_window import ContextWindow
+from mistral_large_cli.chat_turns import ContextWindow
 from mistral_large_cli.demo import golden_conversations
+from mistral_large_cli.generation_session import StoppedText
 from mistral_large_cli.line_editor import LineEditor
 from mistral_large_cli.markdown_view import MarkdownView
 from mistral_large_cli.mcp_tools import McpServers, ToolError
 from mistral_large_cli.sampling import Sampling
-from mistral_large_cli.stop_strings import StoppedText
 from mistral_large_conversion.errors import MissingLibraryError, MistralLargeError, SettingError
 from modeling_mistral_large.generation.tool_loop import run_tool_loop
 from modeling_mistral_large.instruct import AnswerStream, TextEvent
@@ -135,10 +135,11 @@ def test_a_response_ends_before_its_first_stop_string(tokenizer: Any) -> None:
             place += size
         said.append(stream.finish())
         shown = "".join(event.text for events in said for event in events)
-        places = [place for place in map(text.find, stop) if place >= 0]
-        expected = text[: min(places)] if places else text
+        # The one that is complete first counts, and of those the longest.
+        ends = [(place + len(each), place) for each in stop if (place := text.find(each)) >= 0]
+        expected = text[: min(ends)[1]] if ends else text
         assert shown == expected == stream.message()["content"]
-        assert stream.is_stopped == bool(places)
+        assert stream.is_stopped == bool(ends)
 
 
 def test_calls_come_after_the_text_before_them_and_not_after_a_stop(tokenizer: Any) -> None:

@@ -20,17 +20,7 @@ from tests.support.warm_python import WarmPython
 
 GOLDEN = golden_conversations()
 WEATHER, WEATHER_AGAIN = "What's the weather like in Paris?", GOLDEN["weather_follow_up_call"].messages[-1]["content"]
-TOOLS = '''
-def get_current_weather(location: str, format: str) -> int:
-    """
-    Get the current weather
-
-    Args:
-        location: The city and state, e.g. San Francisco, CA
-        format: The temperature unit to use. Infer this from the users location. (choices: ["celsius", "fahrenheit"])
-    """
-    return {"Paris": 22, "London": 17}[location.partition(",")[0]]
-'''
+TOOLS = "from mistral_large_cli.demo import get_current_weather\n\n__all__ = ['get_current_weather']\n"
 
 
 @pytest.fixture

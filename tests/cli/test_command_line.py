@@ -203,7 +203,7 @@ def test_engines_are_told_of_revision_token_and_cache(monkeypatch: pytest.Monkey
     started: list[Any] = []
     monkeypatch.setattr("os.execv", lambda _, command: started.append(command))
     monkeypatch.setattr("mistral_large_cli.serve.find_spec", lambda _: True)
-    monkeypatch.setattr("mistral_large_conversion.checkpoint.hub.reachable_options", lambda _, options: options)
+    monkeypatch.setattr("mistral_large_cli.serve.reachable_options", lambda _, options: options)
     # So that they are as before in the end.
     environment = {"HF_TOKEN": "hf_secret", "HF_HUB_CACHE": str(tmp_path)}
     for name in environment:

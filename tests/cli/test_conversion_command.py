@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mistral_large_cli import main
 from mistral_large_conversion import convert_checkpoint, export_checkpoint, prepare_conversion
 from mistral_large_conversion.errors import SettingError
 from modeling_mistral_large import MistralLargeConfig
 from tests.support.checkpoints import write_consolidated
+from tests.support.command import run
 from tests.support.errors import raises_exactly
 
 
@@ -27,20 +26,10 @@ def source(tiny_config: MistralLargeConfig, tmp_path: Path) -> Path:
     return tmp_path / "the [red]'source"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
-
-
 @pytest.mark.slow
-def test_convert_prints_the_plan_and_a_command_that_runs(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_prints_the_plan_and_a_command_that_runs(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     destination = source.parent / "the [blue]'destination"
-    assert run(monkeypatch, "convert", source, destination, "--max-shard-size", "2MB") == 0
+    assert run("convert", source, destination, "--max-shard-size", "2MB") == 0
     printed = capsys.readouterr().out
     # Nothing to redraw a bar with goes into a pipe.
     assert "\x1b" not in printed
@@ -60,34 +49,30 @@ def test_the_progress_bar_shows_bytes_rate_and_remaining_time(
 ) -> None:
     # rich takes this for a terminal.
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert run(monkeypatch, "convert", source, source.parent / "hf", "--max-shard-size", "2MB") == 0
+    assert run("convert", source, source.parent / "hf", "--max-shard-size", "2MB") == 0
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
     assert re.search(r"converting .* 10\.9/10\.9 MB [\d.]+ [kMG]B/s 0:00:00", last)
 
 
 @pytest.mark.slow
-def test_dry_run_writes_nothing(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "convert", source, source.parent / "hf", "--dry-run") == 0
+def test_dry_run_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", source, source.parent / "hf", "--dry-run") == 0
     assert "nothing was written" in capsys.readouterr().out
     assert not (source.parent / "hf").exists()
 
 
 @pytest.mark.slow
-def test_json_is_all_that_is_printed_and_says_what_is_there(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_all_that_is_printed_and_says_what_is_there(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     destination = source.parent / "hf"
     options = ("convert", source, destination, "--max-shard-size", "2MB", "--json")
-    assert run(monkeypatch, *options, "--dry-run") == 0
+    assert run(*options, "--dry-run") == 0
     planned = json.loads(capsys.readouterr().out)
     assert not destination.exists()
-    assert run(monkeypatch, *options, "--jobs", 2) == 0
+    assert run(*options, "--jobs", 2) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     converted = json.loads(printed.out)
-    assert run(monkeypatch, *options) == 0
+    assert run(*options) == 0
     again = json.loads(capsys.readouterr().out)
     assert [report.pop("result") for report in (planned, converted, again)] == ["planned", "converted", "complete"]
     assert [report.pop("destination_state") for report in (planned, converted, again)] == ["new", "new", "finished"]
@@ -101,33 +86,29 @@ def test_json_is_all_that_is_printed_and_says_what_is_there(
 
 
 @pytest.mark.slow
-def test_a_rerun_says_that_it_goes_on_or_that_all_is_there(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rerun_says_that_it_goes_on_or_that_all_is_there(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
     destination = source.parent / "hf"
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, destination, progress=stop)
-    assert run(monkeypatch, "convert", source, destination) == 0
+    assert run("convert", source, destination) == 0
     assert "which is an interrupted conversion, to be resumed\n" in capsys.readouterr().out
-    assert run(monkeypatch, "convert", source, destination) == 0
+    assert run("convert", source, destination) == 0
     printed = capsys.readouterr().out
     assert "which is a finished conversion, to be compared with the source\n" in printed
     assert "every tensor is what the source gives; nothing was written\n" in printed
 
 
 @pytest.mark.slow
-def test_the_way_back_with_another_dtype_and_model_type(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_way_back_with_another_dtype_and_model_type(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stock, back = source.parent / "stock", source.parent / "back"
-    assert run(monkeypatch, "convert", source, stock, "--as", "mistral", "--dtype", "fp32") == 0
+    assert run("convert", source, stock, "--as", "mistral", "--dtype", "fp32") == 0
     printed = capsys.readouterr().out
     assert f"from  {source}: 30 tensors, BF16, rounded to F32, 0.02 GB\n" in printed
     exec(compile(shlex.split(printed[printed.index("python -c") :])[2], "printed", "exec"), {})
-    assert run(monkeypatch, "convert", stock, back, "--to", "consolidated", "--dtype", "bf16") == 0
+    assert run("convert", stock, back, "--to", "consolidated", "--dtype", "bf16") == 0
     printed = capsys.readouterr().out
     exec(compile(shlex.split(printed[printed.index("python -c") :])[2], "printed", "exec"), {})
     assert "MistralLargeForCausalLM(" in capsys.readouterr().out
@@ -153,13 +134,9 @@ def test_the_way_back_with_another_dtype_and_model_type(
     ],
 )
 def test_options_without_effect_or_meaning_are_one_line(
-    source: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    problem: str,
+    source: Path, capsys: pytest.CaptureFixture[str], options: list[str], problem: str
 ) -> None:
-    assert run(monkeypatch, "convert", source, source.parent / "out", *options) == 2
+    assert run("convert", source, source.parent / "out", *options) == 2
     error = capsys.readouterr().err
     assert problem in error
     assert error.startswith("mistral-large: ")
@@ -196,14 +173,14 @@ def test_a_misspelt_option_is_an_error(small_source: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_what_cannot_be_converted_is_one_message_and_exit_code_2(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: list[str]
+    source: Path, capsys: pytest.CaptureFixture[str], option: list[str]
 ) -> None:
-    assert run(monkeypatch, "convert", source, source / "hf", *option) == 2
+    assert run("convert", source, source / "hf", *option) == 2
     assert capsys.readouterr().err.startswith("mistral-large: ")
-    assert run(monkeypatch, "convert", source, source.parent / "hf", "--max-shard-size", "5 apples", *option) == 2
+    assert run("convert", source, source.parent / "hf", "--max-shard-size", "5 apples", *option) == 2
     assert "must be a size such as 5GB" in capsys.readouterr().err
     (source / "consolidated-00002-of-00002.safetensors").unlink()
-    assert run(monkeypatch, "convert", source, source.parent / "hf", *option) == 2
+    assert run("convert", source, source.parent / "hf", *option) == 2
     error = capsys.readouterr().err
     assert "consolidated-00002-of-00002.safetensors is missing" in error
     assert "Traceback" not in error

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mistral_large_cli import app
 from mistral_large_cli.demo import golden_conversations
-from mistral_large_cli.generation_session import GenerationSession, load_model
+from mistral_large_cli.generation_session import GenerationSession
 from mistral_large_cli.response_meter import ResponseMeter
 from mistral_large_cli.sampling import Sampling
 from mistral_large_cli.serve import choose_engine
@@ -253,12 +253,12 @@ def test_drafts_of_every_folder(demo_folder: Path, demo_folder_of_v7: Path, tmp_
         convert_checkpoint(source, tmp_path / name, progress=False, **given)
         folders.append(tmp_path / name)
     for folder in folders:
-        options = Drafting(str(folder)).generate_options(model, tokenizer, load_model, dtype="auto", device_map="cpu")
+        options = Drafting(str(folder)).generate_options(model, tokenizer, dtype="auto", device_map="cpu")
         draft = options["assistant_model"]
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         assert model.generate(**prompt, **options, do_sample=False, max_new_tokens=16).tolist() == plain
     with raises_exactly(SettingError, OTHER_VOCABULARY):
-        Drafting(str(demo_folder_of_v7)).generate_options(model, tokenizer, load_model, dtype="auto", device_map="cpu")
+        Drafting(str(demo_folder_of_v7)).generate_options(model, tokenizer, dtype="auto", device_map="cpu")
 
 
 # The plan

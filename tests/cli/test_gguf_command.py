@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral_large_cli import main
 from mistral_large_conversion.gguf import REPOSITORY, prepare_gguf
 from tests.support import folders
+from tests.support.command import run
 
 # Writes the names of the files that it is given as its output, and where the weights are.
 CONVERTER = """\
@@ -60,26 +60,22 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out {ftype}"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", "convert", *map(str, arguments), "--to", "gguf"])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
+def convert(*arguments: object) -> int:
+    return run("convert", *arguments, "--to", "gguf")
 
 
 @pytest.mark.slow
 def test_a_file_comes_through_both_tools_and_nothing_else_stays(
-    llama_cpp: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama_cpp: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = folders.vendor(tmp_path / "the model")
     command = (source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "q4_k_m")
-    assert run(monkeypatch, *command, "--dry-run") == 0
+    assert convert(*command, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "by    convert_hf_to_gguf.py --outtype bf16, then llama-quantize Q4_K_M\n" in printed
     assert "nothing was written" in printed
     assert not [*out.iterdir()]
-    assert run(monkeypatch, *command) == 0
+    assert convert(*command) == 0
     printed = capsys.readouterr().out
     assert "llama-server -m " in printed
     assert [path.name for path in out.iterdir()] == ["m.gguf"]
@@ -97,16 +93,11 @@ def test_a_file_comes_through_both_tools_and_nothing_else_stays(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--dtype", "fp16"]])
 def test_weights_of_the_hf_layout_are_linked_unless_they_change(
-    llama_cpp: Path,
-    out: Path,
-    tmp_path: Path,
-    options: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    llama_cpp: Path, out: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Its files are links themselves, to blobs without names.
     source = folders.into_hub_cache(folders.fine_tune(tmp_path / "source", added=("<|im_start|>",)), tmp_path / "hub")
-    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--json", *options) == 0
+    assert convert(source, out / "m.gguf", "--llama-cpp", llama_cpp, "--json", *options) == 0
     report, found = json.loads(capsys.readouterr().out), json.loads((out / "m.gguf").read_text())
     assert report["tools"] == [f"convert_hf_to_gguf.py --outtype {'f16' if options else 'bf16'}"]
     weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -139,16 +130,10 @@ def test_weights_of_the_hf_layout_are_linked_unless_they_change(
     ],
 )
 def test_an_option_without_effect_or_meaning_is_one_line(
-    options: list[object],
-    message: str,
-    llama_cpp: Path,
-    out: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    options: list[object], message: str, llama_cpp: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = folders.vendor(tmp_path / "source")
-    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, *options) == 2
+    assert convert(source, out / "m.gguf", "--llama-cpp", llama_cpp, *options) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"mistral-large: {message}")
     assert error.count("\n") == 1
@@ -157,12 +142,9 @@ def test_an_option_without_effect_or_meaning_is_one_line(
 
 @pytest.mark.parametrize("option", ["--gguf-type", "--llama-cpp", "--llama-quantize"])
 def test_options_of_gguf_are_refused_for_other_layouts(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", "convert", str(tmp_path), str(tmp_path / "hf"), option, "x"])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 2
+    assert run("convert", tmp_path, tmp_path / "hf", option, "x") == 2
     assert capsys.readouterr().err == (
         f"mistral-large: {option} x: has no effect without --to gguf, which it is for; leave it out\n"
     )
@@ -173,72 +155,70 @@ def test_without_llama_cpp_the_error_says_where_it_is_found(
     llama_cpp: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = folders.vendor(tmp_path / "source")
-    assert run(monkeypatch, source, out / "m.gguf") == 2
+    assert convert(source, out / "m.gguf") == 2
     assert capsys.readouterr().err == (
         "mistral-large: --to gguf: needs llama.cpp, whose convert_hf_to_gguf.py writes the file; get it with "
         f"`git clone {REPOSITORY}` and add --llama-cpp llama.cpp\n"
     )
-    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", out) == 2
+    assert convert(source, out / "m.gguf", "--llama-cpp", out) == 2
     assert "no convert_hf_to_gguf.py in it; get llama.cpp with `git clone" in capsys.readouterr().err
     # Where it is not built, the PATH counts.
     built = llama_cpp / "build" / "bin"
     command = (source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K")
     built.rename(llama_cpp / "elsewhere")
-    assert run(monkeypatch, *command) == 2
+    assert convert(*command) == 2
     assert capsys.readouterr().err == (
         f"mistral-large: llama-quantize: neither at {built / 'llama-quantize'} nor on the PATH; build it with `cmake "
         "-B build "
         f"&& cmake --build build --target llama-quantize` in {llama_cpp}, or say where it is\n"
     )
-    assert run(monkeypatch, *command, "--dry-run", "--llama-quantize", llama_cpp / "elsewhere") == 0
+    assert convert(*command, "--dry-run", "--llama-quantize", llama_cpp / "elsewhere") == 0
     monkeypatch.setenv("PATH", str(llama_cpp / "elsewhere"), prepend=os.pathsep)
-    assert run(monkeypatch, *command, "--dry-run") == 0
+    assert convert(*command, "--dry-run") == 0
     assert not [*out.iterdir()]
 
 
 @pytest.mark.slow
 def test_what_a_tool_says_when_it_fails_is_shown_and_nothing_stays(
-    llama_cpp: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama_cpp: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = folders.vendor(tmp_path / "source")
     command = (source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K")
     write_quantizer(llama_cpp, "#!/bin/sh\necho half > $2\necho a row is odd >&2\nexit 3\n")
-    assert run(monkeypatch, *command) == 2
+    assert convert(*command) == 2
     error = capsys.readouterr().err
     assert "not written: llama-quantize ended with exit code 3; when what it printed last is fixed" in error
     assert error.endswith(":\na row is odd\n")
     (llama_cpp / "convert_hf_to_gguf.py").write_text("import nothing_such")
-    assert run(monkeypatch, *command) == 2
+    assert convert(*command) == 2
     error = capsys.readouterr().err
     assert "convert_hf_to_gguf.py ended with exit code 1" in error
     assert error.endswith("ModuleNotFoundError: No module named 'nothing_such'\n")
     # A tool that says all is well and has written nothing.
     (llama_cpp / "convert_hf_to_gguf.py").write_text("")
     write_quantizer(llama_cpp, "#!/bin/sh\n")
-    assert run(monkeypatch, *command) == 2
+    assert convert(*command) == 2
     assert "m.gguf: not written: " in capsys.readouterr().err
     assert not [*out.iterdir()]
 
 
 @pytest.mark.slow
-def test_what_is_there_stays(
-    llama_cpp: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there_stays(llama_cpp: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = folders.vendor(tmp_path / "source")
     (out / "m.gguf").write_text("mine")
     (out / "link.gguf").symlink_to("nowhere")
     for name in ("m.gguf", "link.gguf", "."):
-        assert run(monkeypatch, source, out / name, "--llama-cpp", llama_cpp) == 2
+        assert convert(source, out / name, "--llama-cpp", llama_cpp) == 2
         assert capsys.readouterr().err == (
             f"mistral-large: {out / name}: is there already; choose a new name, or remove it first\n"
         )
-    assert run(monkeypatch, source, source / "m.gguf", "--llama-cpp", llama_cpp) == 2
+    assert convert(source, source / "m.gguf", "--llama-cpp", llama_cpp) == 2
     assert "is in the source" in capsys.readouterr().err
     # One that comes while the tools run stays, too.
     (llama_cpp / "convert_hf_to_gguf.py").write_text(
         f"{CONVERTER}\nopen({str(out / 'new.gguf')!r}, 'w').write('other')"
     )
-    assert run(monkeypatch, source, out / "new.gguf", "--llama-cpp", llama_cpp) == 2
+    assert convert(source, out / "new.gguf", "--llama-cpp", llama_cpp) == 2
     assert "is there already" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["link.gguf", "m.gguf", "new.gguf"]
     assert ((out / "m.gguf").read_text(), (out / "new.gguf").read_text()) == ("mine", "other")
@@ -253,7 +233,7 @@ def test_a_disk_without_room_is_refused(
     usage = os.statvfs(out)
     assert usage.f_bavail * usage.f_frsize > needed
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 1}))
-    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 2
+    assert convert(source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 2
     assert capsys.readouterr().err == (
         f"mistral-large: {out / 'm.gguf'}: needs {needed:,} bytes, the disk has {needed - 1:,} free; make room or "
         "choose "
@@ -264,12 +244,12 @@ def test_a_disk_without_room_is_refused(
     full = llama_cpp / "full"
     write_quantizer(llama_cpp, f"{QUANTIZER}touch {full}\n")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - full.exists()}))
-    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 0
+    assert convert(source, out / "m.gguf", "--llama-cpp", llama_cpp, "--gguf-type", "Q6_K") == 0
 
 
 @pytest.mark.slow
 def test_a_vocabulary_that_the_converter_would_not_take_exactly_is_refused(
-    llama_cpp: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama_cpp: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = folders.fine_tune(tmp_path / "source")
     path = source / "tokenizer.json"
@@ -278,12 +258,12 @@ def test_a_vocabulary_that_the_converter_would_not_take_exactly_is_refused(
     pieces["other"] = pieces.pop(next(piece for piece, index in pieces.items() if index == 9999))
     content["model"]["merges"] = []
     path.write_text(json.dumps(content))
-    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp) == 2
+    assert convert(source, out / "m.gguf", "--llama-cpp", llama_cpp) == 2
     assert "convert_hf_to_gguf.py loses the scores of such a vocabulary" in capsys.readouterr().err
     # Of bytes, the converter knows by itself whether it does.
     content["decoder"] = {"type": "ByteLevel"}
     path.write_text(json.dumps(content))
-    assert run(monkeypatch, source, out / "m.gguf", "--llama-cpp", llama_cpp) == 0
+    assert convert(source, out / "m.gguf", "--llama-cpp", llama_cpp) == 0
     assert "tokenizer.model" not in json.loads((out / "m.gguf").read_text())["files"]
 
 
@@ -310,9 +290,9 @@ def test_an_interrupt_ends_the_tool_and_nothing_stays(llama_cpp: Path, out: Path
 
 @pytest.mark.slow
 def test_an_adapter_alone_is_refused(
-    llama_cpp: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama_cpp: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert run(monkeypatch, tmp_path / "adapter", out / "m.gguf", "--llama-cpp", llama_cpp) == 2
+    assert convert(tmp_path / "adapter", out / "m.gguf", "--llama-cpp", llama_cpp) == 2
     assert "an adapter (PEFT)" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_vllm_takes_each_layout_with_its_options(
 ) -> None:
     install(monkeypatch, "vllm", *SERVER)
     # The engine asks the hub for the last one.
-    monkeypatch.setattr("mistral_large_conversion.checkpoint.hub.reachable_options", lambda *_: {})
+    monkeypatch.setattr("mistral_large_cli.serve.reachable_options", lambda *_: {})
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
     run(str(demo_folder), "--port", "8123", "--tensor-parallel-size", "8")
     run(str(folder))
@@ -115,7 +115,7 @@ def test_vllm_takes_our_prompts_for_a_repository(
     tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...]
 ) -> None:
     install(monkeypatch, "vllm")
-    monkeypatch.setattr("mistral_large_conversion.checkpoint.hub.reachable_options", lambda *_: {"revision": "v1"})
+    monkeypatch.setattr("mistral_large_cli.serve.reachable_options", lambda *_: {"revision": "v1"})
     (tmp_path / "config.json").write_text(json.dumps(folders.hf_config()))
     asked: list[Any] = []
 
@@ -271,8 +271,8 @@ def test_options_that_our_server_has_not(
 def test_origins_that_are_none(origin: str) -> None:
     problem = f"--cors-origin {origin}: must be * or a site as https://chat.example; correct it"
     with raises_exactly(SettingError, problem):
-        ServerSettings(cors_origins=(origin,)).check(None)
-    ServerSettings(cors_origins=("https://chat.example:8443", "*")).check(None)
+        ServerSettings(cors_origin=(origin,)).check(None)
+    ServerSettings(cors_origin=("https://chat.example:8443", "*")).check(None)
 
 
 @pytest.mark.parametrize("name", ["kv", "max_batch"])

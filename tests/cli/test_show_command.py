@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from mistral_large_cli import main
 from mistral_large_cli.demo import golden_conversations
 from mistral_large_cli.show import styled
 from mistral_large_conversion.prompt_roles import COLOURS, ROLES
 from mistral_large_conversion.vocabulary import VOCABULARIES
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.instruct.prompt import build_prompt
+from tests.support.command import run
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
 LEGEND = "\n\n" + "  ".join(role for role in COLOURS if role != "system") + "  "  # of v3
@@ -26,13 +26,6 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "content": "Yes?"},
     {"role": "user", "content": ""},
 ]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", "show", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0)
 
 
 def written(folder: Path, content: object, name: str = "conversation.json") -> Path:
@@ -46,14 +39,10 @@ def text_of(page: str) -> str:
 
 @pytest.mark.parametrize("golden", golden_conversations().values(), ids=golden_conversations())
 def test_it_is_the_prompt_to_the_letter(
-    golden: Any,
-    tokenizer: MistralLargeTokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    golden: Any, tokenizer: MistralLargeTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = written(tmp_path, {"messages": golden.messages, "tools": golden.tools})
-    assert run(monkeypatch, conversation) == 0
+    assert run("show", conversation) == 0
     prompt = tokenizer.apply_chat_template(golden.messages, golden.tools, tokenize=False)
     assert capsys.readouterr().out == f"{prompt}{LEGEND}\n"
 
@@ -61,10 +50,10 @@ def test_it_is_the_prompt_to_the_letter(
 def test_nothing_that_a_text_says_reaches_the_terminal_and_the_list_alone_will_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, written(tmp_path, MESSAGES)) == 0
+    assert run("show", written(tmp_path, MESSAGES)) == 0
     assert capsys.readouterr().out.startswith("<s>[INST] Hi [/INST] \ufffd[2J[/INST] Yes?</s>[INST][/INST]\n")
     monkeypatch.setattr(sys, "stdin", StringIO(json.dumps(MESSAGES)))
-    assert run(monkeypatch, "-") == 0
+    assert run("show", "-") == 0
     assert capsys.readouterr().out.startswith("<s>[INST] Hi")
 
 
@@ -95,7 +84,6 @@ def test_the_format_is_the_models_or_the_one_that_is_asked_for(
     v7_tokenizer: MistralLargeTokenizer,
     tokenizer: MistralLargeTokenizer,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     conversation = written(tmp_path, V7_MESSAGES)
@@ -109,24 +97,21 @@ def test_the_format_is_the_models_or_the_one_that_is_asked_for(
         (("--prompt-format", "v3"), v3 + LEGEND),
         ((), v3 + LEGEND),
     ):
-        assert run(monkeypatch, conversation, *options) == 0
+        assert run("show", conversation, *options) == 0
         assert capsys.readouterr().out.startswith(shown)
-    assert run(monkeypatch, conversation, "--model", tokenizer.name_or_path, "--prompt-format", "v7") == 2
+    assert run("show", conversation, "--model", tokenizer.name_or_path, "--prompt-format", "v7") == 2
     assert "the vocabulary is v3's, which has no [SYSTEM_PROMPT]" in capsys.readouterr().err
 
 
 def test_a_template_of_others_is_not_shown_as_ours(
-    v7_tokenizer: MistralLargeTokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    v7_tokenizer: MistralLargeTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = written(tmp_path, V7_MESSAGES)
     v7_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
-    assert run(monkeypatch, conversation, "--model", tmp_path / "model") == 2
+    assert run("show", conversation, "--model", tmp_path / "model") == 2
     assert "its chat template is none of this package's" in capsys.readouterr().err
-    assert run(monkeypatch, conversation, "--model", tmp_path / "model", "--prompt-format", "v7") == 0
+    assert run("show", conversation, "--model", tmp_path / "model", "--prompt-format", "v7") == 0
 
 
 @pytest.mark.slow
@@ -144,11 +129,11 @@ def test_ids_are_those_of_the_prompt(
     monkeypatch.setenv("COLUMNS", "200")
     conversation = written(tmp_path, MESSAGES)
     ids = tokenizer.apply_chat_template(MESSAGES, return_dict=False)
-    assert run(monkeypatch, conversation, "--model", tmp_path / "model", "--ids") == 0
+    assert run("show", conversation, "--model", tmp_path / "model", "--ids") == 0
     *rows, _, legend = capsys.readouterr().out.splitlines()
     assert [int(id_) for row in rows[1:] for id_ in re.findall(r"\d+", row.rstrip().rpartition("  ")[2])] == ids
     assert legend.endswith(f"  {len(ids)} tokens")
-    assert run(monkeypatch, conversation, "--model", tmp_path / "model") == 0
+    assert run("show", conversation, "--model", tmp_path / "model") == 0
     assert capsys.readouterr().out.endswith(f"  {len(ids)} tokens\n")
 
 
@@ -156,7 +141,7 @@ def test_pictures_hold_the_prompt_and_ask_nobody_for_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, PICTURES / "conversation.json", "--mask", "--html", "page.html", "--svg", "page.svg") == 0
+    assert run("show", PICTURES / "conversation.json", "--mask", "--html", "page.html", "--svg", "page.svg") == 0
     prompt = capsys.readouterr().out.partition("\n\nprompt")[0]
     pages = [Path("page.html").read_text(), Path("page.svg").read_text()]
     for page in pages:
@@ -168,17 +153,15 @@ def test_pictures_hold_the_prompt_and_ask_nobody_for_anything(
     assert "".join(text_of(committed).split()) == "".join(text_of(pages[1]).split())
 
 
-def test_tools_come_from_python_or_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tools_come_from_python_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = written(tmp_path, {"messages": [{"role": "user", "content": "x"}], "tools": []})
-    assert run(monkeypatch, conversation) == 0
+    assert run("show", conversation) == 0
     assert "AVAILABLE" not in capsys.readouterr().out
     python = written(tmp_path, 'def now() -> str:\n    """Tell the time"""\n    return ""\n', "tools.py")
     definition = {"name": "now", "description": "Tell the time", "parameters": {"type": "object", "properties": {}}}
     printed = []
     for tools in (python, written(tmp_path, {"tools": [{"type": "function", "function": definition}]}, "tools.json")):
-        assert run(monkeypatch, conversation, "--tools", tools) == 0
+        assert run("show", conversation, "--tools", tools) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     assert '[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "now"' in printed[0]
@@ -218,7 +201,7 @@ def test_what_cannot_be_shown_is_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if content is not None:
         written(tmp_path, content)
-    assert run(monkeypatch, "conversation.json", *options) == 2
+    assert run("show", "conversation.json", *options) == 2
     error = capsys.readouterr().err
     assert problem in error
     assert error.startswith("mistral-large: ")

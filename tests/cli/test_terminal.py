@@ -16,9 +16,9 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from mistral_large_cli import main
 from mistral_large_cli.terminal import console, one_line, print_json, printable, write_picture
 from mistral_large_conversion.errors import DestinationError
+from tests.support.command import run
 from tests.support.errors import raises_exactly
 
 # Titles, clearing of the screen, the clipboard, a line to be overwritten, 8-bit controls, letters turned around.
@@ -26,14 +26,6 @@ ATTACK = "a\x1b]0;owned\x07\x1b[2J\x1b]52;c;ZXZpbA==\x07\r\x08\x7f\x9b2J\u202eb\
 HARMLESS = "a�]0;owned��[2J�]52;c;ZXZpbA==�����2J�b��c�d"
 # What no output may hold, whatever goes in.
 COMMANDS = [*map(chr, [*range(9), *range(11, 32), *range(127, 160)]), "\u202e", "\u2066", "\udc9b"]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["mistral-large", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
 
 
 def is_harmless(printed: str) -> bool:
@@ -114,7 +106,7 @@ TEXTS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [*TEXTS, "the folder's name"])
 def test_no_text_of_a_checkpoint_commands_the_terminal(
-    demo_folder: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_folder: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(demo_folder, tmp_path / ("hf" if text in TEXTS else f"{NAME}\nmistral-large: ok")))
     if text in TEXTS:
@@ -128,7 +120,7 @@ def test_no_text_of_a_checkpoint_commands_the_terminal(
         ("retag", folder, "--as", "mistral"),
     ]
     for command in commands:
-        run(monkeypatch, *command)
+        run(*command)
         printed = capsys.readouterr()
         assert is_harmless(printed.out + printed.err), command
         assert "Traceback" not in printed.err
@@ -138,12 +130,10 @@ def test_no_text_of_a_checkpoint_commands_the_terminal(
             assert "mistral-large: ok" not in lines
 
 
-def test_what_was_typed_is_quoted_without_its_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_typed_is_quoted_without_its_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A pattern of the shell puts names of files into the command line.
     for arguments in (("inspect", tmp_path, NAME), ("inspect", f"--{NAME}"), (NAME,), ("inspect", tmp_path / NAME)):
-        assert run(monkeypatch, *arguments) == 2
+        assert run(*arguments) == 2
         printed = capsys.readouterr()
         assert is_harmless(printed.out + printed.err)
         assert "owned" in printed.err
@@ -165,7 +155,7 @@ def test_logs_and_warnings_of_libraries_are_harmless_too(
 
     factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
     monkeypatch.setattr("mistral_large_conversion.retag.retag_checkpoint", talk)
-    assert run(monkeypatch, "retag", "folder", "--as", "mistral") == 0
+    assert run("retag", "folder", "--as", "mistral") == 0
     printed = capsys.readouterr().err
     assert is_harmless(printed)
     assert printed.count("owned") == 2
@@ -195,7 +185,7 @@ def test_logs_keep_the_arguments_that_formatters_read(
         return []
 
     monkeypatch.setattr("mistral_large_conversion.retag.retag_checkpoint", talk)
-    assert run(monkeypatch, "retag", "folder", "--as", "mistral") == 0
+    assert run("retag", "folder", "--as", "mistral") == 0
     printed = capsys.readouterr().err
     assert is_harmless(printed)
     assert printed.startswith("/health 200\n")
@@ -215,7 +205,7 @@ def test_a_full_output_is_one_line(
 ) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert run(monkeypatch, "inspect", demo_folder, "--json") == 2
+        assert run("inspect", demo_folder, "--json") == 2
         monkeypatch.undo()
     assert capsys.readouterr().err == (
         "mistral-large: the output cannot be written: No space left on device; make room or send it elsewhere\n"

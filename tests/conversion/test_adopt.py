@@ -298,15 +298,13 @@ def test_a_run_that_is_killed_leaves_no_half_folder(fine_tune: Path, tmp_path: P
     assert type(MistralLargeTokenizer.from_pretrained(target)) is MistralLargeTokenizer
 
 
-def test_the_command(
-    fine_tune: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "adopt", fine_tune, tmp_path / "adopted") == 0
+def test_the_command(fine_tune: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("adopt", fine_tune, tmp_path / "adopted") == 0
     assert capsys.readouterr().out.splitlines()[0].startswith(f"{tmp_path / 'adopted'}: weights 2 × ")
-    assert run(monkeypatch, "adopt", fine_tune, tmp_path / "other", "--prompt-format", "own", "--json") == 0
+    assert run("adopt", fine_tune, tmp_path / "other", "--prompt-format", "own", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["source"], sum(report["links"].values()), report["prompt_format"]) == (str(fine_tune), 2, None)
-    assert run(monkeypatch, "adopt", tmp_path / "none", tmp_path / "third") == 2
+    assert run("adopt", tmp_path / "none", tmp_path / "third") == 2
     assert tuple(capsys.readouterr()) == (
         "",
         f"mistral-large: {tmp_path / 'none'}: no such folder; give a folder, or a repository on the hub as "

@@ -54,12 +54,12 @@ Refused = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(place: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs the command for what it cannot take, holds it to its promise and returns what it printed."""
 
     def run_and_compare(problem: str, *arguments: object) -> tuple[str, str]:
         before = everything_in(place)
-        assert run(monkeypatch, *arguments) == 2
+        assert run(*arguments) == 2
         out, error = capsys.readouterr()
         assert problem in error
         assert "Traceback" not in error
@@ -157,10 +157,10 @@ def test_a_process_of_its_own_says_the_same(place: Path, damage: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [name for name in OF_CONSOLIDATED if name not in ("no folder", "folder a file")])
 def test_inspect_finds_it_and_does_not_fail(
-    source: Path, place: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path, place: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = everything_in(place)
-    assert run(monkeypatch, "inspect", source, "--json") == 0
+    assert run("inspect", source, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     # What a tokenizer does is not in any header.
     assert bool(printed["problems"]) == (
@@ -187,11 +187,11 @@ VERIFIED = (
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", VERIFIED)
 def test_verify_neither_passes_it_nor_fails(
-    source: Path, demo_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path, demo_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = everything_in(place)
     # Bad as a source, of which nothing can be proven, and bad as a result.
     for arguments in [(demo_folder, source), (source, demo_folder)]:
-        assert run(monkeypatch, "verify", *arguments) in (1, 2)
+        assert run("verify", *arguments) in (1, 2)
         assert "Traceback" not in capsys.readouterr().err
     assert everything_in(place) == before

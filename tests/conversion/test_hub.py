@@ -326,11 +326,11 @@ def test_nothing_of_a_local_folder_is_asked_of_the_hub(
     MistralLargeForCausalLM.from_pretrained("adapter")
     AutoModelForCausalLM.from_pretrained("adapter")
     AutoPeftModelForCausalLM.from_pretrained("adapter")
-    assert run(monkeypatch, "inspect", "toy") == 0
-    assert run(monkeypatch, "verify", "toy", "toy") == 0
-    assert run(monkeypatch, "plan", "toy", "--gpus", "8x80GB") == 0
+    assert run("inspect", "toy") == 0
+    assert run("verify", "toy", "toy") == 0
+    assert run("plan", "toy", "--gpus", "8x80GB") == 0
     monkeypatch.setattr(sys, "stdin", StringIO("Hello\n"))
-    assert run(monkeypatch, "chat", "toy", "--max-new-tokens", "2") == 0
+    assert run("chat", "toy", "--max-new-tokens", "2") == 0
     assert hub.asked == []
 
 
@@ -339,7 +339,7 @@ def test_a_server_is_not_started_for_what_is_not_here(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed_port)
     for name in ("toyy", "owner/other"):
-        assert run(monkeypatch, "serve", name) == 2
+        assert run("serve", name) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"mistral-large: {name}: no ")
 
@@ -371,14 +371,12 @@ def test_a_gated_repository_is_one_line_of_the_command(hub: LoopbackHub, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_commands_take_a_repository(
-    hub: LoopbackHub, tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_take_a_repository(hub: LoopbackHub, tmp_path: Path, demo_folder: Path) -> None:
     (hub.folder / "Notice").unlink()
-    assert run(monkeypatch, "convert", REPOSITORY, tmp_path / "hf") == 0
+    assert run("convert", REPOSITORY, tmp_path / "hf") == 0
     assert hub.downloaded == WANTED - {"Notice"}
     assert contents(tmp_path / "hf") == contents(demo_folder)
-    assert run(monkeypatch, "verify", tmp_path / "hf", REPOSITORY) == 0
+    assert run("verify", tmp_path / "hf", REPOSITORY) == 0
     assert hub.downloaded == WANTED - {"Notice"}
 
 
@@ -453,7 +451,7 @@ def test_an_adapter_of_the_hub_is_loaded_on_its_base(
         assert torch.equal(model.eval()(IDS).logits, expected)
     assert MistralLargeTokenizer.from_pretrained(REPOSITORY).encode("Hello") == [1, 23325]
     monkeypatch.setattr(sys, "stdin", StringIO("Hello\n"))
-    assert run(monkeypatch, "chat", REPOSITORY, "--max-new-tokens", "2") == 0
+    assert run("chat", REPOSITORY, "--max-new-tokens", "2") == 0
     assert f"{REPOSITORY}: an adapter, loaded on {base}\n" in capsys.readouterr().err
 
 
@@ -462,7 +460,6 @@ def test_an_adapter_of_the_hub_is_no_checkpoint(
     hub: LoopbackHub,
     adapter: tuple[Path, torch.Tensor],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, _ = adapter
     commands = (
@@ -470,14 +467,14 @@ def test_an_adapter_of_the_hub_is_no_checkpoint(
         ("plan", REPOSITORY, "--gpus", "8x80GB"),
     )
     for command in commands:
-        assert run(monkeypatch, *command) == 2
+        assert run(*command) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(
             f"mistral-large: {REPOSITORY}: an adapter (PEFT) of the base {str(base)!r}, not a checkpoint; merge it "
             f"with `mistral-large convert BASE DESTINATION --adapter {REPOSITORY}`, "
         )
     # It is served on its base, by an engine that does.
-    assert run(monkeypatch, "serve", REPOSITORY, "--engine", "vllm") == 2
+    assert run("serve", REPOSITORY, "--engine", "vllm") == 2
     assert "serve: vLLM is not installed" in capsys.readouterr().err
 
 

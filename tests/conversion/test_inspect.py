@@ -206,11 +206,9 @@ def test_what_cannot_be_opened_at_all_is_an_error(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_the_command_prints_lines_that_can_be_copied_and_json(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_lines_that_can_be_copied_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spaced = folder.rename(folder.parent / "the [red] hf")
-    assert run(monkeypatch, "inspect", spaced) == 0
+    assert run("inspect", spaced) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"what        {HF}" in lines
     assert "tensors     30 tensors, 4,440,512 parameters, BF16 × 30" in lines
@@ -219,7 +217,7 @@ def test_the_command_prints_lines_that_can_be_copied_and_json(
     inspection = inspect_checkpoint(spaced)
     assert f"loads with  {inspection.loads_with[0]}" in lines
     assert f"vllm serve '{spaced}'" in inspection.loads_with[1]
-    assert run(monkeypatch, "inspect", spaced, "--json") == 0
+    assert run("inspect", spaced, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(inspection)))
 
 

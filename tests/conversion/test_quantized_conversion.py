@@ -511,13 +511,11 @@ def test_the_model_card_states_the_modification(
     assert (folder / "Notice").exists()
 
 
-def test_the_command_plans_converts_and_compares(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_plans_converts_and_compares(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = source.with_name("quantized")
 
     def report_of(*options: str) -> dict[str, Any]:
-        assert run(monkeypatch, "convert", source, folder, "--json", *options) == 0
+        assert run("convert", source, folder, "--json", *options) == 0
         report: dict[str, Any] = json.loads(capsys.readouterr().out)
         return report
 
@@ -532,6 +530,6 @@ def test_the_command_plans_converts_and_compares(
     manifest = read_manifest(folder)
     assert manifest is not None
     assert manifest.tensors.keys() == weights_of(folder).keys()
-    assert run(monkeypatch, "convert", source, folder, "--quantize", "fp8") == 2
+    assert run("convert", source, folder, "--quantize", "fp8") == 2
     assert "holds another finished conversion" in capsys.readouterr().err
     assert (folder / MANIFEST_NAME).exists()

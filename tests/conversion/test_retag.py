@@ -335,23 +335,21 @@ REFUSED: dict[str, tuple[Edit, str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_unknown_folder_is_refused_and_stays_as_it_is(
-    folder: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     act, problem = REFUSED[case]
     act(folder)
     before = contents(folder)
     with pytest.raises(CheckpointError, match=whole(f"{folder}{problem}")) as error:
         retag_checkpoint(folder, "mistral")
-    assert run(monkeypatch, "retag", folder, "--as", "mistral") == 2
+    assert run("retag", folder, "--as", "mistral") == 2
     assert capsys.readouterr().err == f"mistral-large: {error.value}\n"
     assert contents(folder) == before
 
 
 @pytest.mark.slow
-def test_the_command_says_what_it_changed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_what_it_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for expected in (f"changed {', '.join(CHANGED_TO['mistral'])}", "unchanged"):
-        assert run(monkeypatch, "retag", folder, "--as", "mistral") == 0
+        assert run("retag", folder, "--as", "mistral") == 0
         assert capsys.readouterr().out == f"{folder}: model type mistral; {expected}\n"
     assert (folder / "chat_template.jinja").read_text() == PLAIN_CHAT_TEMPLATES["v3"]

@@ -651,7 +651,7 @@ def test_the_command_reads_geometries(tmp_path: Path) -> None:
     assert f"mistral-large chat {folder} --device-map cuda --kv fp8\n" in printed
 
 
-def test_the_code_it_prints_makes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_it_prints_makes_the_plan() -> None:
     asked = ("--gpus", "5x80GB", "--context", "9000", "--batch", "2", "--kv", "fp8", "--prefill-chunk", "512")
     _, printed = run(*asked)
     lines = printed.partition("Run it:\n\n")[2].splitlines()

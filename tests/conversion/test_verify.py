@@ -329,27 +329,25 @@ def test_a_file_that_becomes_shorter_meanwhile_is_an_error(
 
 @pytest.mark.slow
 def test_the_command_says_it_in_a_table_in_json_and_in_its_exit_code(
-    folder: Path, demo_source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, demo_source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "verify", folder, demo_source) == 0
+    assert run("verify", folder, demo_source) == 0
     rows = [line.strip().split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["check", "result", "detail"]
     assert ["tensors", "ok", "all 30 have the source's bits"] in rows
     flip_bit(folder, "model.norm.weight", 0)
-    assert run(monkeypatch, "verify", folder, demo_source) == 1
+    assert run("verify", folder, demo_source) == 1
     assert "tensors        wrong" in capsys.readouterr().out
-    assert run(monkeypatch, "verify", folder, demo_source, "--json") == 1
+    assert run("verify", folder, demo_source, "--json") == 1
     printed = json.loads(capsys.readouterr().out)
     assert printed["ok"] is False
     assert [check["name"] for check in printed["checks"] if check["is_ok"] is False] == ["tensors"]
-    assert run(monkeypatch, "verify", folder / "nothing") == 2
+    assert run("verify", folder / "nothing") == 2
     assert capsys.readouterr().err.startswith("mistral-large: ")
 
 
 @pytest.mark.parametrize("missing", ["folder", "source"])
-def test_what_is_no_checkpoint_is_an_error(
-    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_what_is_no_checkpoint_is_an_error(demo_folder: Path, tmp_path: Path, missing: str) -> None:
     (tmp_path / "empty").mkdir()
     folders = {"folder": demo_folder, "source": demo_folder, missing: tmp_path / "empty"}
     problem = {

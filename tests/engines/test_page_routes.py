@@ -329,7 +329,7 @@ def test_half_of_a_surrogate_pair_is_no_failure(client: TestClient) -> None:
 
 
 def test_a_body_without_an_end_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_mistral_large.serving.page.routes.LARGEST_BODY_BYTES", 100)
+    monkeypatch.setattr("modeling_mistral_large.serving.json_fields.MOST_BODY_BYTES", 100)
     response = client.post("/ui/markdown", json={"text": "a" * 100})
     assert (response.status_code, "send less" in response.text) == (400, True)
 

@@ -10,14 +10,8 @@ import torch
 
 from modeling_mistral_large import MistralLargeConfig
 from modeling_mistral_large.serving.engine_thread import EngineThread
-from modeling_mistral_large.serving.requests import (
-    Engine,
-    FinishReason,
-    GeneratedToken,
-    Generation,
-    GenerationRequest,
-    TokenChoice,
-)
+from modeling_mistral_large.serving.requests import FinishReason, GeneratedToken, GenerationRequest, TokenChoice
+from modeling_mistral_large.serving.token_stream import TokenStream
 from tests.support.models import ours_only, random_ids
 
 GREEDY_CHOICE = TokenChoice(temperature=0)
@@ -60,12 +54,12 @@ def generated(model: Any, prompt: Sequence[int], tokens: int = 12, **options: An
     return ids
 
 
-async def respond(engine: Engine, request: GenerationRequest) -> Response:
+async def respond(engine: EngineThread, request: GenerationRequest) -> Response:
     """Follow a response to its end."""
     return await followed(engine.submit(request))
 
 
-async def followed(generation: Generation) -> Response:
+async def followed(generation: TokenStream) -> Response:
     """What a generation ends as."""
     tokens = []
     error = None
@@ -77,11 +71,10 @@ async def followed(generation: Generation) -> Response:
     return Response(tuple(tokens), generation.finish_reason, generation.cached_tokens, error)
 
 
-def at_once(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Response]:
+def at_once(engine: EngineThread, requests: Sequence[GenerationRequest]) -> list[Response]:
     """The responses to requests that come at once: the engine begins with none of them before it has all."""
 
     async def run() -> list[Response]:
-        assert isinstance(engine, EngineThread)
         with engine._changed:
             generations = [engine.submit(request) for request in requests]
         return await asyncio.gather(*map(followed, generations))
@@ -89,7 +82,7 @@ def at_once(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Respo
     return asyncio.run(run())
 
 
-def one_by_one(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Response]:
+def one_by_one(engine: EngineThread, requests: Sequence[GenerationRequest]) -> list[Response]:
     """The responses to requests each of which comes after the response to the one before."""
     return [response for request in requests for response in at_once(engine, [request])]
 

@@ -11,6 +11,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from modeling_mistral_large import MistralLargeTokenizer
 from modeling_mistral_large.errors import MistralLargeError
+from modeling_mistral_large.serving.json_fields import RequestError, error_body, read_body
 from modeling_mistral_large.serving.page.conversation import prompt_pieces, read_conversation_text, read_tools_text
 from modeling_mistral_large.serving.page.markdown import to_html
 
@@ -27,12 +28,7 @@ PAGE_HEADERS = {
     # A new version of the page is there at once.
     "Cache-Control": "no-cache",
 }
-LARGEST_BODY_BYTES = 32 * 2**20
 Body = Mapping[str, Any]
-
-
-class _PageRequestError(MistralLargeError, ValueError):
-    """A request of the page that cannot be read."""
 
 
 def page_routes(*, tokenizer: MistralLargeTokenizer, model_name: str, context: int) -> APIRouter:
@@ -106,24 +102,20 @@ def _answer_json(answer: Callable[[Body], Response]) -> Callable[[Request], Awai
 
 
 async def _read_body(request: Request) -> Body:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_BODY_BYTES:
-            raise _PageRequestError(f"the request: more than {LARGEST_BODY_BYTES:,} bytes; send less")
+    body = await read_body(request, "the request")
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise _PageRequestError(f"the request: {error}; it must be JSON; correct it") from error
+        raise RequestError(f"the request: {error}; it must be JSON; correct it") from error
     if not isinstance(content, dict):
-        raise _PageRequestError("the request: no JSON object; correct it")
+        raise RequestError("the request: no JSON object; correct it")
     return content
 
 
 def _field(body: Body, name: str, kind: type) -> Any:
     value = body.get(name)
     if not isinstance(value, kind):
-        raise _PageRequestError(f"{name}: must be a {'text' if kind is str else 'list'}; correct it")
+        raise RequestError(f"{name}: must be a {'text' if kind is str else 'list'}; correct it")
     return value
 
 
@@ -134,6 +126,4 @@ def _json(content: Any, status: int = 200) -> Response:
 
 
 def _error(status: int, message: str) -> Response:
-    """Return an error in the shape of OpenAI's API."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return _json({"error": error}, status)
+    return _json(error_body(status, message), status)
