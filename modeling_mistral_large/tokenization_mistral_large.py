@@ -300,10 +300,10 @@ class MistralLargeTokenizer(ChatTokenizer):
         `[REFERENCE_DOC_n]` in a text is one piece, as for SentencePiece, and in the v7 vocabulary so are `[REF]` and
         `[/REF]`, unless `reference_documents_as_text` is set.
         """
+        # Another thread may forget them meanwhile.
         encoders, key = self._caches.text_encoders, reference_documents_as_text
-        if key not in encoders:
-            encoders[key] = _text_encoder(self.backend_tokenizer, key)
-        encode = encoders[key]
+        encode = encoders.get(key) or _text_encoder(self.backend_tokenizer, key)
+        encoders[key] = encode
         return [encode(text) for text in texts]
 
 
