@@ -95,6 +95,8 @@ def test_the_figures_of_converting_are_those_of_the_results() -> None:
     copy = "cp -r, to the disk"
     speeds = [f"{result['speed_of_convert_by_that_of'][copy]:.2f}" for result in warm]
     assert f"| {in_words(speeds)} × `cp -r` |" in row("speed of converting")
+    of_the_command = [f"{result['speed_of_the_process_by_that_of'][copy]:.2f}" for result in warm]
+    assert f"| {in_words(of_the_command)} × `cp -r` |" in row("the same of the command")
     memory = [f"{result['peak_bytes_above_imports']['convert'] / 1e6:.0f}" for result in warm]
     assert f"| {in_words(memory)} MB |" in row("memory to convert")
 
