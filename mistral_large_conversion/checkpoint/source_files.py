@@ -27,8 +27,8 @@ shown = _SHORT.repr
 
 
 def is_one_of(value: object, values: Iterable[object]) -> bool:
-    """Whether a value is one of these and of its type: in Python, False is 0; other types are not compared, however
-    deep they are."""
+    """Whether a value is one of these, of the same type."""
+    # In Python, False is 0; what has another type is not compared, however deep it is.
     return any(type(value) is type(each) and value == each for each in values)
 
 
