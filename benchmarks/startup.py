@@ -1,7 +1,8 @@
 """How long a start takes: each command that needs no model, and our import against transformers' own Mistral.
 
 Each is a fresh interpreter, in turn, `--repeat` times; the medians are printed, and which of torch and transformers was
-imported. `--before` is a checkout of another version to be measured with the same commands.
+imported. A first turn is not counted: it leaves the modules' bytecode, which an installation by pip has from the start.
+`--before` is a checkout of another version to be measured with the same commands.
 
     python benchmarks/startup.py --before ../other-checkout --json benchmarks/results/startup.json
 """
@@ -58,7 +59,7 @@ def measure(tree: Path, code: str, arguments: list[str]) -> tuple[float, list[st
         text=True,
         check=False,
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""},
     )
     return time.perf_counter() - start, (done.stderr.splitlines() or [""])[-1].split()
 
@@ -69,11 +70,12 @@ def measure_all(trees: dict[str, Path], places: dict[str, str], repeat: int) -> 
     starts |= {typed: (COMMAND, [part.format(**places) for part in typed.split()]) for typed in COMMANDS}
     seconds: dict[tuple[str, str], list[float]] = {}
     imported: dict[tuple[str, str], list[str]] = {}
-    for _ in range(repeat):
+    for turn in range(1 + repeat):
         for typed, (code, arguments) in starts.items():
             for when, tree in trees.items():
                 taken, imported[typed, when] = measure(tree, code, arguments)
-                seconds.setdefault((typed, when), []).append(taken)
+                if turn:
+                    seconds.setdefault((typed, when), []).append(taken)
     return {
         typed: {
             when: {"seconds": round(statistics.median(seconds[typed, when]), 3), "imports": imported[typed, when]}

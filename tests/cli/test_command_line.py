@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +17,7 @@ from tests.repository.command_line import COMMANDS, reference
 from tests.support import clean_forks
 from tests.support.clean_forks import CleanForks
 from tests.support.errors import raises_exactly
-from tests.support.loopback_hub import REPOSITORY, LoopbackHub, serve
+from tests.support.loopback_hub import REPOSITORY, LoopbackHub, in_place_of_the_hub
 
 ROOT = Path(__file__).parents[2]
 WATCHED = ("torch", "transformers", "modeling_mistral_large", "rich.progress")
@@ -136,15 +135,9 @@ TAG = "v1"
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    with serve(LoopbackHub(assemble_demo_checkpoint(tmp_path / "repository"), revisions={TAG})) as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "usual-cache"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    repository = LoopbackHub(assemble_demo_checkpoint(tmp_path / "repository"), revisions={TAG})
+    with in_place_of_the_hub(repository, tmp_path / "usual-cache") as hub:
         yield hub
 
 
@@ -198,7 +191,7 @@ def test_a_folder_has_no_options_of_the_hub(command: str, option: str, places: d
     )
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("hub")
 def test_engines_are_told_of_revision_token_and_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.execv", lambda _, command: started.append(command))

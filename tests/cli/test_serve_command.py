@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
@@ -52,7 +53,8 @@ def test_vllm_takes_each_layout_with_its_options(
     demo_folder: Path, tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, "vllm", *SERVER)
-    # The engine asks the hub for the last one.
+    # The hub is asked whether the last one is an adapter, and the engine asks it for the rest.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("mistral_large_cli.serve.reachable_options", lambda *_: {})
     folder = assemble_demo_checkpoint(tmp_path / "consolidated")
     run(str(demo_folder), "--port", "8123", "--tensor-parallel-size", "8")

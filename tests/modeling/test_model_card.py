@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from mistral_large_conversion.checkpoint.hub import cached_layout, find_consolidated
 from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer, load
 from tests.support import folders
-from tests.support.loopback_hub import COMMIT, LoopbackHub, serve
+from tests.support.loopback_hub import COMMIT, LoopbackHub, in_place_of_the_hub
 
 IMPORT = "import modeling_mistral_large\n"
 PIPELINE = """\
@@ -115,17 +115,9 @@ def test_the_tools_of_the_card_are_ours(fill: Any, cache: Path, capsys: pytest.C
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
     """The vendor's whole repository, and an empty cache."""
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    with serve(LoopbackHub(folders.vendor_whole(tmp_path / "repository"))) as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    with in_place_of_the_hub(LoopbackHub(folders.vendor_whole(tmp_path / "repository")), tmp_path / "cache") as hub:
         yield hub
 
 

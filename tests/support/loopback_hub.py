@@ -17,6 +17,9 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants, hf_api
+
 REPOSITORY = "owner/name"
 COMMIT = "c0ffee" + "0" * 34
 
@@ -67,6 +70,25 @@ def serve(hub: LoopbackHub) -> Iterator[LoopbackHub]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def in_place_of_the_hub(hub: LoopbackHub, cache: Path) -> Iterator[LoopbackHub]:
+    """Serve a hub that the client takes for the real one, with an empty cache and without a token."""
+    with serve(hub), pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+            patch.delenv(name, raising=False)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
+        # The client reads HF_ENDPOINT when it is imported, and makes the others of it; transformers keeps the client that
+        # it first needed, which would ask this hub when it is gone.
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(hf_api.api, "endpoint", hub.url)
+        if "transformers.utils.hub" in sys.modules:
+            patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+        yield hub
 
 
 class _Server(ThreadingHTTPServer):

@@ -38,13 +38,19 @@ class Terminal:
         self._stream = pyte.ByteStream(self._screen)
         # All that came, for what may never come.
         self.received = b""
+        # Made once for all that ask until something new comes.
+        self._lines: list[str] | None = None
 
     @property
     def lines(self) -> list[str]:
         """What was scrolled away and what is seen, without the spaces at the ends of lines."""
-        columns = self._screen.columns
-        past = ["".join(line[column].data for column in range(columns)) for line in self._screen.history.top]
-        return [line.rstrip() for line in (*past, *self._screen.display)]
+        if self._lines is None:
+            seen = [self._screen.buffer[row] for row in range(self._screen.lines)]
+            self._lines = [self._text_of(line) for line in (*self._screen.history.top, *seen)]
+        return self._lines
+
+    def _text_of(self, line: Mapping[int, pyte.screens.Char]) -> str:
+        return "".join(line[column].data for column in range(self._screen.columns)).rstrip()
 
     @property
     def text(self) -> str:
@@ -62,7 +68,7 @@ class Terminal:
     @property
     def last_line(self) -> str:
         """The line of the cursor."""
-        return self._screen.display[self._screen.cursor.y].rstrip()
+        return self._text_of(self._screen.buffer[self._screen.cursor.y])
 
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
@@ -84,6 +90,7 @@ class Terminal:
                 with suppress(OSError):
                     data = os.read(self._descriptor, 65536)
                     self.received += data
+                    self._lines = None
                     self._stream.feed(data)
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
