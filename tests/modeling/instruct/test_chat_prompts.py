@@ -15,6 +15,7 @@ from dataclasses import dataclass, make_dataclass, replace
 from datetime import date
 from decimal import Decimal
 from enum import Enum
+from functools import cache
 from itertools import chain, pairwise, product
 from pathlib import Path
 from types import MappingProxyType
@@ -99,7 +100,13 @@ def prompt_ids(segments: list[Segment]) -> tuple[list[str], list[str]]:
 # The reference's ids
 
 
-@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.fixture(scope="module")
+def finetuning_reference(tokenizer_model_file: Path) -> Reference:
+    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
+    return reference
+
+
+@pytest.mark.parametrize("batch", [0, *(pytest.param(batch, marks=pytest.mark.slow) for batch in range(1, BATCHES))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_references(
     prompt_format: str, tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind, batch: int
@@ -122,9 +129,8 @@ def test_strict_accepts_what_the_reference_accepts(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_final_answer_is_what_the_reference_trains_on(
-    prompt_format: str, tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, kind: Kind
+    prompt_format: str, tokenizer: MistralLargeTokenizer, finetuning_reference: Reference, kind: Kind
 ) -> None:
-    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
     compared = 0
     for conversation in conversations(kind, prompt_format=prompt_format, seed=12, count=60):
         if conversation.messages[-1]["role"] == "assistant":
@@ -132,7 +138,7 @@ def test_a_final_answer_is_what_the_reference_trains_on(
         for answer in (assistant("done  "), calls("ABCDEFGHI", "123456789")):
             finished = Conversation([*conversation.messages, answer], conversation.tools)
             try:
-                expected = reference_ids(reference, finished)
+                expected = reference_ids(finetuning_reference, finished)
             # Calls without results, and results without calls, are not for training.
             except (MistralCommonException, ValueError):
                 continue
@@ -234,19 +240,29 @@ def test_messages_may_be_mappings_dataclasses_and_pydantic_models(build_prompt: 
     assert build_prompt(native) == expected
 
 
+@cache
+def model_of(*fields: str) -> Any:
+    types: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
+    return pydantic.create_model("Fields", **types)
+
+
+@cache
+def dataclass_of(*fields: str) -> Any:
+    return make_dataclass("Fields", fields)
+
+
 def as_objects(value: Any) -> Any:
     """Return messages and all that is in them as objects with the fields of the dicts."""
     if isinstance(value, dict):
         fields = {name: item if name == "arguments" else as_objects(item) for name, item in value.items()}
-        types: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
-        return pydantic.create_model("Fields", **types)(**fields)
+        return model_of(*fields)(**fields)
     return tuple(map(as_objects, value)) if isinstance(value, list) else value
 
 
 def as_dataclasses(value: Any) -> Any:
     if isinstance(value, dict):
         fields = {name: item if name == "arguments" else as_dataclasses(item) for name, item in value.items()}
-        return make_dataclass("Fields", fields)(**fields)
+        return dataclass_of(*fields)(**fields)
     return deque(map(as_dataclasses, value)) if isinstance(value, list) else value
 
 
@@ -559,12 +575,6 @@ def test_results_and_arguments_of_every_kind_are_json(build_prompt: BuildPrompt,
 # Training samples
 
 
-@pytest.fixture(scope="module")
-def finetuning_reference(tokenizer_model_file: Path) -> Reference:
-    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
-    return reference
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_what_the_reference_trains_on(
@@ -698,7 +708,11 @@ def loses_something(conversation: Conversation) -> bool:
     )
 
 
-@pytest.mark.parametrize("tool", ODD_TOOLS, ids=str)
+@pytest.mark.parametrize(
+    "tool",
+    [pytest.param(tool, marks=[pytest.mark.slow] * (number % 5 > 0)) for number, tool in enumerate(ODD_TOOLS)],
+    ids=str,
+)
 def test_we_refuse_the_tools_the_reference_refuses(
     tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, tool: dict[str, Any]
 ) -> None:

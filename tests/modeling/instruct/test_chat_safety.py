@@ -72,7 +72,13 @@ def conversation_with(text: str, prompt_format: str) -> Conversation:
     )
 
 
-@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param(context, id=name, marks=[pytest.mark.slow] * (name != "alone"))
+        for name, context in CONTEXTS.items()
+    ],
+)
 def test_no_piece_becomes_a_control_token(
     prompt_format: str, tokenizer: MistralLargeTokenizer, pieces: list[str], context: Callable[[str], str]
 ) -> None:
