@@ -53,7 +53,7 @@ Reference = MistralTokenizer[Any, Any, Any, Any, Any]
 Message = dict[str, Any]
 
 CONVERSATIONS = int(os.environ.get("MISTRAL_LARGE_CONVERSATIONS", "1200"))
-BATCHES = 4
+BATCHES = 8
 
 
 def user(content: Any = "hi") -> Message:
@@ -117,7 +117,7 @@ def test_ids_are_the_references(
         assert our_ids(tokenizer, conversation) == reference_ids(reference_tokenizer, conversation), conversation
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "unusual")) for kind in KINDS])
 def test_strict_accepts_what_the_reference_accepts(
     prompt_format: str, tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind
 ) -> None:
@@ -147,7 +147,7 @@ def test_a_final_answer_is_what_the_reference_trains_on(
     assert compared > 30
 
 
-@pytest.mark.parametrize("kind", ["plain", "unusual"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "unusual"])
 def test_a_rendered_prompt_encodes_to_the_same_ids(
     prompt_format: str, tokenizer: MistralLargeTokenizer, kind: Kind
 ) -> None:
@@ -301,6 +301,7 @@ def test_objects_are_read_at_every_depth(
         assert our_ids(tokenizer, replace(conversation, messages=messages)) == expected
 
 
+@pytest.mark.slow
 def test_tools_may_be_objects(
     prompt_format: str, tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference
 ) -> None:
@@ -597,7 +598,14 @@ def test_samples_are_what_the_reference_trains_on(
     assert taken > 50
 
 
-@pytest.mark.parametrize("weights", list(product((None, 0, 1), repeat=3)), ids=str)
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param(weights, marks=[pytest.mark.slow] * (None in weights and any(weights)))
+        for weights in product((None, 0, 1), repeat=3)
+    ],
+    ids=str,
+)
 def test_messages_of_weight_0_are_not_trained_on(tokenizer: MistralLargeTokenizer, weights: tuple[Any, ...]) -> None:
     said = [assistant("One. "), calls("abcdefghi"), assistant("Three.")]
     first, second, third = (
@@ -710,7 +718,7 @@ def loses_something(conversation: Conversation) -> bool:
 
 @pytest.mark.parametrize(
     "tool",
-    [pytest.param(tool, marks=[pytest.mark.slow] * (number % 5 > 0)) for number, tool in enumerate(ODD_TOOLS)],
+    [pytest.param(tool, marks=[pytest.mark.slow] * (number % 10 > 0)) for number, tool in enumerate(ODD_TOOLS)],
     ids=str,
 )
 def test_we_refuse_the_tools_the_reference_refuses(

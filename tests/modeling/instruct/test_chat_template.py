@@ -275,7 +275,13 @@ def test_json_is_written_as_python_writes_it(engines: Engines, value: Any) -> No
 NOT_EXACT = ('{"a": 1, "a": 2}', '{"a": 1.0, "b": 1.50}', "{a: 1}")
 
 
-@pytest.mark.parametrize("text", [text for text in JSON_TEXTS if text not in NOT_EXACT])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(text, marks=[pytest.mark.slow] * (number % 4 > 0))
+        for number, text in enumerate(text for text in JSON_TEXTS if text not in NOT_EXACT)
+    ],
+)
 def test_json_in_a_text_is_read(engines: Engines, text: str) -> None:
     messages = [user(), assistant(None, tool_calls=[call(arguments=text)]), result(content=text)]
     assert engines.plain(messages) == engines.python(messages)

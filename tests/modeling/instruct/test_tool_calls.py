@@ -464,6 +464,7 @@ def test_long_answers_are_read(name: str) -> None:
         assert message["content"] == text
 
 
+@pytest.mark.slow
 def test_colliding_ids_are_mapped_in_linear_time() -> None:
     """Of a number at which the square would be hours."""
     ids = [str(10**8 + number) for number in range(50_000)]
@@ -643,7 +644,13 @@ TEMPLATE_ANSWERS = {
 }
 
 
-@pytest.mark.parametrize(("answer", "content", "calls"), TEMPLATE_ANSWERS.values(), ids=TEMPLATE_ANSWERS)
+@pytest.mark.parametrize(
+    ("answer", "content", "calls"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name not in ("text", "two calls", "text after")))
+        for name, case in TEMPLATE_ANSWERS.items()
+    ],
+)
 def test_transformers_reads_answers_whole_and_streamed(
     prompt_format: str, answer: str, content: str, calls: list[Any]
 ) -> None:
