@@ -93,12 +93,9 @@ def plain_of(demo: Any, demo_tokenizer: MistralLargeTokenizer) -> Callable[[str]
     return lambda name: sequence(name).clone()
 
 
-# A text and a call are enough for every edit.
-QUICK = ("window_cleaner", "weather_call")
-
-
+# A call is enough for every edit.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in GOLDEN]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "weather_call")) for name in GOLDEN]
 )
 def test_golden_prompts(
     name: str, model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]

@@ -135,8 +135,10 @@ def test_sampled_tokens_are_distributed_as_without_a_draft(tiny_config: MistralL
     "cache",
     [
         "default",
-        "fp8",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("static", "static given", "chunks", "padding")),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("fp8", "static", "static given", "chunks", "padding")
+        ),
     ],
 )
 @pytest.mark.parametrize("draft", [pytest.param(alike, marks=pytest.mark.slow), lookup])

@@ -753,6 +753,7 @@ def test_the_final_message_is_continued(tokenizer: MistralLargeTokenizer, write:
         write(processors, 1, prompts=torch.tensor([prompt]))
 
 
+@pytest.mark.slow
 def test_a_message_after_a_system_message_is_continued(
     v7_tokenizer: MistralLargeTokenizer,
 ) -> None:

@@ -256,7 +256,7 @@ def test_with_plain_attention_bf16_is_stock_mistral_bit_for_bit(tiny_config: Mis
         assert torch.equal(decode_one(ours, ids), decode_one(stock, ids))
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_fp32_is_stock_mistral_bit_for_bit(tiny_config: MistralLargeConfig, batch: int) -> None:
     stock, ours = stock_and_ours(tiny_config, "sdpa")
     ids = random_ids(tiny_config, batch, 33)

@@ -37,6 +37,7 @@ def test_logits_are_those_of_transformers_cache(tiny_config: MistralLargeConfig,
     assert own.get_seq_length() == other.get_seq_length() == 50
 
 
+@pytest.mark.slow
 def test_memory_grows_by_an_eighth_and_is_given_back(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     cache = GrowingCache(tiny_config)

@@ -264,7 +264,13 @@ TEXT_ANSWERS: dict[str, tuple[str, str, list[tuple[str, Any]], str | None]] = {
 }
 
 
-@pytest.mark.parametrize(("answer", "content", "calls", "problem"), TEXT_ANSWERS.values(), ids=TEXT_ANSWERS)
+@pytest.mark.parametrize(
+    ("answer", "content", "calls", "problem"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (len(case[0]) >= 1000))
+        for name, case in TEXT_ANSWERS.items()
+    ],
+)
 def test_text_is_read(answer: str, content: str, calls: list[Any], problem: str | None) -> None:
     parsed = parse_answer(answer)
     found = parsed.message.get("tool_calls", [])

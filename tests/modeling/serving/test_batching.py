@@ -90,9 +90,7 @@ def test_the_demo_gives_its_golden_answers_at_once(demo_folder: Path) -> None:
     assert {response.finish_reason for response in responses} == {"stop"}
 
 
-@pytest.mark.parametrize(
-    "length", [pytest.param(1, marks=pytest.mark.slow), 16, 17, pytest.param(40, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("length", [17, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 16, 40))])
 def test_a_lone_request_has_the_very_logits_of_generate(tiny_config: MistralLargeConfig, length: int) -> None:
     model = endless(tiny_config)
     (prompt,) = prompts_of(tiny_config, [length])

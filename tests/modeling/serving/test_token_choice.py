@@ -104,6 +104,7 @@ def test_without_a_seed_responses_differ(tiny_config: MistralLargeConfig) -> Non
     assert len({tuple(response.ids) for response in responses}) == 3
 
 
+@pytest.mark.slow
 def test_drawn_tokens_follow_the_distribution() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
     rows = 4000
