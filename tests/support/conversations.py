@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import pytest
 from mistral_common.protocol.instruct.messages import AssistantMessage, FinetuningAssistantMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -108,8 +109,15 @@ def reference_request(conversation: Conversation) -> ChatCompletionRequest[Any]:
 
 def reference_ids(reference: MistralTokenizer[Any, Any, Any, Any, Any], conversation: Conversation) -> list[int]:
     """Return the reference's prompt; raises as the reference does."""
-    ids: list[int] = reference.encode_chat_completion(reference_request(conversation)).tokens
-    return ids
+    return _encoded(reference, reference_request(conversation))
+
+
+def _encoded(reference: MistralTokenizer[Any, Any, Any, Any, Any], request: ChatCompletionRequest[Any]) -> list[int]:
+    # The reference also decodes what it has encoded, which takes as long and is not asked for.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference.instruct_tokenizer, "decode", lambda *_, **__: "")
+        ids: list[int] = reference.encode_chat_completion(request).tokens
+        return ids
 
 
 def training_samples(kind: Kind, seed: int, count: int, *, prompt_format: str = "v3") -> Iterator[Conversation]:
@@ -146,8 +154,7 @@ def reference_sample_ids(reference: MistralTokenizer[Any, Any, Any, Any, Any], s
     finetuning: ChatCompletionRequest[Any] = ChatCompletionRequest.model_construct(
         messages=messages, tools=request.tools, reasoning_effort=None
     )
-    ids: list[int] = reference.encode_chat_completion(finetuning).tokens
-    return ids
+    return _encoded(reference, finetuning)
 
 
 class _Maker:

@@ -44,6 +44,7 @@ def nearly_greedy(model: Any, output: Tensor, prompt: int, mask: Tensor | None =
     return bool((logits.amax(-1) - chosen).max() < 0.1 * logits.std())
 
 
+@pytest.mark.slow
 @on_both_devices
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_generate_is_recorded(weights: str, device: str) -> None:

@@ -93,7 +93,10 @@ def plain_of(demo: Any, demo_tokenizer: MistralLargeTokenizer) -> Callable[[str]
     return lambda name: sequence(name).clone()
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+# A call is enough for every edit.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "weather_call")) for name in GOLDEN]
+)
 def test_golden_prompts(
     name: str, model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
 ) -> None:
@@ -114,7 +117,7 @@ def test_one_recording_for_many_calls(
     plain_of: Callable[[str], Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = [*GOLDEN][:6]
+    names = [*GOLDEN][:4]
     expected = [plain_of(name) for name in names]
     made = counted_recordings(monkeypatch)
     prompts = [prompt_of(demo_tokenizer, name) for name in names]
@@ -145,6 +148,7 @@ def counted_recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+@pytest.mark.slow
 def test_a_padded_batch(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
     names = [name for name in GOLDEN if GOLDEN[name].tools is None][:5]
     prompts = [prompt_of(demo_tokenizer, name)["input_ids"][0].tolist() for name in names]
@@ -179,11 +183,12 @@ def test_samples_of_a_seed(returned: int, model: Any, demo_tokenizer: MistralLar
         found: Tensor = model.generate(**prompt, **settings, **options)
         return found
 
-    found = [sampled(seed) for seed in range(3)]
+    found = [sampled(seed) for seed in range(2)]
     assert {*steps} == {returned}
-    assert [each.tolist() for each in found] == [sampled(seed, **PLAIN).tolist() for seed in range(3)]
+    assert [each.tolist() for each in found] == [sampled(seed, **PLAIN).tolist() for seed in range(2)]
 
 
+@pytest.mark.slow
 def test_logits_processors_and_scores(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
     prompt = prompt_of(demo_tokenizer, "weather_call")
     options: dict[str, Any] = {**GREEDY, "repetition_penalty": 1.3, "min_new_tokens": 40, "max_new_tokens": 48}
@@ -237,6 +242,7 @@ def test_streaming_and_stopping(
     assert steps
 
 
+@pytest.mark.slow
 def test_a_call_that_breaks_off(
     model: Any, demo_tokenizer: MistralLargeTokenizer, plain_of: Callable[[str], Tensor]
 ) -> None:
@@ -268,6 +274,7 @@ def test_long_prompts_in_chunks(
         assert steps
 
 
+@pytest.mark.slow
 def test_embeddings_as_a_prompt(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
     prompt = prompt_of(demo_tokenizer, "weather_call")
     embeds = model.get_input_embeddings()(prompt["input_ids"]).detach()
@@ -276,7 +283,7 @@ def test_embeddings_as_a_prompt(model: Any, demo_tokenizer: MistralLargeTokenize
     assert steps
 
 
-@pytest.mark.parametrize("ahead", [1, 7])
+@pytest.mark.parametrize("ahead", [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_the_cache_grows(
     ahead: int,
     model: Any,
@@ -445,6 +452,7 @@ def test_no_steps_under_autocast_training_or_gradients(
     assert not steps
 
 
+@pytest.mark.slow
 def test_inference_mode_and_its_end(model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int]) -> None:
     prompt = prompt_of(demo_tokenizer, "weather_call")
     with torch.inference_mode():
@@ -473,6 +481,7 @@ def test_weights_that_moved_are_noticed(tiny: Any, tiny_config: MistralLargeConf
     assert steps
 
 
+@pytest.mark.slow
 def test_memory_is_released(tiny_config: MistralLargeConfig, steps: list[int]) -> None:
     ids = random_ids(tiny_config, 1, 8)
     made = tiny_model(tiny_config)
@@ -489,11 +498,11 @@ def test_memory_is_released(tiny_config: MistralLargeConfig, steps: list[int]) -
 
 
 @pytest.mark.slow
-def test_two_threads(
+def test_several_threads(
     model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
 ) -> None:
-    prompts = [prompt_of(demo_tokenizer, name) for name in [*GOLDEN][:4]]
-    plain = [plain_of(name).tolist() for name in [*GOLDEN][:4]]
+    prompts = [prompt_of(demo_tokenizer, name) for name in [*GOLDEN][:3]]
+    plain = [plain_of(name).tolist() for name in [*GOLDEN][:3]]
     found: list[Any] = [None] * len(prompts)
 
     def complete(place: int) -> None:
@@ -576,7 +585,10 @@ FALLBACKS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FALLBACKS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (number % 2)) for number, case in enumerate(FALLBACKS)],
+)
 def test_what_falls_back_and_why(
     case: str, tiny: Any, tiny_config: MistralLargeConfig, steps: list[int], reasons: Any
 ) -> None:
@@ -632,6 +644,7 @@ def test_a_step_that_cannot_be_recorded(
     assert reasons()[-1] == line
 
 
+@pytest.mark.slow
 def test_pipeline(demo_folder: Path, steps: list[int]) -> None:
     chat: Any = pipeline(demo_folder, dtype="bfloat16")
     golden = GOLDEN["weather_call"]
@@ -670,7 +683,6 @@ def test_drafts_are_checked_by_one_step(
     drafted: str,
     name: str,
     model: Any,
-    demo_folder: Path,
     demo_tokenizer: MistralLargeTokenizer,
     steps: list[int],
     plain_of: Callable[[str], Tensor],
@@ -680,7 +692,7 @@ def test_drafts_are_checked_by_one_step(
     plain = plain_of(name)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 5}
     if drafted == "draft":
-        draft = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype=torch.bfloat16).eval()
+        draft = copy.deepcopy(model)
         with torch.no_grad():
             # Right often, not always.
             draft.model.layers[1].mlp.down_proj.weight.mul_(0.6)
@@ -730,7 +742,7 @@ def test_more_tokens_than_a_step_takes(tiny: Any, tiny_config: MistralLargeConfi
 def test_samples_with_drafts_have_the_distribution_of_the_model(
     drafted: str, tiny_config: MistralLargeConfig, steps: list[int]
 ) -> None:
-    """Two tokens after a prompt, 600 times: a chi-square test against the exact probabilities of the model."""
+    """Two tokens after a prompt, 400 times: a chi-square test against the exact probabilities of the model."""
     config = MistralLargeConfig(**{**tiny_config.to_dict(), "vocab_size": 400, "num_hidden_layers": 1})
     torch.manual_seed(0)
     target, draft = tiny_model(config), tiny_model(config)
@@ -757,7 +769,7 @@ def test_samples_with_drafts_have_the_distribution_of_the_model(
             for place, token in enumerate(allowed)
         ])  # fmt: skip
     counts = torch.zeros(len(allowed) ** 2)
-    count = 600
+    count = 400
     for _ in range(count):
         found = target.generate(
             prompt, do_sample=True, top_k=0, temperature=1.0, max_new_tokens=3, eos_token_id=None, pad_token_id=384,
@@ -768,10 +780,10 @@ def test_samples_with_drafts_have_the_distribution_of_the_model(
     is_large = both * count >= 5
     expected = both[is_large] * count
     chi_square = float(((counts[is_large] - expected) ** 2 / expected).sum())
-    # One of ten thousand random draws is beyond it.
     degrees = int(is_large.sum())
     assert degrees >= 6
-    assert chi_square < degrees + 3.8 * (2 * degrees) ** 0.5 + 4
+    # Two standard deviations: a few of a hundred random draws are beyond it.
+    assert chi_square < degrees + 2 * (2 * degrees) ** 0.5
     assert 0.5 * float((counts / count - both).abs().sum()) < 0.1
 
 

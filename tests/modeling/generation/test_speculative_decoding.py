@@ -3,7 +3,7 @@
 import copy
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from tests.support.models import GREEDY, ours_only, random_ids, stock_config
 
 LONG: dict[str, Any] = {**GREEDY, "max_new_tokens": 24}
 SAMPLED: dict[str, Any] = {**LONG, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
-DRAFTS = ["unlike", "alike", "stock", "lookup"]
 RULE = "a draft must have the vocabulary of the model"
 
 
@@ -44,18 +43,23 @@ def always(draft: Any, count: int = 4) -> Any:
     return draft
 
 
-def drafts_of(model: Any) -> dict[str, dict[str, Any]]:
-    config = model.config
-    stock: Any = MistralForCausalLM._from_config(stock_config(config)).eval()
-    stock.load_state_dict(noisy(model, 0.01).state_dict())
-    return {
-        "unlike": {
-            "assistant_model": always(ours_only(MistralLargeConfig(**{**config.to_dict(), "num_hidden_layers": 1})))
-        },
-        "alike": {"assistant_model": always(noisy(model, 0.01))},
-        "stock": {"assistant_model": always(stock)},
-        "lookup": {"prompt_lookup_num_tokens": 4},
-    }
+def unlike(model: Any) -> dict[str, Any]:
+    config = MistralLargeConfig(**{**model.config.to_dict(), "num_hidden_layers": 1})
+    return {"assistant_model": always(ours_only(config))}
+
+
+def alike(model: Any) -> dict[str, Any]:
+    return {"assistant_model": always(noisy(model, 0.01))}
+
+
+def stock(model: Any) -> dict[str, Any]:
+    other: Any = MistralForCausalLM._from_config(stock_config(model.config)).eval()
+    other.load_state_dict(noisy(model, 0.01).state_dict())
+    return {"assistant_model": always(other)}
+
+
+def lookup(_: Any) -> dict[str, Any]:
+    return {"prompt_lookup_num_tokens": 4}
 
 
 def seeded(model: Any, ids: Any, seed: int, **options: Any) -> list[int]:
@@ -64,12 +68,18 @@ def seeded(model: Any, ids: Any, seed: int, **options: Any) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("options", [LONG, SAMPLED], ids=["greedy", "sampled"])
-def test_the_response_is_that_of_no_draft(tiny_config: MistralLargeConfig, draft: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "draft", [alike, *(pytest.param(draft, marks=pytest.mark.slow) for draft in (unlike, stock, lookup))]
+)
+@pytest.mark.parametrize(
+    "options", [pytest.param(LONG, id="greedy", marks=pytest.mark.slow), pytest.param(SAMPLED, id="sampled")]
+)
+def test_the_response_is_that_of_no_draft(
+    tiny_config: MistralLargeConfig, draft: Callable[[Any], dict[str, Any]], options: dict[str, Any]
+) -> None:
     """Sampled with the same seed, too: each place of a response has its own random numbers."""
     model = ours_only(tiny_config)
-    given = drafts_of(model)[draft]
+    given = draft(model)
     with Speculation() as speculation:
         for seed in range(2):
             ids = random_ids(tiny_config, 1, 17)
@@ -77,49 +87,69 @@ def test_the_response_is_that_of_no_draft(tiny_config: MistralLargeConfig, draft
     assert speculation.written == 2 * 24
     # The first token of each response is of the prompt's forward.
     assert speculation.forwards + 2 + speculation.accepted == speculation.written
-    if draft in ("alike", "stock"):
+    if draft in (alike, stock):
         assert 0.2 < (speculation.acceptance or 0) < 1
+
+
+@torch.no_grad()
+def top_three(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The exact probability of each next token under the settings of the test below."""
+    scores: torch.Tensor = model(ids).logits[0, -1].double() / SAMPLED["temperature"]
+    return scores.where(scores >= scores.topk(3).values[-1], -torch.inf).softmax(-1)
 
 
 @pytest.mark.slow
 def test_sampled_tokens_are_distributed_as_without_a_draft(tiny_config: MistralLargeConfig) -> None:
-    """Seeds of their own for each: a chi-square test of what comes third, with 1 % of all runs beyond the bound."""
+    """A chi-square test of what comes third, with 1 % of all runs beyond the bound."""
     config = MistralLargeConfig(**{**tiny_config.to_dict(), "num_hidden_layers": 1, "vocab_size": 400})
     model = ours_only(config)
     draft = always(noisy(model, 0.05), 3)
     ids = random_ids(config, 1, 5)
     options = {**SAMPLED, "max_new_tokens": 3, "top_k": 3, "top_p": 1.0}
-    runs = 300
-    plain = Counter(seeded(model, ids, seed, **options)[-1] for seed in range(runs))
+    runs = 200
     with Speculation() as speculation:
-        drafted = Counter(
-            seeded(model, ids, seed, **options, assistant_model=draft)[-1] for seed in range(runs, 2 * runs)
-        )
+        drafted = Counter(seeded(model, ids, seed, **options, assistant_model=draft)[-1] for seed in range(runs))
     assert 0.1 < (speculation.acceptance or 0) < 0.99
-    # Tokens that are seldom are counted together.
-    often = [token for token, count in (plain + drafted).items() if count >= 20]
-    table = torch.tensor(
-        [
-            [counts[token] for token in often] + [runs - sum(counts[token] for token in often)]
-            for counts in (plain, drafted)
+    begun = [(ids, 1.0)]
+    for _ in range(2):
+        begun = [
+            (torch.cat((before, torch.tensor([[token]])), 1), share * chance)
+            for before, share in begun
+            for token, chance in enumerate(top_three(model, before).tolist())
+            if chance
         ]
-    ).double()
-    table = table[:, table.sum(0) > 0]
-    expected = table.sum(0) / 2
-    statistic = float(((table - expected) ** 2 / expected).sum())
-    degrees = table.shape[1] - 1
+    exact = runs * torch.stack([share * top_three(model, before) for before, share in begun]).sum(0)
+    # Tokens that are seldom are counted together.
+    often = exact >= 5
+    counts = torch.tensor([drafted[token] for token in range(400)]).double()
+    counts, expected = (torch.cat((each[often], each[~often].sum()[None])) for each in (counts, exact))
+    possible = expected > 0
+    assert not counts[~possible].any()
+    statistic = float(((counts - expected) ** 2 / expected)[possible].sum())
+    degrees = int(possible.sum()) - 1
     # Wilson and Hilferty: the 99th percentile of chi-square.
     bound = degrees * (1 - 2 / (9 * degrees) + 2.326 * (2 / (9 * degrees)) ** 0.5) ** 3
     assert degrees >= 3
     assert statistic < bound
 
 
-@pytest.mark.parametrize("cache", ["default", "fp8", "static", "static given", "chunks", "padding"])
-@pytest.mark.parametrize("draft", ["alike", "lookup"])
-def test_every_cache_and_prompt_gives_the_same(tiny_config: MistralLargeConfig, draft: str, cache: str) -> None:
+@pytest.mark.parametrize(
+    "cache",
+    [
+        "default",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("fp8", "static", "static given", "chunks", "padding")
+        ),
+    ],
+)
+@pytest.mark.parametrize("draft", [pytest.param(alike, marks=pytest.mark.slow), lookup])
+def test_every_cache_and_prompt_gives_the_same(
+    tiny_config: MistralLargeConfig, draft: Callable[[Any], dict[str, Any]], cache: str
+) -> None:
     model = ours_only(tiny_config)
     ids = random_ids(tiny_config, 1, 33)
-    given = drafts_of(model)[draft]
+    given = draft(model)
 
     def options() -> dict[str, Any]:
         if cache == "fp8":
@@ -140,7 +170,7 @@ def test_every_cache_and_prompt_gives_the_same(tiny_config: MistralLargeConfig, 
     assert speculation.accepted
 
 
-@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 2, 4, 5))])
 def test_the_cache_is_left_as_without_a_draft(tiny_config: MistralLargeConfig, stop: int) -> None:
     """So that the next turn goes on from it, wherever a response ends among accepted tokens."""
     model = ours_only(tiny_config)
@@ -164,11 +194,21 @@ def test_the_cache_is_left_as_without_a_draft(tiny_config: MistralLargeConfig, s
     assert model.generate(whole, **LONG).tolist() == turns[0]
 
 
+@pytest.fixture(scope="module")
+def demo(demo_folder: Path) -> Any:
+    return MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer(demo_folder: Path) -> MistralLargeTokenizer:
+    found: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
+    return found
+
+
 @pytest.mark.slow
-def test_stopping_criteria_are_asked_after_every_token(demo_folder: Path) -> None:
+def test_stopping_criteria_are_asked_after_every_token(demo: Any, demo_tokenizer: MistralLargeTokenizer) -> None:
     """A stop string that ends among accepted tokens is not passed over."""
-    tokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
-    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="float32")
+    tokenizer, model = demo_tokenizer, demo
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], return_tensors="pt")
     options = {"do_sample": False, "max_new_tokens": 30, "stop_strings": ["tiny"], "tokenizer": tokenizer}
     drafted = model.generate(**prompt, **options, assistant_model=always(copy.deepcopy(model), 20))
@@ -204,9 +244,8 @@ def test_scores_logits_and_streams_are_those_of_plain_generate(tiny_config: Mist
 
 
 @pytest.mark.slow
-def test_under_a_constraint(demo_folder: Path) -> None:
-    tokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
-    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="float32")
+def test_under_a_constraint(demo: Any, demo_tokenizer: MistralLargeTokenizer) -> None:
+    tokenizer, model = demo_tokenizer, demo
     golden = golden_conversations()["weather_call"]
     prompt = tokenizer.apply_chat_template(golden.messages, tools=golden.tools, return_tensors="pt")
     options = {"max_new_tokens": 64, "do_sample": False}
@@ -227,9 +266,8 @@ def test_under_a_constraint(demo_folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["draft", "lookup"])
-def test_in_the_tool_loop(demo_folder: Path, kind: str) -> None:
-    tokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
-    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="float32")
+def test_in_the_tool_loop(demo: Any, demo_tokenizer: MistralLargeTokenizer, kind: str) -> None:
+    tokenizer, model = demo_tokenizer, demo
     golden = golden_conversations()["weather_call"]
     options: dict[str, Any] = {
         "draft": {"assistant_model": always(noisy(model, 0.005))},
@@ -258,6 +296,7 @@ def without_ids(messages: Sequence[Any]) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_a_draft_reads_only_what_is_new_to_it(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     draft = always(noisy(model, 0.01))

@@ -48,6 +48,7 @@ def cuts(tokenizer: MistralLargeTokenizer, text: str) -> list[tuple[str, list[in
     return [(start, rest) for start, rest in starts if tokenizer.encode_texts([start])[0] + rest == ids]
 
 
+@pytest.mark.slow
 def test_a_begun_answer_goes_on(speaker: Any, tokenizer: MistralLargeTokenizer) -> None:
     found = cuts(tokenizer, WHOLE)
     assert len(found) > 15

@@ -256,7 +256,7 @@ def test_with_plain_attention_bf16_is_stock_mistral_bit_for_bit(tiny_config: Mis
         assert torch.equal(decode_one(ours, ids), decode_one(stock, ids))
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_fp32_is_stock_mistral_bit_for_bit(tiny_config: MistralLargeConfig, batch: int) -> None:
     stock, ours = stock_and_ours(tiny_config, "sdpa")
     ids = random_ids(tiny_config, batch, 33)
@@ -277,7 +277,14 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("products", [["attention"], ["linear"], ["attention", "linear"]])
+@pytest.mark.parametrize(
+    "products",
+    [
+        pytest.param(["attention"], marks=pytest.mark.slow),
+        pytest.param(["linear"], marks=pytest.mark.slow),
+        ["attention", "linear"],
+    ],
+)
 def test_logits_are_as_near_to_the_exact_ones_as_those_of_the_plain_products(
     tiny_config: MistralLargeConfig, products: list[str]
 ) -> None:
@@ -347,17 +354,30 @@ DECODINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def demo(demo_folder: Path) -> Any:
+    """Tests that change it take a copy."""
+    return MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer(demo_folder: Path) -> MistralLargeTokenizer:
+    found: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_the_demo_generates_the_same_tokens_with_and_without_the_fast_products(
-    demo_folder: Path, calls: Counter[str], decoding: str
+    demo: Any, demo_tokenizer: MistralLargeTokenizer, calls: Counter[str], decoding: str
 ) -> None:
     options = dict(DECODINGS[decoding])
-    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="bfloat16")
-    tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
+    model = copy.deepcopy(demo)
     conversations = list(golden_conversations().values())[: options.pop("batch")]
-    prompts = [tokenizer.apply_chat_template(item.messages, item.tools, return_dict=False) for item in conversations]
-    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    prompts = [
+        demo_tokenizer.apply_chat_template(item.messages, item.tools, return_dict=False) for item in conversations
+    ]
+    inputs = demo_tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     with plain_attention():
         tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, **options)
     assert not calls
@@ -369,15 +389,17 @@ def test_the_demo_generates_the_same_tokens_with_and_without_the_fast_products(
 @pytest.mark.slow
 @pytest.mark.parametrize("products", [[], ["attention"], ["linear"], ["attention", "linear"]])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_the_demos_golden_answers_are_the_same(demo_folder: Path, products: list[str], batch: int) -> None:
-    model: Any = MistralLargeForCausalLM.from_pretrained(demo_folder, dtype="bfloat16")
-    tokenizer: MistralLargeTokenizer = MistralLargeTokenizer.from_pretrained(demo_folder)
+def test_the_demos_golden_answers_are_the_same(
+    demo: Any, demo_tokenizer: MistralLargeTokenizer, products: list[str], batch: int
+) -> None:
+    model = copy.deepcopy(demo)
     if "linear" in products:
         use_vector_products_(model)
-    # All of them by the products that are used without being asked for, and by both.
-    conversations = list(golden_conversations().values())[:: 1 if "attention" in products else 3]
+    # All of them by both, one by one; `tests/cli/test_demo.py` has all by the one that is used without being asked for,
+    # in a batch too.
+    conversations = list(golden_conversations().values())[:: 1 if (len(products), batch) == (2, 1) else 3]
     with nullcontext() if "attention" in products else plain_attention():
-        assert answers(model, tokenizer, conversations, batch) == expected(conversations)
+        assert answers(model, demo_tokenizer, conversations, batch) == expected(conversations)
 
 
 @pytest.mark.slow
@@ -400,6 +422,7 @@ def test_decoding_compiles_into_one_graph(tiny_config: MistralLargeConfig, has_v
     assert torch.equal(found, decode_one(model, ids, StaticCache(tiny_config, max_cache_len=16)))
 
 
+@pytest.mark.slow
 def test_the_product_for_torch_compile_is_registered_as_torch_wants_it() -> None:
     weight, row = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16)
     torch.library.opcheck(cpu_decode.matrix_vector, (weight, row))

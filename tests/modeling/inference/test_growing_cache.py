@@ -12,7 +12,7 @@ from modeling_mistral_large.inference.growing_cache import GrowingCache, RaggedC
 from modeling_mistral_large.inference.kv_cache import Fp8Cache
 from modeling_mistral_large.transformers_api.keywords import cache_argument
 from tests.support.errors import raises_exactly
-from tests.support.models import ATTENTION, ours_only, random_ids
+from tests.support.models import ours_only, random_ids
 
 
 @torch.no_grad()
@@ -21,8 +21,8 @@ def read(model: Any, ids: torch.Tensor, cache: Cache, **options: Any) -> torch.T
     return logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_logits_are_those_of_transformers_cache(tiny_config: MistralLargeConfig, dtype: torch.dtype, fp8: bool) -> None:
     model = ours_only(tiny_config).to(dtype)
     own = GrowingCache(tiny_config, fp8=fp8)
@@ -37,6 +37,7 @@ def test_logits_are_those_of_transformers_cache(tiny_config: MistralLargeConfig,
     assert own.get_seq_length() == other.get_seq_length() == 50
 
 
+@pytest.mark.slow
 def test_memory_grows_by_an_eighth_and_is_given_back(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     cache = GrowingCache(tiny_config)
@@ -61,7 +62,7 @@ def test_memory_grows_by_an_eighth_and_is_given_back(tiny_config: MistralLargeCo
     assert cache.bytes_by_device() == {}
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_row_attends_to_its_own_cache(tiny_config: MistralLargeConfig, attention: str, fp8: bool) -> None:
     model = ours_only(tiny_config, attention)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, make_dataclass, replace
 from datetime import date
 from decimal import Decimal
 from enum import Enum
+from functools import cache
 from itertools import chain, pairwise, product
 from pathlib import Path
 from types import MappingProxyType
@@ -52,7 +53,7 @@ Reference = MistralTokenizer[Any, Any, Any, Any, Any]
 Message = dict[str, Any]
 
 CONVERSATIONS = int(os.environ.get("MISTRAL_LARGE_CONVERSATIONS", "1200"))
-BATCHES = 4
+BATCHES = 8
 
 
 def user(content: Any = "hi") -> Message:
@@ -99,7 +100,13 @@ def prompt_ids(segments: list[Segment]) -> tuple[list[str], list[str]]:
 # The reference's ids
 
 
-@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.fixture(scope="module")
+def finetuning_reference(tokenizer_model_file: Path) -> Reference:
+    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
+    return reference
+
+
+@pytest.mark.parametrize("batch", [0, *(pytest.param(batch, marks=pytest.mark.slow) for batch in range(1, BATCHES))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_references(
     prompt_format: str, tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind, batch: int
@@ -110,7 +117,7 @@ def test_ids_are_the_references(
         assert our_ids(tokenizer, conversation) == reference_ids(reference_tokenizer, conversation), conversation
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "unusual")) for kind in KINDS])
 def test_strict_accepts_what_the_reference_accepts(
     prompt_format: str, tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, kind: Kind
 ) -> None:
@@ -122,9 +129,8 @@ def test_strict_accepts_what_the_reference_accepts(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_final_answer_is_what_the_reference_trains_on(
-    prompt_format: str, tokenizer: MistralLargeTokenizer, tokenizer_model_file: Path, kind: Kind
+    prompt_format: str, tokenizer: MistralLargeTokenizer, finetuning_reference: Reference, kind: Kind
 ) -> None:
-    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
     compared = 0
     for conversation in conversations(kind, prompt_format=prompt_format, seed=12, count=60):
         if conversation.messages[-1]["role"] == "assistant":
@@ -132,7 +138,7 @@ def test_a_final_answer_is_what_the_reference_trains_on(
         for answer in (assistant("done  "), calls("ABCDEFGHI", "123456789")):
             finished = Conversation([*conversation.messages, answer], conversation.tools)
             try:
-                expected = reference_ids(reference, finished)
+                expected = reference_ids(finetuning_reference, finished)
             # Calls without results, and results without calls, are not for training.
             except (MistralCommonException, ValueError):
                 continue
@@ -141,7 +147,7 @@ def test_a_final_answer_is_what_the_reference_trains_on(
     assert compared > 30
 
 
-@pytest.mark.parametrize("kind", ["plain", "unusual"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "unusual"])
 def test_a_rendered_prompt_encodes_to_the_same_ids(
     prompt_format: str, tokenizer: MistralLargeTokenizer, kind: Kind
 ) -> None:
@@ -234,19 +240,29 @@ def test_messages_may_be_mappings_dataclasses_and_pydantic_models(build_prompt: 
     assert build_prompt(native) == expected
 
 
+@cache
+def model_of(*fields: str) -> Any:
+    types: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
+    return pydantic.create_model("Fields", **types)
+
+
+@cache
+def dataclass_of(*fields: str) -> Any:
+    return make_dataclass("Fields", fields)
+
+
 def as_objects(value: Any) -> Any:
     """Return messages and all that is in them as objects with the fields of the dicts."""
     if isinstance(value, dict):
         fields = {name: item if name == "arguments" else as_objects(item) for name, item in value.items()}
-        types: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
-        return pydantic.create_model("Fields", **types)(**fields)
+        return model_of(*fields)(**fields)
     return tuple(map(as_objects, value)) if isinstance(value, list) else value
 
 
 def as_dataclasses(value: Any) -> Any:
     if isinstance(value, dict):
         fields = {name: item if name == "arguments" else as_dataclasses(item) for name, item in value.items()}
-        return make_dataclass("Fields", fields)(**fields)
+        return dataclass_of(*fields)(**fields)
     return deque(map(as_dataclasses, value)) if isinstance(value, list) else value
 
 
@@ -285,6 +301,7 @@ def test_objects_are_read_at_every_depth(
         assert our_ids(tokenizer, replace(conversation, messages=messages)) == expected
 
 
+@pytest.mark.slow
 def test_tools_may_be_objects(
     prompt_format: str, tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference
 ) -> None:
@@ -559,12 +576,6 @@ def test_results_and_arguments_of_every_kind_are_json(build_prompt: BuildPrompt,
 # Training samples
 
 
-@pytest.fixture(scope="module")
-def finetuning_reference(tokenizer_model_file: Path) -> Reference:
-    reference: Reference = MistralTokenizer.from_file(tokenizer_model_file, mode=ValidationMode.finetuning)
-    return reference
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_what_the_reference_trains_on(
@@ -587,7 +598,14 @@ def test_samples_are_what_the_reference_trains_on(
     assert taken > 50
 
 
-@pytest.mark.parametrize("weights", list(product((None, 0, 1), repeat=3)), ids=str)
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param(weights, marks=[pytest.mark.slow] * (None in weights and any(weights)))
+        for weights in product((None, 0, 1), repeat=3)
+    ],
+    ids=str,
+)
 def test_messages_of_weight_0_are_not_trained_on(tokenizer: MistralLargeTokenizer, weights: tuple[Any, ...]) -> None:
     said = [assistant("One. "), calls("abcdefghi"), assistant("Three.")]
     first, second, third = (
@@ -698,7 +716,11 @@ def loses_something(conversation: Conversation) -> bool:
     )
 
 
-@pytest.mark.parametrize("tool", ODD_TOOLS, ids=str)
+@pytest.mark.parametrize(
+    "tool",
+    [pytest.param(tool, marks=[pytest.mark.slow] * (number % 10 > 0)) for number, tool in enumerate(ODD_TOOLS)],
+    ids=str,
+)
 def test_we_refuse_the_tools_the_reference_refuses(
     tokenizer: MistralLargeTokenizer, reference_tokenizer: Reference, tool: dict[str, Any]
 ) -> None:

@@ -1,6 +1,8 @@
 """The Jinja template without our Python: how near to the reference it is, and that every engine renders the same."""
 
 import json
+import string
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -46,10 +48,16 @@ class Engines:
         self.prompt_format = prompt_format
         self.template, self.plain_template = CHAT_TEMPLATES[prompt_format], PLAIN_CHAT_TEMPLATES[prompt_format]
         self._plain = jinja2.Environment().from_string(self.plain_template)
-        self._spaced = ImmutableSandboxedEnvironment(
+
+    @cached_property
+    def _spaced(self) -> jinja2.Template:
+        return ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
         ).from_string(self.plain_template)
-        self._json = jinja2.Environment().from_string(self.plain_template + "\0{{ json(value) }}")
+
+    @cached_property
+    def _json(self) -> jinja2.Template:
+        return jinja2.Environment().from_string(self.plain_template + "\0{{ json(value) }}")
 
     def plain(self, messages: Any, tools: Any = None) -> str:
         return self._plain.render(messages=messages, tools=tools)
@@ -97,7 +105,7 @@ def test_the_plain_template_lacks_the_marks_only(engines: Engines) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_engine_renders_the_same(engines: Engines, kind: Kind, is_simple: bool) -> None:
     for conversation in map(
-        as_prefix, conversations(kind, seed=21, count=40, prompt_format=engines.prompt_format, is_simple=is_simple)
+        as_prefix, conversations(kind, seed=21, count=25, prompt_format=engines.prompt_format, is_simple=is_simple)
     ):
         rendered = engines.plain(conversation.messages, conversation.tools)
         assert engines.spaced(conversation.messages, conversation.tools) == rendered
@@ -119,7 +127,7 @@ def test_how_often_the_ids_are_the_references(
     is_simple: bool,
     share: float,
 ) -> None:
-    count = 150
+    count = 100
     same = sum(
         tokenizer.encode(engines.plain(drawn.messages, drawn.tools), add_special_tokens=False)
         == reference_ids(reference_tokenizer, drawn)
@@ -150,13 +158,13 @@ def test_foreign_ids_are_mapped_as_in_python(engines: Engines, called: list[Any]
 
 ids = st.one_of(
     st.text("ab1_-é\n", max_size=12),
-    st.from_regex("^[a-zA-Z0-9]{9}$"),
-    st.sampled_from(["abcdefghi", "x-abcdefghi", "100000000", "100000001", "", "null", None]),
+    st.text(string.ascii_letters + string.digits, min_size=9, max_size=9),
+    st.sampled_from(["abcdefghi", "abcdefghi\n", "x-abcdefghi", "100000000", "100000001", "", "null", None]),
 )
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)  # of each format
 @given(st.lists(st.lists(st.tuples(ids, ids), min_size=1, max_size=4), max_size=3))
 def test_any_ids_are_mapped_as_in_python(engines: Engines, rounds: list[list[tuple[Any, Any]]]) -> None:
     messages = [user()]
@@ -256,7 +264,7 @@ values = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)  # of each format
 @given(values)
 def test_json_is_written_as_python_writes_it(engines: Engines, value: Any) -> None:
     assert engines.json(value) == json.dumps(value, ensure_ascii=False)
@@ -267,7 +275,13 @@ def test_json_is_written_as_python_writes_it(engines: Engines, value: Any) -> No
 NOT_EXACT = ('{"a": 1, "a": 2}', '{"a": 1.0, "b": 1.50}', "{a: 1}")
 
 
-@pytest.mark.parametrize("text", [text for text in JSON_TEXTS if text not in NOT_EXACT])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(text, marks=[pytest.mark.slow] * (number % 4 > 0))
+        for number, text in enumerate(text for text in JSON_TEXTS if text not in NOT_EXACT)
+    ],
+)
 def test_json_in_a_text_is_read(engines: Engines, text: str) -> None:
     messages = [user(), assistant(None, tool_calls=[call(arguments=text)]), result(content=text)]
     assert engines.plain(messages) == engines.python(messages)

@@ -18,8 +18,8 @@ from modeling_mistral_large.serving import slots
 from modeling_mistral_large.serving.batching import ContinuousBatching
 from modeling_mistral_large.serving.requests import GenerationRequest, TokenChoice
 from modeling_mistral_large.transformers_api.keywords import cache_argument
+from tests.conftest import TINY
 from tests.support.errors import raises_exactly
-from tests.support.models import ATTENTION
 from tests.support.serving import (
     at_once,
     endless,
@@ -32,24 +32,35 @@ from tests.support.serving import (
     watched,
 )
 
-LENGTHS = (1, 2, 5, 17, 40, 100, 33, 64) * 2
+# Two of them come twice.
+LENGTHS = (1, 2, 5, 17, 40, 100, 33, 64, 5, 40)
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk": 16}, {"max_batch": 3}], ids=str)
+@pytest.fixture(scope="module", params=["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+def expected_of_generate(request: pytest.FixtureRequest) -> tuple[Any, list[list[int]], list[list[int]]]:
+    """A model, prompts and what `generate` responds to them, for engines of all settings."""
+    torch.manual_seed(20240724)
+    config = MistralLargeConfig(**TINY)
+    model = endless(config, request.param)
+    prompts = prompts_of(config, LENGTHS)
+    return model, prompts, [generated(model, prompt, 4 + number % 4) for number, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prefill_chunk": 16}, pytest.param({"max_batch": 3}, marks=pytest.mark.slow)], ids=str
+)
 def test_responses_are_those_of_generate(
-    tiny_config: MistralLargeConfig, attention: str, options: dict[str, Any]
+    expected_of_generate: tuple[Any, list[list[int]], list[list[int]]], options: dict[str, Any]
 ) -> None:
-    model = endless(tiny_config, attention)
-    prompts = prompts_of(tiny_config, LENGTHS)
+    model, prompts, expected = expected_of_generate
     with running(ContinuousBatching(model, **options)) as engine:
         responses = at_once(engine, [greedy(prompt, 4 + number % 4) for number, prompt in enumerate(prompts)])
-    expected = [generated(model, prompt, 4 + number % 4) for number, prompt in enumerate(prompts)]
     assert [response.ids for response in responses] == expected
     assert {response.finish_reason for response in responses} == {"length"}
     assert {response.cached_tokens for response in responses} == {0}
 
 
+@pytest.mark.slow
 def test_responses_end_where_those_of_generate_do(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, LENGTHS)
@@ -79,7 +90,7 @@ def test_the_demo_gives_its_golden_answers_at_once(demo_folder: Path) -> None:
     assert {response.finish_reason for response in responses} == {"stop"}
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 40])
+@pytest.mark.parametrize("length", [17, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 16, 40))])
 def test_a_lone_request_has_the_very_logits_of_generate(tiny_config: MistralLargeConfig, length: int) -> None:
     model = endless(tiny_config)
     (prompt,) = prompts_of(tiny_config, [length])
@@ -94,6 +105,7 @@ def test_a_lone_request_has_the_very_logits_of_generate(tiny_config: MistralLarg
     torch.testing.assert_close(torch.cat(seen[-8:]), torch.cat(expected), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_an_8_bit_cache_is_that_of_generate(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, LENGTHS)
@@ -174,6 +186,7 @@ def test_the_least_recently_used_prefix_makes_room(tiny_config: MistralLargeConf
     assert [response.cached_tokens for response in responses] == [0, 0, 29, 0, 29, 0]
 
 
+@pytest.mark.slow
 def test_a_long_prompt_delays_others_by_one_chunk(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     long, *short = prompts_of(tiny_config, [400, 6, 7, 8])
@@ -323,6 +336,7 @@ def failing_at(number: int, error: Exception) -> Any:
     return act
 
 
+@pytest.mark.slow
 def test_an_error_of_a_shared_forward_ends_those_in_it(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, [10, 20, 30])
@@ -349,7 +363,13 @@ def test_an_error_of_a_prompt_is_that_of_its_request(tiny_config: MistralLargeCo
     assert [response.ids for response in responses] == [expected[0], [], expected[2]]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["GPU", "CPU"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), id="GPU"),
+        pytest.param(MemoryError(), id="CPU", marks=pytest.mark.slow),
+    ],
+)
 def test_lack_of_memory_ends_the_largest_response(tiny_config: MistralLargeConfig, error: Exception) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, [10, 50, 30])
@@ -393,7 +413,15 @@ def test_no_slot_has_memory_for_the_tokens_of_another(tiny_config: MistralLargeC
         assert tokens * of_token <= held <= (tokens + max(32, tokens // 8)) * of_token
 
 
-@pytest.mark.parametrize(("free_tokens", "kept"), [(0, []), (300, [0]), (480, [0, 2]), (10_000, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("free_tokens", "kept"),
+    [
+        pytest.param(0, [], marks=pytest.mark.slow),
+        (300, [0]),
+        (480, [0, 2]),
+        pytest.param(10_000, [0, 1, 2], marks=pytest.mark.slow),
+    ],
+)
 def test_idle_prefixes_take_no_more_memory_than_is_free(
     tiny_config: MistralLargeConfig, monkeypatch: pytest.MonkeyPatch, free_tokens: int, kept: list[int]
 ) -> None:
@@ -417,6 +445,7 @@ def test_the_free_memory_of_a_device() -> None:
     assert slots.free_memory(torch.device("meta")) == float("inf")
 
 
+@pytest.mark.slow
 def test_idle_prefixes_are_dropped_for_room(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, [40, 40, 40])
@@ -427,6 +456,7 @@ def test_idle_prefixes_are_dropped_for_room(tiny_config: MistralLargeConfig) -> 
     assert [response.ids for response in responses] == [generated(model, prompts[n], 10) for n in (0, 1, 0, 2, 0, 1)]
 
 
+@pytest.mark.slow
 def test_requests_wait_for_room(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, [40, 41, 42, 43])
@@ -491,6 +521,7 @@ def test_settings_without_meaning_are_refused(tiny_config: MistralLargeConfig) -
         ContinuousBatching(model)
 
 
+@pytest.mark.slow
 def test_each_row_keeps_to_its_own_constraint(demo_folder: Path) -> None:
     pytest.importorskip("llguidance")
     tokenizer: Any = MistralLargeTokenizer.from_pretrained(demo_folder)

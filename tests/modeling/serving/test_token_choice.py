@@ -37,7 +37,11 @@ CHOICES: dict[str, tuple[TokenChoice, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
+# One of all settings, for every edit.
+EACH_CHOICE = [pytest.param(name, marks=[pytest.mark.slow] * (name != "together")) for name in CHOICES]
+
+
+@pytest.mark.parametrize("name", EACH_CHOICE)
 def test_scores_are_those_of_generate(tiny_config: MistralLargeConfig, name: str) -> None:
     model = endless(tiny_config)
     (prompt,) = prompts_of(tiny_config, [20])
@@ -60,7 +64,7 @@ def test_scores_are_those_of_generate(tiny_config: MistralLargeConfig, name: str
         chooser.append(int(token))
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", EACH_CHOICE)
 def test_a_seed_gives_the_response_of_generate(tiny_config: MistralLargeConfig, name: str) -> None:
     model = endless(tiny_config)
     (prompt,) = prompts_of(tiny_config, [20])
@@ -72,6 +76,7 @@ def test_a_seed_gives_the_response_of_generate(tiny_config: MistralLargeConfig, 
     assert response.ids == expected
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_response_at_any_load(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     choices = [
@@ -99,6 +104,7 @@ def test_without_a_seed_responses_differ(tiny_config: MistralLargeConfig) -> Non
     assert len({tuple(response.ids) for response in responses}) == 3
 
 
+@pytest.mark.slow
 def test_drawn_tokens_follow_the_distribution() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
     rows = 4000
