@@ -83,11 +83,6 @@ def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> MistralLar
     return checkpoints.vendor_tokenizer(tmp_path_factory.mktemp("tokenizer"), name)
 
 
-@pytest.fixture
-def own(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
-    return copy.deepcopy(tokenizer)
-
-
 @pytest.fixture(scope="module")
 def saved_files(tokenizer: MistralLargeTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `save_pretrained` writes, to be copied."""
@@ -97,17 +92,21 @@ def saved_files(tokenizer: MistralLargeTokenizer, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
+def own(saved_files: Path) -> MistralLargeTokenizer:
+    """One to be changed: loading it is cheaper than a copy of `tokenizer`."""
+    return MistralLargeTokenizer.from_pretrained(saved_files)
+
+
+@pytest.fixture
 def saved(saved_files: Path, tmp_path: Path) -> Path:
     """A copy of one's own."""
     return shutil.copytree(saved_files, tmp_path / "saved")
 
 
 @pytest.fixture(scope="module")
-def of_simple_template(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
-    """A copy with another template, for calls that are refused."""
-    copied = copy.deepcopy(tokenizer)
-    copied.chat_template = SIMPLE
-    return copied
+def of_simple_template(saved_files: Path) -> MistralLargeTokenizer:
+    """One with another template, for calls that are refused."""
+    return MistralLargeTokenizer.from_pretrained(saved_files, chat_template=SIMPLE)
 
 
 @pytest.fixture
