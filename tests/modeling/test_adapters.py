@@ -47,7 +47,9 @@ def trainable(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in ("LoRA", "IA3") else pytest.mark.slow) for name in METHODS]
+)
 def test_peft_trains_what_it_trains_of_mistral(method: str, tiny_config: MistralLargeConfig) -> None:
     tiny_config.num_key_value_heads = 6
     stock, ours = stock_and_ours(tiny_config, "eager")
@@ -56,6 +58,7 @@ def test_peft_trains_what_it_trains_of_mistral(method: str, tiny_config: Mistral
     assert trainable(ours, METHODS[method]()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "table", [name for name in dir(peft.utils.constants) if name.startswith("TRANSFORMERS_MODELS_TO")]
 )

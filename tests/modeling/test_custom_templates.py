@@ -61,7 +61,7 @@ SIMPLE = (
 CONTROL_IDS = {"v3": range(751), "v7": range(749)}
 
 
-@pytest.fixture(scope="module", params=["v3", "v7"])
+@pytest.fixture(scope="module", params=["v3", pytest.param("v7", marks=pytest.mark.slow)])
 def name(request: pytest.FixtureRequest) -> str:
     """Of the vocabulary, and of the format of our template for it."""
     vocabulary: str = request.param
@@ -146,7 +146,10 @@ CHANGES: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("templates", [CHAT_TEMPLATES, PLAIN_CHAT_TEMPLATES], ids=["marked", "plain"])
+@pytest.mark.parametrize(
+    "templates",
+    [pytest.param(CHAT_TEMPLATES, id="marked"), pytest.param(PLAIN_CHAT_TEMPLATES, id="plain", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("prompt_format", CHAT_TEMPLATES)
 def test_what_renders_the_same_is_the_same_template(
     prompt_format: str, templates: dict[str, str], change: Callable[[str], str]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ CONFIG = MistralLargeConfig(
 MODULES = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FORMS = ["consolidated", "one consolidated file", "hf", "one hf file", "fp8", "int4", "nvfp4"]
+# As the weights are stored; and in another dtype.
+QUICK = [("consolidated", torch.bfloat16), ("hf", torch.float32), ("int4", torch.bfloat16)]
 DEVICES = [
     "cpu",
     pytest.param(
@@ -124,8 +127,14 @@ def assert_same_tensors(found: torch.nn.Module, expected: torch.nn.Module) -> No
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        pytest.param(form, dtype, marks=() if (form, dtype) in QUICK else pytest.mark.slow)
+        for form, dtype in product(FORMS, DTYPES)
+    ],
+    ids=str,
+)
 def test_all_tensors_are_those_that_transformers_reads(
     folders: dict[str, Path], streamed: list[Tensor], form: str, dtype: torch.dtype, device: str
 ) -> None:
@@ -137,7 +146,7 @@ def test_all_tensors_are_those_that_transformers_reads(
     assert_same_tensors(found, expected)
 
 
-@pytest.mark.parametrize("form", ["consolidated", "hf"])
+@pytest.mark.parametrize("form", ["consolidated", pytest.param("hf", marks=pytest.mark.slow)])
 def test_some_layers_may_stay_on_the_disk(
     folders: dict[str, Path], streamed: list[Tensor], form: str, tmp_path: Path
 ) -> None:
@@ -206,6 +215,7 @@ def test_query_and_key_rows_are_regrouped_where_the_model_is(
     assert {id(tensor) for tensor in regrouped} <= {id(tensor) for tensor in streamed}
 
 
+@pytest.mark.slow
 def test_other_ways_in_are_streamed_too(folders: dict[str, Path], streamed: list[Tensor]) -> None:
     """The Auto classes, `load`, and an adapter with its base."""
     import modeling_mistral_large
@@ -309,7 +319,14 @@ def staging() -> Iterator[Staging]:
     staging.close()
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.bfloat16, torch.float8_e4m3fn),
+        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (*DTYPES[1:], torch.int32, torch.int64)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("shape", "index"),
     [
@@ -383,6 +400,7 @@ def test_a_tensor_of_an_unknown_dtype_is_left_to_the_library(tmp_path: Path, str
 # Memory and order
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says how much memory was used at once")
 def test_the_host_holds_the_buffers_and_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tensors, 150 MB in all, for a device without memory, through 4 MB."""
