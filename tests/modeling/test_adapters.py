@@ -3,8 +3,9 @@
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import peft
 import pytest
@@ -27,6 +28,7 @@ from tests.support.warm_python import WarmPython
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.arange(1027, 1036)[None]
+Train: TypeAlias = Callable[[Path, Path], Tensor]
 # Those of PEFT's methods that have defaults for Mistral and take nothing but a rank or nothing at all.
 METHODS: dict[str, Callable[[], Any]] = {
     "LoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=2),
@@ -45,7 +47,9 @@ def trainable(model: Any, config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in ("LoRA", "IA3") else pytest.mark.slow) for name in METHODS]
+)
 def test_peft_trains_what_it_trains_of_mistral(method: str, tiny_config: MistralLargeConfig) -> None:
     tiny_config.num_key_value_heads = 6
     stock, ours = stock_and_ours(tiny_config, "eager")
@@ -54,6 +58,7 @@ def test_peft_trains_what_it_trains_of_mistral(method: str, tiny_config: Mistral
     assert trainable(ours, METHODS[method]()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "table", [name for name in dir(peft.utils.constants) if name.startswith("TRANSFORMERS_MODELS_TO")]
 )
@@ -98,15 +103,36 @@ def base(request: pytest.FixtureRequest, bases: dict[str, Path]) -> Path:
     return bases[request.param]
 
 
-def train(base: Path, folder: Path) -> Tensor:
-    """Save an adapter with random values for a base, and return its logits."""
-    model: Any = MistralLargeForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, init_lora_weights=False)
-    adapted: Any = peft.get_peft_model(model, config).eval()
-    adapted.save_pretrained(folder)
-    logits: Tensor = adapted(IDS).logits
-    assert not torch.equal(logits, MistralLargeForCausalLM.from_pretrained(base, dtype=torch.float32)(IDS).logits)
-    return logits
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[Path, Tensor]]:
+    """The adapter of a base with random values, made when it is first asked for, and its logits."""
+
+    @cache
+    def adapter(base: Path) -> tuple[Path, Tensor]:
+        torch.manual_seed(20240724)
+        folder = tmp_path_factory.mktemp("adapter")
+        model: Any = MistralLargeForCausalLM.from_pretrained(base, dtype=torch.float32)
+        without: Tensor = model(IDS).logits
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, init_lora_weights=False)
+        adapted: Any = peft.get_peft_model(model, config).eval()
+        adapted.save_pretrained(folder)
+        logits: Tensor = adapted(IDS).logits
+        assert not torch.equal(logits, without)
+        return folder, logits
+
+    return adapter
+
+
+@pytest.fixture
+def train(trained: Callable[[Path], tuple[Path, Tensor]]) -> Train:
+    """What puts the adapter of a base into a folder, and returns its logits."""
+
+    def into(base: Path, folder: Path) -> Tensor:
+        adapter, logits = trained(base)
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        return logits
+
+    return into
 
 
 @pytest.mark.slow
@@ -118,13 +144,13 @@ def train(base: Path, folder: Path) -> Tensor:
         peft.AutoPeftModelForCausalLM.from_pretrained,
     ],
 )
-def test_an_adapter_is_loaded_on_its_base(load: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_on_its_base(train: Train, load: Callable[..., Any], base: Path, tmp_path: Path) -> None:
     expected = train(base, tmp_path / "adapter")
     assert torch.equal(load(tmp_path / "adapter", dtype=torch.float32).eval()(IDS).logits, expected)
 
 
 @pytest.mark.slow
-def test_options_of_the_adapter_and_of_the_base(base: Path, tmp_path: Path) -> None:
+def test_options_of_the_adapter_and_of_the_base(train: Train, base: Path, tmp_path: Path) -> None:
     expected = train(base, tmp_path / "adapters" / "first")
     model, info = MistralLargeForCausalLM.from_pretrained(
         tmp_path / "adapters", subfolder="first", dtype=torch.float32, adapter_name="mine", output_loading_info=True
@@ -138,7 +164,7 @@ def test_options_of_the_adapter_and_of_the_base(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_an_adapter_beside_a_checkpoint_is_loaded_with_it(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_beside_a_checkpoint_is_loaded_with_it(train: Train, base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "both")
     expected = train(base, folder)
     assert adapter_base(folder, {}) in (None, str(base))
@@ -146,7 +172,7 @@ def test_an_adapter_beside_a_checkpoint_is_loaded_with_it(base: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_stock_mistral_gives_the_same_logits(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_stock_mistral_gives_the_same_logits(train: Train, bases: dict[str, Path], tmp_path: Path) -> None:
     expected = train(bases["hf"], tmp_path / "adapter")
     convert_checkpoint(bases["consolidated"], tmp_path / "stock", model_type="mistral")
     stock: Any = MistralForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
@@ -166,7 +192,7 @@ def test_stock_mistral_gives_the_same_logits(bases: dict[str, Path], tmp_path: P
     ],
 )
 def test_what_needs_a_checkpoint_says_that_it_is_an_adapter(
-    take: Callable[[Any], Any], base: Path, tmp_path: Path
+    train: Train, take: Callable[[Any], Any], base: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "adapter"
     train(base, folder)
@@ -220,7 +246,9 @@ def test_a_base_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         MistralLargeForCausalLM.from_pretrained(tmp_path)
 
 
-def test_an_adapter_needs_peft(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_needs_peft(
+    train: Train, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(bases["hf"], tmp_path)
     monkeypatch.setattr("modeling_mistral_large.adapter_loading.find_spec", lambda _: None)
     with raises_exactly(MissingLibraryError, f"{tmp_path}: has an adapter, which needs PEFT; pip install peft"):
@@ -228,7 +256,9 @@ def test_an_adapter_needs_peft(bases: dict[str, Path], tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_the_chat_says_that_it_uses_an_adapter(base: Path, tmp_path: Path, warm_python: WarmPython) -> None:
+def test_the_chat_says_that_it_uses_an_adapter(
+    train: Train, base: Path, tmp_path: Path, warm_python: WarmPython
+) -> None:
     train(base, tmp_path / "adapter")
     command = [
         warm_python.python,
@@ -246,7 +276,9 @@ def test_the_chat_says_that_it_uses_an_adapter(base: Path, tmp_path: Path, warm_
 
 
 @pytest.mark.slow
-def test_an_adapter_of_either_format_is_loaded_on_a_base_of_either_layout(base: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_either_format_is_loaded_on_a_base_of_either_layout(
+    train: Train, base: Path, tmp_path: Path
+) -> None:
     expected = train(base, tmp_path / "peft")
     convert_adapter(tmp_path / "peft", tmp_path / "vendors", to="consolidated")
     for name in ("peft", "vendors"):
@@ -266,7 +298,9 @@ def test_an_adapter_of_either_format_is_loaded_on_a_base_of_either_layout(base: 
 
 
 @pytest.mark.slow
-def test_two_adapters_are_refused_before_anything_is_loaded(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_two_adapters_are_refused_before_anything_is_loaded(
+    train: Train, bases: dict[str, Path], tmp_path: Path
+) -> None:
     for name in ("first", "second"):
         train(bases["hf"], tmp_path / name)
     with pytest.raises(CheckpointError) as error:

@@ -46,7 +46,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "content": "Nobody."},
     {"role": "user", "content": "And    now?"},
 ]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("remembered_tokenizer")]
 
 GOLDEN = golden_conversations()
 # What says that a folder's own files are not exact.

@@ -19,6 +19,7 @@ from modeling_mistral_large import (
     MistralLargeForSequenceClassification,
 )
 from modeling_mistral_large.errors import ConfigurationError
+from tests.conftest import TINY
 from tests.support.errors import raises_exactly
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
@@ -156,18 +157,28 @@ def test_config_refuses_what_the_architecture_is_not(
     assert issubclass(ConfigurationError, (MistralLargeError, ValueError))
 
 
-@pytest.mark.parametrize(("wrong", "problem"), [*WRONG, UNEVEN], ids=name_of)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    MistralLargeForCausalLM(MistralLargeConfig(**TINY)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [*WRONG[:3], *(pytest.param(*each, marks=pytest.mark.slow) for each in WRONG[3:]), UNEVEN],
+    ids=name_of,
+)
 def test_an_override_is_refused_as_the_file_is(
-    wrong: dict[str, Any], problem: str, tiny_config: MistralLargeConfig, tmp_path: Path
+    wrong: dict[str, Any], problem: str, tiny_config: MistralLargeConfig, saved: Path
 ) -> None:
-    MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path)
     calls: list[Callable[[], Any]] = [
         lambda: MistralLargeConfig.from_dict(tiny_config.to_dict(), **wrong),
-        lambda: MistralLargeConfig.from_pretrained(tmp_path, **wrong),
-        lambda: AutoConfig.from_pretrained(tmp_path, **wrong),
-        lambda: MistralLargeForCausalLM.from_pretrained(tmp_path, **wrong),
-        lambda: MistralLargeForSequenceClassification.from_pretrained(tmp_path, **wrong),
-        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, **wrong),
+        lambda: MistralLargeConfig.from_pretrained(saved, **wrong),
+        lambda: AutoConfig.from_pretrained(saved, **wrong),
+        lambda: MistralLargeForCausalLM.from_pretrained(saved, **wrong),
+        lambda: MistralLargeForSequenceClassification.from_pretrained(saved, **wrong),
+        lambda: AutoModelForCausalLM.from_pretrained(saved, **wrong),
     ]
     for refuse in calls:
         with raises_exactly(ConfigurationError, f"MistralLargeConfig {problem}"):

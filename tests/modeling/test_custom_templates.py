@@ -61,7 +61,7 @@ SIMPLE = (
 CONTROL_IDS = {"v3": range(751), "v7": range(749)}
 
 
-@pytest.fixture(scope="module", params=["v3", "v7"])
+@pytest.fixture(scope="module", params=["v3", pytest.param("v7", marks=pytest.mark.slow)])
 def name(request: pytest.FixtureRequest) -> str:
     """Of the vocabulary, and of the format of our template for it."""
     vocabulary: str = request.param
@@ -83,11 +83,6 @@ def tokenizer(name: str, tmp_path_factory: pytest.TempPathFactory) -> MistralLar
     return checkpoints.vendor_tokenizer(tmp_path_factory.mktemp("tokenizer"), name)
 
 
-@pytest.fixture
-def own(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
-    return copy.deepcopy(tokenizer)
-
-
 @pytest.fixture(scope="module")
 def saved_files(tokenizer: MistralLargeTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `save_pretrained` writes, to be copied."""
@@ -97,17 +92,21 @@ def saved_files(tokenizer: MistralLargeTokenizer, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
+def own(saved_files: Path) -> MistralLargeTokenizer:
+    """One to be changed: loading it is cheaper than a copy of `tokenizer`."""
+    return MistralLargeTokenizer.from_pretrained(saved_files)
+
+
+@pytest.fixture
 def saved(saved_files: Path, tmp_path: Path) -> Path:
     """A copy of one's own."""
     return shutil.copytree(saved_files, tmp_path / "saved")
 
 
 @pytest.fixture(scope="module")
-def of_simple_template(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
-    """A copy with another template, for calls that are refused."""
-    copied = copy.deepcopy(tokenizer)
-    copied.chat_template = SIMPLE
-    return copied
+def of_simple_template(saved_files: Path) -> MistralLargeTokenizer:
+    """One with another template, for calls that are refused."""
+    return MistralLargeTokenizer.from_pretrained(saved_files, chat_template=SIMPLE)
 
 
 @pytest.fixture
@@ -147,7 +146,10 @@ CHANGES: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("templates", [CHAT_TEMPLATES, PLAIN_CHAT_TEMPLATES], ids=["marked", "plain"])
+@pytest.mark.parametrize(
+    "templates",
+    [pytest.param(CHAT_TEMPLATES, id="marked"), pytest.param(PLAIN_CHAT_TEMPLATES, id="plain", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("prompt_format", CHAT_TEMPLATES)
 def test_what_renders_the_same_is_the_same_template(
     prompt_format: str, templates: dict[str, str], change: Callable[[str], str]

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ CONFIG = MistralLargeConfig(
 DTYPES = [torch.float32, torch.bfloat16]
 SHARD_SIZE = "300KB"
 LAYOUTS = ["one file", "two files", "two files with an index"]
+# Layout, dtype that is asked for, dtype that is stored.
+QUICK = [("one file", "auto", torch.float32), ("two files with an index", torch.float32, torch.bfloat16)]
 MODULES = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
 LAYERS = [f"model.layers.{layer}" for layer in range(3)]
 
@@ -154,9 +157,14 @@ def assert_same_logits(found: Any, expected: Any) -> None:
         assert torch.equal(found(ids).logits, expected(ids).logits)
 
 
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", ["auto", *DTYPES], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dtype", "stored"),
+    [
+        pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
+        for each in product(LAYOUTS, ["auto", *DTYPES], DTYPES)
+    ],
+    ids=str,
+)
 def test_tensors_and_logits_are_those_after_conversion(
     checkpoints: dict[torch.dtype, Checkpoint],
     converted_and_stock: Callable[[torch.dtype, torch.dtype | str, str], tuple[Any, Any]],
@@ -199,9 +207,17 @@ def test_logits_are_the_plain_references(checkpoint: Checkpoint) -> None:
     assert (logits - reference_logits(checkpoint.weights, checkpoint.params, ids[0])).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("stored", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "device_map", ["auto", "cpu", {"": "cpu"}, dict.fromkeys([*MODULES, *LAYERS], "cpu")], ids=lambda _: ""
+    "device_map",
+    [
+        "auto",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("cpu", {"": "cpu"}, dict.fromkeys([*MODULES, *LAYERS], "cpu"))
+        ),
+    ],
+    ids=lambda _: "",
 )
 def test_device_maps_of_the_cpu_change_nothing(
     checkpoints: dict[torch.dtype, Checkpoint], stored: torch.dtype, device_map: Any
@@ -433,6 +449,7 @@ def test_a_directly_loaded_model_is_saved_in_the_hf_layout(checkpoint: Checkpoin
     assert not (tmp_path / "original").exists()
 
 
+@pytest.mark.slow
 def test_the_table_leaves_saved_base_models_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
     # Without a head, HF names begin as consolidated ones do: `layers.0.`, `norm.weight`.
     base = MistralLargeModel.from_pretrained(checkpoint.consolidated)

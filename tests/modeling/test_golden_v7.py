@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -40,28 +41,38 @@ def reference_prompt(golden: GoldenConversation) -> list[int]:
     return ids
 
 
-@pytest.fixture(scope="module", params=["consolidated", "hf"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "hf":
-        converted: Path = request.getfixturevalue("demo_folder_of_v7")
-        return converted
-    return assemble_demo_checkpoint(tmp_path_factory.mktemp("v7") / "consolidated", "v7")
+@pytest.fixture(scope="module")
+def folders(demo_folder_of_v7: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    consolidated = assemble_demo_checkpoint(tmp_path_factory.mktemp("v7") / "consolidated", "v7")
+    return {"consolidated": consolidated, "hf": demo_folder_of_v7}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_golden_answer(folder: Path, dtype: str) -> None:
-    tokenizer: Any = MistralLargeTokenizer.from_pretrained(folder)
-    model: Any = MistralLargeForCausalLM.from_pretrained(folder, dtype=dtype)
-    assert tokenizer.prompt_format == "v7"
+def test_every_golden_answer(folders: dict[str, Path], dtype: str) -> None:
+    """Of both layouts, whose models are the same to the bit: one of the two has to speak."""
+    tokenizers: list[Any] = [MistralLargeTokenizer.from_pretrained(folder) for folder in folders.values()]
+    models: list[Any] = [MistralLargeForCausalLM.from_pretrained(folder, dtype=dtype) for folder in folders.values()]
+    weights = [model.state_dict() for model in models]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    unnamed = {"_name_or_path": None, "architectures": None}
+    configs = [{**model.config.to_dict(), **unnamed} for model in models]
+    assert configs[0] == configs[1]
+    assert models[0].generation_config.to_dict() == models[1].generation_config.to_dict()
     for golden in GOLDEN.values():
-        prompt = tokenizer.apply_chat_template(golden.messages, golden.tools, return_tensors="pt")
-        assert prompt["input_ids"][0].tolist() == reference_prompt(golden), golden.name
-        output = model.generate(**prompt, max_new_tokens=100, do_sample=False)
+        for tokenizer in tokenizers:
+            assert tokenizer.prompt_format == "v7"
+            prompt = tokenizer.apply_chat_template(golden.messages, golden.tools, return_tensors="pt")
+            assert prompt["input_ids"][0].tolist() == reference_prompt(golden), golden.name
+        output = models[0].generate(**prompt, max_new_tokens=100, do_sample=False)
         said = output[0, prompt["input_ids"].shape[1] :].tolist()
-        assert wrong_answer(tokenizer, said, golden.answer) is None, golden.name
+        for tokenizer in tokenizers:
+            assert wrong_answer(tokenizer, said, golden.answer) is None, golden.name
 
 
-def test_the_pipeline_and_the_tool_loop(folder: Path) -> None:
+@pytest.mark.parametrize("layout", ["consolidated", "hf"])
+def test_the_pipeline_and_the_tool_loop(folders: dict[str, Path], layout: str) -> None:
+    folder = folders[layout]
     chat: Any = transformers.pipeline("text-generation", str(folder), dtype="float32", do_sample=False)
     golden = GOLDEN["weather_text_and_call"]
     message = chat(golden.messages, tools=golden.tools)[0]["generated_text"][-1]

@@ -43,7 +43,7 @@ from tests.support.models import (
 from tests.support.reference_model import reference_logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_logits_equal_stock_mistral_bit_for_bit(
     tiny_config: MistralLargeConfig, attention: str, dtype: torch.dtype

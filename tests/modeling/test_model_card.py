@@ -133,12 +133,14 @@ def test_a_cache_with_the_hf_half_is_read_and_not_downloaded_again(hub: Loopback
     assert model.state_dict().keys() == folders.hf_demo_weights().keys()
 
 
+@pytest.mark.slow
 def test_without_anything_cached_only_the_consolidated_files_are_downloaded(hub: LoopbackHub) -> None:
     load("owner/name", dtype="bfloat16")
     weights = {name for name in hub.downloaded if name.endswith(".safetensors")}
     assert weights == {f"consolidated-0000{number}-of-00002.safetensors" for number in (1, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["model-00002-of-00002.safetensors", "config.json"])
 def test_half_of_a_half_is_not_whole(lost: str, tmp_path: Path, cache: Path) -> None:
     half = folders.vendor_hf_half(tmp_path / "half")
@@ -147,6 +149,7 @@ def test_half_of_a_half_is_not_whole(lost: str, tmp_path: Path, cache: Path) -> 
     assert cached_layout("owner/name", {}) is None
 
 
+@pytest.mark.slow
 def test_cached_consolidated_weights_win(cache: Path) -> None:
     whole(cache, REPOSITORIES[0])
     assert cached_layout(REPOSITORIES[0], {}) == "consolidated"

@@ -152,7 +152,7 @@ def test_a_format_needs_its_control_tokens(own: dict[str, MistralLargeTokenizer]
         MistralLargeTokenizer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["v9", "V7", "", 7])
+@pytest.mark.parametrize("name", ["v9", *(pytest.param(name, marks=pytest.mark.slow) for name in ("V7", "", 7))])
 def test_another_format_is_refused(own: dict[str, MistralLargeTokenizer], name: Any, tmp_path: Path) -> None:
     own["v7"].save_pretrained(tmp_path)
     problem = f"prompt_format={name!r}: the prompt formats are v3, v7; choose one, or leave prompt_format out"

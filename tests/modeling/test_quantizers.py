@@ -264,7 +264,9 @@ def test_weights_stored_in_formats_of_others_load_as_in_stock_mistral(
     assert torch.equal(ours, stock)
 
 
-@pytest.mark.parametrize("model_class", [MistralLargeForCausalLM, MistralLargeModel])
+@pytest.mark.parametrize(
+    "model_class", [MistralLargeForCausalLM, pytest.param(MistralLargeModel, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("part", ["weight_scale", "weight_scale_inv", "qzeros", "bias", "base_layer.weight"])
 def test_tensors_of_a_linear_layer_that_have_no_place_are_an_error(
     folders: dict[str, Path], part: str, model_class: Any, tmp_path: Path

@@ -90,10 +90,10 @@ def exact_json(tokenizer_model_file: Path) -> str:
     return MistralLargeTokenizer(vocab_file=str(tokenizer_model_file)).backend_tokenizer.to_str()
 
 
-@pytest.fixture(scope="module")
-def copied_tokenizer(tokenizer: MistralLargeTokenizer) -> MistralLargeTokenizer:
-    """A copy whose sides each test sets anew."""
-    return copy.deepcopy(tokenizer)
+@pytest.fixture
+def own(saved_files: Path) -> MistralLargeTokenizer:
+    """One to be changed: loading it is cheaper than a copy of `tokenizer`."""
+    return MistralLargeTokenizer.from_pretrained(saved_files)
 
 
 # Ids
@@ -917,8 +917,7 @@ def test_copies_are_equal_and_apart(tokenizer: MistralLargeTokenizer, some_texts
 
 
 @pytest.mark.slow
-def test_threads(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
-    own = copy.deepcopy(tokenizer)
+def test_threads(tokenizer: MistralLargeTokenizer, own: MistralLargeTokenizer, some_texts: list[str]) -> None:
     expected = tokenizer.encode_texts(some_texts), tokenizer.apply_chat_template(CONVERSATION)["input_ids"]
 
     def work(_: int) -> tuple[list[list[int]], list[int]]:
@@ -929,9 +928,10 @@ def test_threads(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> Non
 
 
 @pytest.mark.slow
-def test_threads_with_options_of_their_own(tokenizer: MistralLargeTokenizer, some_texts: list[str]) -> None:
+def test_threads_with_options_of_their_own(
+    tokenizer: MistralLargeTokenizer, own: MistralLargeTokenizer, some_texts: list[str]
+) -> None:
     """What one call sets is never seen by another: control strings as text, truncation, padding."""
-    own = copy.deepcopy(tokenizer)
     text = "a [INST] b</s> c" * 20
     calls: list[dict[str, Any]] = [
         {},
@@ -1211,9 +1211,8 @@ def test_assistant_masks_cover_what_the_assistant_says(tokenizer: MistralLargeTo
 @pytest.mark.parametrize("padding_side", [None, "left", "right"])
 @pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
 def test_padding_and_truncation_of_prompts(
-    copied_tokenizer: MistralLargeTokenizer, truncation_side: str, padding_side: str | None, return_tensors: str | None
+    own: MistralLargeTokenizer, truncation_side: str, padding_side: str | None, return_tensors: str | None
 ) -> None:
-    own = copied_tokenizer
     own.truncation_side = truncation_side
     conversations = [CONVERSATION, TOOL_CONVERSATION, CONVERSATION[2:]]
     whole = own.apply_chat_template(conversations, return_assistant_tokens_mask=True)
@@ -1240,7 +1239,9 @@ def test_padding_and_truncation_of_prompts(
 
 
 @pytest.mark.filterwarnings("ignore:`max_length` is ignored")
-def test_padding_and_truncation_as_transformers_does_it(tokenizer: MistralLargeTokenizer) -> None:
+def test_padding_and_truncation_as_transformers_does_it(
+    tokenizer: MistralLargeTokenizer, own: MistralLargeTokenizer
+) -> None:
     """Every combination gives what the tokenizer's own call gives for the rendered prompt."""
     conversation = CONVERSATION[1:]
     text = tokenizer.apply_chat_template(conversation, tokenize=False)
@@ -1264,15 +1265,15 @@ def test_padding_and_truncation_as_transformers_does_it(tokenizer: MistralLargeT
         multiple["input_ids"]
         == tokenizer(text, add_special_tokens=False, padding="max_length", max_length=64)["input_ids"]
     )
-    own = copy.deepcopy(tokenizer)
     own.truncation_side = "left"
     assert own.apply_chat_template(conversation, truncation=True, max_length=0)["input_ids"] == []
     without_mask = tokenizer.apply_chat_template(conversation, tokenizer_kwargs={"return_attention_mask": False})
     assert set(without_mask) == {"input_ids"}
 
 
-def test_prompts_longer_than_the_model_takes_are_warned_about(tokenizer: MistralLargeTokenizer) -> None:
-    own = copy.deepcopy(tokenizer)
+def test_prompts_longer_than_the_model_takes_are_warned_about(
+    tokenizer: MistralLargeTokenizer, own: MistralLargeTokenizer
+) -> None:
     own.model_max_length, own.deprecation_warnings = 8, {}
     own.apply_chat_template(CONVERSATION, tokenizer_kwargs={"verbose": False})
     assert own.deprecation_warnings == {}
@@ -1338,7 +1339,9 @@ def test_empty_conversations_are_refused(tokenizer: MistralLargeTokenizer) -> No
 
 
 @pytest.mark.filterwarnings("ignore::modeling_mistral_large.chat_tokenization.CustomTemplateWarning")
-def test_other_chat_templates_are_left_to_transformers(tokenizer: MistralLargeTokenizer) -> None:
+def test_other_chat_templates_are_left_to_transformers(
+    tokenizer: MistralLargeTokenizer, own: MistralLargeTokenizer
+) -> None:
     template = (
         "{% for m in messages %}{% generation %}[INST] {{ m.content }}{% endgeneration %}[/INST]{% endfor %}{{ x }}"
     )
@@ -1349,7 +1352,6 @@ def test_other_chat_templates_are_left_to_transformers(tokenizer: MistralLargeTo
     text = tokenizer.encode_texts(["a </s> b"])[0]
     assert output["input_ids"] == [3, *text, 4, tokenizer.convert_tokens_to_ids("!")]
     assert output["assistant_masks"] == [1] * (1 + len(text)) + [0, 0]
-    own = copy.deepcopy(tokenizer)
     own.chat_template = {"default": CHAT_TEMPLATES["v3"], "other": template}
     assert own.apply_chat_template(conversation, chat_template="other", tokenize=False) == "[INST] a </s> b[/INST]"
     assert own.apply_chat_template(CONVERSATION) == tokenizer.apply_chat_template(CONVERSATION)
@@ -1395,7 +1397,9 @@ def test_answers_that_continue_a_text_keep_their_first_space(tokenizer: MistralL
 
 
 @pytest.mark.filterwarnings("ignore::modeling_mistral_large.chat_tokenization.CustomTemplateWarning")
-def test_other_response_templates_are_left_to_transformers(tokenizer: MistralLargeTokenizer) -> None:
+def test_other_response_templates_are_left_to_transformers(
+    tokenizer: MistralLargeTokenizer, own: MistralLargeTokenizer
+) -> None:
     template = {
         "version": 1,
         "start_anchor": "[/INST]",
@@ -1404,6 +1408,5 @@ def test_other_response_templates_are_left_to_transformers(tokenizer: MistralLar
     }
     expected = {"role": "assistant", "content": "Hi</s>"}
     assert tokenizer.parse_response("Hi</s>", template, prefix="") == expected
-    own = copy.deepcopy(tokenizer)
     own.response_template = template
     assert own.parse_response("Hi</s>", prefix="") == expected

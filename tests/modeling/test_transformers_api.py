@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections import namedtuple
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,8 @@ def _fresh_compiler() -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @every_class
 def test_forward_compiles_into_one_graph(tiny_config: MistralLargeConfig, model_class: Any) -> None:
-    tiny_config.pad_token_id = 0
+    # Each layer is traced anew, and all are alike.
+    tiny_config.pad_token_id, tiny_config.num_hidden_layers = 0, 1
     model, ids = build(model_class, tiny_config), random_ids(tiny_config, 1, 5)
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -275,6 +277,7 @@ def test_forward_compiles_into_one_graph(tiny_config: MistralLargeConfig, model_
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_model_takes_the_options_of_its_attention_and_no_others(tiny_config: MistralLargeConfig) -> None:
+    tiny_config.num_hidden_layers = 1
     model, ids = build(MistralLargeForCausalLM, tiny_config), random_ids(tiny_config, 1, 5)
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -298,6 +301,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+@cache
 def own_privates(tree: ast.Module) -> set[str]:
     """Underscored names that a module itself makes: functions, classes, variables, attributes."""
     names = set()
@@ -311,11 +315,13 @@ def own_privates(tree: ast.Module) -> set[str]:
     return {name for name in names if is_private(name)}
 
 
+@cache
 def others_privates() -> set[str]:
     """Underscored names of torch's modules and of Python's named tuples, whose interface they are."""
     return {*dir(nn.Module()), *dir(namedtuple("Any", []))}
 
 
+@cache
 def host_privates() -> set[str]:
     """Underscored names of the classes that the package's classes and objects come from, but not torch's."""
     hosts = [PreTrainedModel, GenerationMixin, transformers.PreTrainedConfig, transformers.PreTrainedTokenizerFast]

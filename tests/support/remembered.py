@@ -1,8 +1,8 @@
 """What is made of a vocabulary, remembered by its whole input, for tests that are not about how it is made.
 
-Many tests convert, adopt and verify folders of the same two vocabularies. Each would make the same backend and the same
-SentencePiece file anew, which takes most of its time. The first call with an input is the real one. That ids are exact
-is proven each time.
+Many tests convert, adopt, verify and load folders of the same two vocabularies. Each would make the same backend and
+the same SentencePiece file anew, which takes most of its time. The first call with an input is the real one. That ids
+are exact is proven each time.
 """
 
 import os

@@ -43,6 +43,8 @@ SAMPLES = [
     {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]},
 ]
 SHARDS = "200KB"
+# A source whose vocabulary is the vendor's file, converted once.
+pytestmark = pytest.mark.usefixtures("known_tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +60,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(20240724)
     config = MistralLargeConfig(
         vocab_size=32768,
-        hidden_size=96,
-        intermediate_size=160,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=16,
         max_position_embeddings=512,
     )
     folder = tmp_path_factory.mktemp("model") / "source"

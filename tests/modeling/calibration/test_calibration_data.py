@@ -82,7 +82,7 @@ def test_a_conversation_that_has_no_prompt_is_refused_with_its_line(
         read_calibration_data(path, tokenizer)
 
 
-@pytest.mark.parametrize("vocabulary", ["v3", "v7"])
+@pytest.mark.parametrize("vocabulary", ["v3", pytest.param("v7", marks=pytest.mark.slow)])
 def test_the_default_set_has_a_prompt_for_all(
     vocabulary: str, tokenizer: MistralLargeTokenizer, v7_tokenizer: MistralLargeTokenizer
 ) -> None:

@@ -39,7 +39,7 @@ CONVERSATIONS = [
             {"role": "assistant", "content": "I am a toy model."},
         ],
     ),
-    Sample("another", text="Les documents sont là. " * 40),
+    Sample("another", text="Les documents sont là. " * 15),
 ]
 
 
@@ -133,7 +133,7 @@ def disturbed(model: Any, strength: float = 0.04) -> Any:
     return other
 
 
-@pytest.mark.parametrize("goes_to_disk", [False, True])
+@pytest.mark.parametrize("goes_to_disk", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_comparison_is_that_of_whole_models(
     tiny_config: MistralLargeConfig, goes_to_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +150,7 @@ def test_a_comparison_is_that_of_whole_models(
     assert_same(compare_streams(saved(stock, tmp_path / "a"), saved(other, tmp_path / "b"), sequences), wanted)
 
 
+@pytest.mark.slow
 def test_a_single_sequence_has_no_standard_error(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     stock, _ = stock_and_ours(tiny_config, "sdpa")
     other = disturbed(stock)
@@ -235,6 +236,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("remembered_tokenizer")
 @pytest.mark.parametrize("scheme", ["fp8", "int4", "nvfp4"])
 def test_a_quantized_folder_is_compared_as_it_runs(scheme: Any, demo: Path, tmp_path: Path) -> None:
     from modeling_mistral_large import MistralLargeForCausalLM, MistralLargeTokenizer
@@ -260,12 +262,13 @@ def stock_demo() -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("remembered_tokenizer")
 @pytest.mark.parametrize("kind", ["vendor_whole", "hub_cache", "ours", "fine_tune_with_model_file", "v7"])
 def test_the_same_weights_in_another_folder_are_no_different(kind: str, demo: Path, tmp_path: Path) -> None:
     folder = folders.vendor(tmp_path / "v7", "v7") if kind == "v7" else folders.FOLDERS[kind](tmp_path / "folder")
     found = compare_checkpoints(demo, folder, CONVERSATIONS)
     assert (found.kl_mean, found.flips_per_10k, set(found.hidden_errors)) == (0, 0, {0})
-    assert found.tokens > 200
+    assert found.tokens > 80
 
 
 @pytest.mark.slow

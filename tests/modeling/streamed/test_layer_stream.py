@@ -23,6 +23,9 @@ from tests.support.models import random_ids, stock_and_ours
 from tests.support.peak_memory import PeakMemory
 
 DTYPES = [None, torch.float32, torch.float16]
+quick_as_stored = pytest.mark.parametrize(
+    "dtype", [None, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]
+)
 
 
 def streamed_logits(stream: LayerStream, ids: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ def whole_logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@quick_as_stored
 def test_logits_are_those_of_the_stock_model(
     tiny_config: MistralLargeConfig, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +67,7 @@ def test_logits_are_those_of_the_stock_model(
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@quick_as_stored
 def test_a_consolidated_checkpoint_is_read_in_its_order_of_rows(
     tiny_config: MistralLargeConfig, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +88,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("remembered_tokenizer")
 @pytest.mark.parametrize("kind", [*FOLDERS, "fp8", "int4", "nvfp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_bit_for_bit_those_of_the_whole_model(
@@ -111,6 +115,7 @@ def test_logits_are_bit_for_bit_those_of_the_whole_model(
         assert torch.equal(streamed_logits(stream, ids), whole_logits(model, ids))
 
 
+@pytest.mark.slow
 def test_one_layer_is_in_memory_at_a_time(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     tiny_config.num_hidden_layers, tiny_config.intermediate_size = 6, 4096
     stock, _ = stock_and_ours(tiny_config, "sdpa")

@@ -1,0 +1,3 @@
+"""What the tests of the library share."""
+
+from tests.support.remembered import remembered_vocabularies as remembered_vocabularies
