@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from mistral_large_conversion import folder_tokenizer, sentencepiece_bpe, tokenizer, vocabulary
@@ -40,6 +41,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if path.name != TOKENIZER_JSON_NAME or not path.is_file() or is_large:
         return source_files.read_json_object(path)
     return _parsed(path.read_bytes())
+
+
+@lru_cache(4)
+def _processor(content: bytes) -> SentencePieceProcessor:
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(content)
+    return processor
+
+
+def load_processor(path: Path) -> SentencePieceProcessor:
+    """A SentencePiece model that is there, and whose readers change nothing in it."""
+    return _processor(path.read_bytes())
 
 
 def sentencepiece_model(pieces: Sequence[str]) -> bytes:
@@ -77,6 +90,8 @@ def remembered_vocabularies() -> Iterator[None]:
         patch.setattr(vocabulary, "_content_sha256", _content_sha256)
         patch.setattr(folder_tokenizer, "read_json_object", read_json_object)
         patch.setattr(folder_tokenizer, "sentencepiece_model", sentencepiece_model)
+        for module in (folder_tokenizer, sentencepiece_bpe):
+            patch.setattr(module, "load_processor", load_processor)
         for module in (folder_tokenizer, sentencepiece_bpe, tokenizer):
             patch.setattr(module, "build_backend", build_backend)
         patch.setattr(tokenizer, "read_tokenizer_json", read_tokenizer_json)
