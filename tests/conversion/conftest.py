@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.remembered import remembered_vocabularies as remembered_vocabularies
 
+_fsync = os.fsync
+
 
 @pytest.fixture(scope="package", autouse=True)
 def _no_waiting_for_the_disk() -> Iterator[None]:
@@ -19,6 +21,12 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture
+def waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sync files all the same, where the time that a conversion takes for each of them matters."""
+    monkeypatch.setattr(os, "fsync", _fsync)
 
 
 @pytest.fixture
