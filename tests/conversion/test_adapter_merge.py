@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from mistral_large_conversion import (
     verify_checkpoint,
 )
 from mistral_large_conversion.checkpoint.adapter import read_adapter
+from mistral_large_conversion.checkpoint.geometry import Geometry
 from mistral_large_conversion.destination import UNFINISHED_NAME
 from mistral_large_conversion.errors import CheckpointError, DestinationError, SettingError
 from mistral_large_conversion.merge import MergeLora
@@ -35,10 +35,10 @@ from tests.support.checkpoints import contents, tokenizer_model_file, write_cons
 from tests.support.edits import Edit, remove, set_json
 from tests.support.errors import raises_exactly, whole
 from tests.support.peak_memory import PeakMemory
+from tests.support.warm_python import WarmPython
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -47,10 +47,22 @@ def base(small_source: Path) -> Path:
     return small_source
 
 
+@pytest.fixture(scope="module")
+def saved_by_peft(tiny_geometry: Geometry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter and the base it was made on, which is as large as any other base here."""
+    folder = tmp_path_factory.mktemp("saved_by_peft")
+    torch.manual_seed(1)
+    write_consolidated(folder / "base", tiny_geometry, torch.bfloat16)
+    save_peft_adapter(folder / "base", folder / "adapter")
+    return folder
+
+
 @pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    save_peft_adapter(base, tmp_path / "adapter")
-    return tmp_path / "adapter"
+def adapter(base: Path, saved_by_peft: Path, tmp_path: Path) -> Path:
+    """The adapter of a test, which names the test's own base."""
+    folder = Path(shutil.copytree(saved_by_peft / "adapter", tmp_path / "adapter"))
+    set_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    return folder
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -527,7 +539,7 @@ def test_an_interrupted_merge_goes_on_with_the_same_adapter_only(
         assert contents(tmp_path / name[:1]) == contents(tmp_path / name)
 
 
-def test_killed_a_rerun_ends_byte_identical(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_killed_a_rerun_ends_byte_identical(base: Path, adapter: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     convert_checkpoint(base, tmp_path / "expected", adapter=adapter)
     code = f"""
 import os, signal
@@ -541,7 +553,9 @@ def kill(count):
         os.kill(os.getpid(), signal.SIGKILL)
 convert_checkpoint({str(base)!r}, {str(tmp_path / "hf")!r}, adapter={str(adapter)!r}, progress=kill, jobs=1)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [warm_python.python, "-c", code], env=warm_python.environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "hf" / UNFINISHED_NAME).exists()
     convert_checkpoint(base, tmp_path / "hf", adapter=adapter)

@@ -37,6 +37,7 @@ from mistral_large_conversion.sentencepiece_bpe import TextEncoder
 from mistral_large_conversion.stream import write_weights
 from mistral_large_conversion.transforms import Rows
 from modeling_mistral_large import MistralLargeConfig, MistralLargeForCausalLM, MistralLargeTokenizer
+from tests.conftest import TINY
 from tests.conversion.test_conversion_tables import split_row_by_row
 from tests.support.checkpoints import contents, tokenizer_model_file, write_consolidated
 from tests.support.edits import edit_json, set_json
@@ -58,6 +59,14 @@ def config(tiny_config: MistralLargeConfig) -> MistralLargeConfig:
 def source(config: MistralLargeConfig, tmp_path: Path) -> Path:
     write_consolidated(tmp_path / "source", config, torch.bfloat16)
     return tmp_path / "source"
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the tiny geometry as transformers saves it; a test edits a copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    MistralLargeForCausalLM(MistralLargeConfig(**TINY)).save_pretrained(folder)
+    return folder
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -112,8 +121,18 @@ def test_the_converted_folder_loads_through_the_auto_classes(config: MistralLarg
 
 
 @pytest.mark.usefixtures("known_tokenizer")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("buffer_bytes", [1, 5000, 2**20], ids=["one head", "a few rows", "whole tensors"])
+@pytest.mark.parametrize(
+    ("buffer_bytes", "dtype"),
+    [
+        pytest.param(size, dtype, id=f"{blocks}-{dtype}", marks=[] if dtype == quick_dtype else pytest.mark.slow)
+        for size, blocks, quick_dtype in (
+            (1, "one head", None),
+            (5000, "a few rows", torch.bfloat16),
+            (2**20, "whole tensors", None),
+        )
+        for dtype in DTYPES
+    ],
+)
 def test_every_bit_arrives_where_it_belongs_and_goes_back(
     tiny_config: MistralLargeConfig,
     tmp_path: Path,
@@ -178,6 +197,7 @@ def test_weights_in_memory_are_exported_like_their_folder(
         export_checkpoint(state_dict, tmp_path / "of_state_dict", config=tiny_config, max_shard_size="90KB")
 
 
+@pytest.mark.slow
 def test_a_model_with_a_merged_adapter_goes_back(
     tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None
 ) -> None:
@@ -325,6 +345,7 @@ def test_the_manifest_has_each_tensor_as_it_is_in_its_file(small_source: Path, t
     assert read_manifest(small_source) is None
 
 
+@pytest.mark.slow
 def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path: Path, known_tokenizer: None) -> None:
     stock = MistralForCausalLM(stock_config(tiny_config))
     stock.save_pretrained(tmp_path / "hf")
@@ -367,9 +388,9 @@ def test_stock_mistral_is_exported_too(tiny_config: MistralLargeConfig, tmp_path
     ],
 )
 def test_a_config_that_params_cannot_say_is_refused(
-    tiny_config: MistralLargeConfig, tmp_path: Path, change: dict[str, Any], problem: str
+    saved_model: Path, tmp_path: Path, change: dict[str, Any], problem: str
 ) -> None:
-    MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path / "hf")
+    shutil.copytree(saved_model, tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())
     set_json(tmp_path / "hf" / "config.json", **change)
     with raises_exactly(
@@ -390,10 +411,8 @@ def test_a_config_that_params_cannot_say_is_refused(
         ("rms_norm_eps", "rms_norm_eps"),
     ],
 )
-def test_a_config_without_a_size_is_refused(
-    tiny_config: MistralLargeConfig, tmp_path: Path, key: str, named: str
-) -> None:
-    MistralLargeForCausalLM(tiny_config).save_pretrained(tmp_path / "hf")
+def test_a_config_without_a_size_is_refused(saved_model: Path, tmp_path: Path, key: str, named: str) -> None:
+    shutil.copytree(saved_model, tmp_path / "hf")
     edit_json(tmp_path / "hf" / "config.json", lambda config: config.pop(key))
     with raises_exactly(
         CheckpointError,
@@ -655,6 +674,7 @@ def test_a_licence_of_the_source_goes_along_and_is_not_called_the_vendors(small_
     assert (tmp_path / "back" / "LICENSE").read_text() == "Apache License, Version 2.0"
 
 
+@pytest.mark.slow
 def test_the_vendors_licence_stays_the_vendors_on_every_way(small_source: Path, tmp_path: Path) -> None:
     convert_checkpoint(small_source, tmp_path / "hf")
     convert_checkpoint(tmp_path / "hf", tmp_path / "back", to="consolidated")

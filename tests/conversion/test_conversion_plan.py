@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +36,18 @@ FIRST, SECOND = (f"consolidated-{number:05}-of-00002.safetensors" for number in 
 INDEX = "consolidated.safetensors.index.json"
 
 
+@pytest.fixture(scope="module")
+def sound_source(tiny_geometry: Geometry, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "source"
+    torch.manual_seed(1)
+    write_consolidated(folder, tiny_geometry, torch.bfloat16)
+    return folder
+
+
 @pytest.fixture
-def source(tiny_geometry: Geometry, tmp_path: Path) -> Path:
-    """A sound checkpoint in two files without an index."""
-    write_consolidated(tmp_path / "source", tiny_geometry, torch.bfloat16)
-    return tmp_path / "source"
+def source(sound_source: Path, tmp_path: Path) -> Path:
+    """A sound checkpoint in two files without an index, to be damaged."""
+    return Path(shutil.copytree(sound_source, tmp_path / "source"))
 
 
 def raw_file(header: dict[str, Any] | bytes, data: bytes = b"", *, length: int | None = None) -> bytes:

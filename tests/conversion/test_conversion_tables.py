@@ -43,6 +43,7 @@ def test_the_inverse_table_loses_no_name() -> None:
     assert len(set(TO_HF.values())) == len(TO_HF) == len(SHAPES) == 12
 
 
+@pytest.mark.slow
 def test_expected_tensors_are_those_of_an_independent_list_and_of_stock_mistral(
     tiny_config: MistralLargeConfig,
 ) -> None:

@@ -324,6 +324,7 @@ def test_the_card_of_a_fine_tune_is_carried_on(tune_with_card: Path, tmp_path: P
         assert checks["files"].is_ok
 
 
+@pytest.mark.slow
 def test_a_card_keeps_its_bytes_and_takes_no_title(tune_with_card: Path, tmp_path: Path) -> None:
     path = tune_with_card / "README.md"
     path.write_bytes(path.read_bytes() + b"\n# Mistral-Large-Instruct-2407, converted\n\xff")

@@ -488,6 +488,7 @@ def test_an_adapter_of_the_hub_is_merged(hub: LoopbackHub, adapter: tuple[Path, 
     assert f"The LoRA adapter `{REPOSITORY}` (rank 4" in (tmp_path / "found" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_hub_with_an_adapter_next_to_it_is_a_checkpoint(
     hub: LoopbackHub, adapter: tuple[Path, torch.Tensor]
 ) -> None:
@@ -496,6 +497,7 @@ def test_a_checkpoint_of_the_hub_with_an_adapter_next_to_it_is_a_checkpoint(
     assert adapter_base(REPOSITORY, {}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["/no/such/base", "no-such-base"])
 def test_an_adapter_of_the_hub_whose_base_is_not_here_is_one_line(
     hub: LoopbackHub, adapter: tuple[Path, torch.Tensor], base: str

@@ -171,6 +171,7 @@ def test_what_is_wrong_is_a_problem_and_not_an_error(folder: Path, case: str) ->
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_is_counted(folder: Path) -> None:
     quantize(folder)
     changed = [f"{name} has changed since the conversion" for name in ("config.json", "model.safetensors")]
@@ -221,6 +222,7 @@ def test_the_command_prints_lines_that_can_be_copied_and_json(folder: Path, caps
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(inspection)))
 
 
+@pytest.mark.slow
 def test_an_adapter_next_to_a_checkpoint_is_said(source: Path, folder: Path) -> None:
     for each in (source, folder):
         (each / "lora.safetensors").write_bytes(b"")

@@ -57,6 +57,9 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 LAYER_PARTS = [*(f"self_attn.{name}" for name in "qkvo"), "mlp.gate", "mlp.up", "mlp.down"]
 NVFP4_PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 every_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS)
+int4_quickly = pytest.mark.parametrize(
+    "quantization", ["int4", *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("fp8", "nvfp4"))]
+)
 
 
 @pytest.fixture
@@ -134,7 +137,7 @@ def test_codes_and_scales_are_those_of_compressed_tensors(
     assert not found
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2**20])
+@pytest.mark.parametrize("block_bytes", [2000, 2**20])
 def test_fused_layers_have_one_global_scale_and_are_read_ahead_once(
     source: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ def test_fused_layers_have_one_global_scale_and_are_read_ahead_once(
     assert {count for name, count in opened.items() if "norm" in name or "embed" in name} == {1}
 
 
+@pytest.mark.slow
 def test_weights_too_small_for_a_global_scale_have_1(source: Path) -> None:
     for name in ("wq", "wk", "wv"):
         change(source, f"layers.1.attention.{name}.weight", lambda weight: weight.zero_())
@@ -174,7 +178,7 @@ def test_weights_too_small_for_a_global_scale_have_1(source: Path) -> None:
         assert not expand(parts, "nvfp4").any()
 
 
-@every_quantization
+@int4_quickly
 def test_zeros_stay_zeros(source: Path, quantization: Scheme) -> None:
     change(source, "layers.1.feed_forward.w2.weight", lambda weight: weight[3, :64].zero_() + weight[5].zero_().sum())
     name = "model.layers.1.mlp.down_proj."
@@ -207,7 +211,7 @@ def change(source: Path, name: str, act: Callable[[Tensor], object]) -> None:
 
 
 @every_quantization
-@pytest.mark.parametrize("wrong", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("wrong", ["nan", *(pytest.param(value, marks=pytest.mark.slow) for value in ("inf", "-inf"))])
 def test_numbers_that_are_none_are_refused(source: Path, quantization: Scheme, wrong: str) -> None:
     change(source, "layers.2.attention.wo.weight", lambda weight: weight[7, 3].fill_(float(wrong)))
     with raises_exactly(
@@ -280,7 +284,7 @@ def test_the_full_geometry_has_the_known_sizes() -> None:
         assert found == total
 
 
-@every_quantization
+@int4_quickly
 def test_the_config_says_what_compressed_tensors_understands(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     config = json.loads((folder / "config.json").read_text())
@@ -339,7 +343,7 @@ def test_any_number_of_threads_and_an_interruption_give_the_same_bytes(
     whole = contents(converted(source, "one", jobs=1, **options))
     assert len([name for name in whole if name.endswith(".safetensors")]) > 3
     assert contents(converted(source, "four", jobs=4, **options)) == whole
-    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 999)
+    monkeypatch.setattr(planned_tensor, "BLOCK_BYTES", 5000)
     assert contents(converted(source, "small blocks", **options)) == whole
     written = 0
 
@@ -465,7 +469,7 @@ def test_the_demo_passes_all_checks_and_retag_changes_its_model_type_alone(
     assert json.loads(stock["config.json"])["model_type"] == "mistral"
 
 
-@every_quantization
+@int4_quickly
 def test_there_is_no_way_back(source: Path, quantization: Scheme) -> None:
     folder = converted(source, "quantized", quantize=quantization)
     model = MistralLargeForCausalLM.from_pretrained(folder)
@@ -489,8 +493,13 @@ def test_there_is_no_way_back(source: Path, quantization: Scheme) -> None:
     ("quantization", "dtype", "sentences"),
     [
         ("fp8", torch.bfloat16, ["to FP8 (E4M3)", "without any calibration", "No other value was changed"]),
-        ("int4", torch.bfloat16, ["to 4 bits", "group of 32 weights", "without any calibration"]),
-        ("nvfp4", torch.bfloat16, ["to FP4 (E2M1)", "group of 16 weights", "without any calibration"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("int4", torch.bfloat16, ["to 4 bits", "group of 32 weights", "without any calibration"]),
+                ("nvfp4", torch.bfloat16, ["to FP4 (E2M1)", "group of 16 weights", "without any calibration"]),
+            )
+        ),
         ("int4", torch.float32, ["All other values were rounded from F32 to BF16"]),
     ],
 )

@@ -89,7 +89,9 @@ def test_every_way_between_the_layouts_is_verified(demo_source: Path, demo_folde
         assert ("chat template" in checks) == (folder == demo_folder)
 
 
-@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+@pytest.mark.parametrize(
+    "name", ["k_proj", *(pytest.param(f"{name}_proj", marks=pytest.mark.slow) for name in ("q", "v", "o"))]
+)
 @pytest.mark.parametrize("is_back", [False, True])
 def test_one_changed_bit_is_named_with_its_place_and_both_values(
     folder: Path, demo_source: Path, name: str, is_back: bool

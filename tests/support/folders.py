@@ -8,6 +8,7 @@ weights are mapped here, without the package's help.
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -165,7 +166,28 @@ def square_weights(heads: int = 2, kv_heads: int = 2) -> dict[str, Tensor]:
 SQUARE = {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
+def _stock_tokenizer(vocabulary: Vocabulary) -> Any:
+    """transformers' Llama tokenizer of the vendor's file, which is copied before tokens are added."""
+    from transformers import LlamaTokenizer
+
+    with TemporaryDirectory() as name:
+        shutil.copyfile(tokenizer_model_file(vocabulary), Path(name, "tokenizer.model"))
+        return LlamaTokenizer.from_pretrained(name, legacy=False, add_bos_token=True)
+
+
+@lru_cache(maxsize=4)
+def _saved_stock_tokenizer(vocabulary: Vocabulary, added: tuple[str, ...]) -> tuple[bytes, str]:
+    """The tokenizer.json and tokenizer_config.json that transformers saves."""
+    tokenizer = _stock_tokenizer(vocabulary)
+    if added:
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.add_tokens(list(added), special_tokens=True)
+    with TemporaryDirectory() as name:
+        tokenizer.save_pretrained(name)
+        return Path(name, "tokenizer.json").read_bytes(), Path(name, "tokenizer_config.json").read_text()
+
+
 def stock_tokenizer_files(
     vocabulary: Vocabulary = "v3", added: tuple[str, ...] = (), template: str | None = None
 ) -> dict[str, bytes]:
@@ -173,25 +195,14 @@ def stock_tokenizer_files(
 
     added: tokens that a fine-tune has added, as special ones.
     """
-    from transformers import LlamaTokenizer
-
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        shutil.copyfile(tokenizer_model_file(vocabulary), folder / "tokenizer.model")
-        tokenizer: Any = LlamaTokenizer.from_pretrained(folder, legacy=False, add_bos_token=True)
-        if added:
-            tokenizer.add_tokens(list(added), special_tokens=True)
-        tokenizer.save_pretrained(folder / "saved")
-        config = json.loads((folder / "saved" / "tokenizer_config.json").read_text())
-        # As of 2024: the template is in the config, and transformers' version of today has left no trace.
-        for key in ("extra_special_tokens", "backend", "is_local"):
-            config.pop(key, None)
-        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
-        config["chat_template"] = OLDER_TEMPLATES[vocabulary] if template is None else template
-        return {
-            "tokenizer.json": (folder / "saved" / "tokenizer.json").read_bytes(),
-            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
-        }
+    tokenizer_json, settings = _saved_stock_tokenizer(vocabulary, added)
+    config = json.loads(settings)
+    # As of 2024: the template is in the config, and transformers' version of today has left no trace.
+    for key in ("extra_special_tokens", "backend", "is_local"):
+        config.pop(key, None)
+    config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    config["chat_template"] = OLDER_TEMPLATES[vocabulary] if template is None else template
+    return {"tokenizer.json": tokenizer_json, "tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
 
 def write_weights(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from mistral_large_conversion import folder_tokenizer, sentencepiece_bpe, tokenizer, vocabulary
@@ -25,6 +26,7 @@ MOST = 16
 _content_sha256 = lru_cache(MOST)(vocabulary._content_sha256)
 _model_of_pieces = lru_cache(MOST)(model_of_pieces)
 _backend_of_pieces = lru_cache(MOST)(sentencepiece_bpe.build_backend)
+_written = lru_cache(4)(Tokenizer.from_buffer)
 _read: dict[bytes, Tokenizer] = {}
 
 
@@ -39,6 +41,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if path.name != TOKENIZER_JSON_NAME or not path.is_file() or is_large:
         return source_files.read_json_object(path)
     return _parsed(path.read_bytes())
+
+
+@lru_cache(4)
+def _processor(content: bytes) -> SentencePieceProcessor:
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(content)
+    return processor
+
+
+def load_processor(path: Path) -> SentencePieceProcessor:
+    """A SentencePiece model that is there, and whose readers change nothing in it."""
+    return _processor(path.read_bytes())
 
 
 def sentencepiece_model(pieces: Sequence[str]) -> bytes:
@@ -63,6 +77,12 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     return sentencepiece_bpe.clone_backend(_read[content])
 
 
+class WrittenTokenizer:
+    """Stands for the class where a conversion reads what it has written, to encode with its model and no more."""
+
+    from_buffer = staticmethod(_written)
+
+
 @pytest.fixture(scope="package", autouse=True)
 def remembered_vocabularies() -> Iterator[None]:
     """Remember what is made of vocabularies, wherever the converter makes it, in the packages that import this."""
@@ -70,9 +90,12 @@ def remembered_vocabularies() -> Iterator[None]:
         patch.setattr(vocabulary, "_content_sha256", _content_sha256)
         patch.setattr(folder_tokenizer, "read_json_object", read_json_object)
         patch.setattr(folder_tokenizer, "sentencepiece_model", sentencepiece_model)
+        for module in (folder_tokenizer, sentencepiece_bpe):
+            patch.setattr(module, "load_processor", load_processor)
         for module in (folder_tokenizer, sentencepiece_bpe, tokenizer):
             patch.setattr(module, "build_backend", build_backend)
         patch.setattr(tokenizer, "read_tokenizer_json", read_tokenizer_json)
+        patch.setattr(tokenizer, "Tokenizer", WrittenTokenizer)
         # The ground floor does without.
         if (library := sys.modules.get("modeling_mistral_large.tokenization_mistral_large")) is not None:
             patch.setattr(library, "read_tokenizer_json", read_tokenizer_json)
