@@ -81,8 +81,8 @@ def in_place_of_the_hub(hub: LoopbackHub, cache: Path) -> Iterator[LoopbackHub]:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
-        # The client reads HF_ENDPOINT when it is imported, and makes the others of it; transformers keeps the client that
-        # it first needed, which would ask this hub when it is gone.
+        # The client reads HF_ENDPOINT when it is imported, and makes the others of it; transformers keeps the client
+        # that it first needed, which would ask this hub when it is gone.
         patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(hf_api.api, "endpoint", hub.url)

@@ -742,7 +742,7 @@ def test_more_tokens_than_a_step_takes(tiny: Any, tiny_config: MistralLargeConfi
 def test_samples_with_drafts_have_the_distribution_of_the_model(
     drafted: str, tiny_config: MistralLargeConfig, steps: list[int]
 ) -> None:
-    """Two tokens after a prompt, 400 times: a chi-square test against the exact probabilities of the model."""
+    """Two tokens after a prompt, 600 times: a chi-square test against the exact probabilities of the model."""
     config = MistralLargeConfig(**{**tiny_config.to_dict(), "vocab_size": 400, "num_hidden_layers": 1})
     torch.manual_seed(0)
     target, draft = tiny_model(config), tiny_model(config)
@@ -769,7 +769,7 @@ def test_samples_with_drafts_have_the_distribution_of_the_model(
             for place, token in enumerate(allowed)
         ])  # fmt: skip
     counts = torch.zeros(len(allowed) ** 2)
-    count = 400
+    count = 600
     for _ in range(count):
         found = target.generate(
             prompt, do_sample=True, top_k=0, temperature=1.0, max_new_tokens=3, eos_token_id=None, pad_token_id=384,
@@ -780,10 +780,10 @@ def test_samples_with_drafts_have_the_distribution_of_the_model(
     is_large = both * count >= 5
     expected = both[is_large] * count
     chi_square = float(((counts[is_large] - expected) ** 2 / expected).sum())
+    # One of ten thousand random draws is beyond it.
     degrees = int(is_large.sum())
     assert degrees >= 6
-    # Two standard deviations: a few of a hundred random draws are beyond it.
-    assert chi_square < degrees + 2 * (2 * degrees) ** 0.5
+    assert chi_square < degrees + 3.8 * (2 * degrees) ** 0.5 + 4
     assert 0.5 * float((counts / count - both).abs().sum()) < 0.1
 
 
