@@ -209,8 +209,8 @@ def _text_merges(pieces: Sequence[str]) -> Iterator[tuple[str, str]]:
     for piece in pieces:
         if piece.strip("▁"):
             for cut in range(1, len(piece)):
-                if piece[:cut] in known and piece[cut:] in known:
-                    yield piece[:cut], piece[cut:]
+                if (start := piece[:cut]) in known and (end := piece[cut:]) in known:
+                    yield start, end
 
 
 def _space_merges() -> Iterator[tuple[str, str]]:

@@ -2,14 +2,19 @@
 
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tokenizers import models
 
 from mistral_large_conversion import tokenizer as tokenizer_module
+from mistral_large_conversion.checkpoint.layout import TOKENIZER_NAME
+from mistral_large_conversion.errors import CheckpointError
 from mistral_large_conversion.sentencepiece_bpe import load_sentencepiece_bpe
-from mistral_large_conversion.tokenizer import MADE_FROM_VENDOR, tokenizer_problems
+from mistral_large_conversion.tokenizer import MADE_FROM_VENDOR, tokenizer_files, tokenizer_problems
 from mistral_large_conversion.vocabulary import KNOWN_FILES, VOCAB_SIZE, VOCABULARIES
 from tests.support.checkpoints import tokenizer_model_file
+from tests.support.errors import raises_exactly
 
 pytestmark = pytest.mark.ground_floor
 
@@ -31,6 +36,19 @@ def test_known_checksums_are_of_what_is_made_from_the_vendors_files(vocabulary: 
 
 def test_a_conversion_writes_what_is_known(converted_tokenizer: dict[str, bytes]) -> None:
     assert sha256(converted_tokenizer["tokenizer.json"]).hexdigest() == MADE_FROM_VENDOR["v3"]
+
+
+def test_what_is_not_known_is_read_again_before_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / TOKENIZER_NAME
+    path.write_bytes(tokenizer_model_file().read_bytes())
+    # A reader that loses all merges.
+    lossy = load_sentencepiece_bpe(path)
+    lossy.model = models.BPE(vocab=lossy.get_vocab(), merges=[], unk_token="<unk>", byte_fallback=True)
+    monkeypatch.setattr(tokenizer_module, "Tokenizer", SimpleNamespace(from_buffer=lambda _: lossy))
+    assert tokenizer_files(tmp_path, vocab_size=VOCAB_SIZE)
+    monkeypatch.setattr(tokenizer_module, "MADE_FROM_VENDOR", {"v3": "another"})
+    with raises_exactly(CheckpointError, f"{path}: converted ids of ' ' are not SentencePiece's"):
+        tokenizer_files(tmp_path, vocab_size=VOCAB_SIZE)
 
 
 @pytest.mark.slow

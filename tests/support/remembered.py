@@ -26,7 +26,6 @@ MOST = 16
 _content_sha256 = lru_cache(MOST)(vocabulary._content_sha256)
 _model_of_pieces = lru_cache(MOST)(model_of_pieces)
 _backend_of_pieces = lru_cache(MOST)(sentencepiece_bpe.build_backend)
-_written = lru_cache(4)(Tokenizer.from_buffer)
 _read: dict[bytes, Tokenizer] = {}
 
 
@@ -77,12 +76,6 @@ def read_tokenizer_json(path: str | os.PathLike[str]) -> Tokenizer:
     return sentencepiece_bpe.clone_backend(_read[content])
 
 
-class WrittenTokenizer:
-    """Stands for the class where a conversion reads what it has written, to encode with its model and no more."""
-
-    from_buffer = staticmethod(_written)
-
-
 @pytest.fixture(scope="package", autouse=True)
 def remembered_vocabularies() -> Iterator[None]:
     """Remember what is made of vocabularies, wherever the converter makes it, in the packages that import this."""
@@ -95,7 +88,6 @@ def remembered_vocabularies() -> Iterator[None]:
         for module in (folder_tokenizer, sentencepiece_bpe, tokenizer):
             patch.setattr(module, "build_backend", build_backend)
         patch.setattr(tokenizer, "read_tokenizer_json", read_tokenizer_json)
-        patch.setattr(tokenizer, "Tokenizer", WrittenTokenizer)
         # The ground floor does without.
         if (library := sys.modules.get("modeling_mistral_large.tokenization_mistral_large")) is not None:
             patch.setattr(library, "read_tokenizer_json", read_tokenizer_json)
