@@ -232,7 +232,7 @@ The end."""
 
 
 @pytest.mark.parametrize("height", [8, 24])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_markdown_is_shown_once_and_whole(height: int, seed: int) -> None:
     lines = drawn(MARKDOWN, height=height, seed=seed)
     text = "\n".join(lines)
@@ -256,6 +256,7 @@ def test_markdown_is_shown_once_and_whole(height: int, seed: int) -> None:
         assert word in own
 
 
+@pytest.mark.slow
 def test_a_long_block_is_followed_to_its_end() -> None:
     code = "\n".join(f"line {number}" for number in range(60))
     lines = [line.strip() for line in drawn(f"```\n{code}\n```", height=10)]

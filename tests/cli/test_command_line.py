@@ -93,7 +93,7 @@ finally:
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *(pytest.param(command, marks=pytest.mark.slow) for command in COMMANDS)])
 def test_help_is_had_by_both_names(command: str) -> None:
     printed = {CliRunner().invoke(app, [*command.split(), option]).stdout for option in ("-h", "--help")}
     assert len(printed) == 1
@@ -155,6 +155,7 @@ def test_revision_token_and_cache_arrive_at_the_hub(
     assert_asked_with_them(hub, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_conversion_in_python_takes_them_too(hub: LoopbackHub, tmp_path: Path) -> None:
     where: dict[str, Any] = {"revision": TAG, "token": "hf_secret", "cache_dir": tmp_path / "cache"}
     convert_checkpoint(REPOSITORY, tmp_path / "new", progress=False, **where)

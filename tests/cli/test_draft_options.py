@@ -161,7 +161,7 @@ def test_the_line_under_a_response(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--draft", "{v3}", "--token", "x"],
             "--token: has no effect: {v3} is a folder here; leave it out, or name a repository as owner/name",
         ),
-        (["--draft", "{v7}"], OTHER_VOCABULARY),
+        pytest.param(["--draft", "{v7}"], OTHER_VOCABULARY, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("command", [["chat"], ["serve", "--engine", "transformers"]])

@@ -103,6 +103,7 @@ def test_the_format_is_the_models_or_the_one_that_is_asked_for(
     assert "the vocabulary is v3's, which has no [SYSTEM_PROMPT]" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_template_of_others_is_not_shown_as_ours(
     v7_tokenizer: MistralLargeTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -443,6 +443,7 @@ def test_tensors_are_checked_although_a_file_is_missing(source: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_endless_list_of_problems_is_cut(source: Path) -> None:
     header = {f"{number}" * 1000: {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]} for number in range(1200)}
     (source / SECOND).write_bytes(raw_file(header))

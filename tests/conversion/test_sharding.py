@@ -458,6 +458,7 @@ def test_a_misspelt_option_is_an_error(ask: Any) -> None:
         ask(CONFIG, devices, **given.get(ask, {"context": 1}), kvv="fp8")
 
 
+@pytest.mark.slow
 def test_the_fewest_layers_are_offloaded() -> None:
     for text, context, batch in itertools.product(("24GB", "2x80GB", "24GB+80GB", "5x48GB"), (1, 8192, 60000), (1, 3)):
         devices = parse_devices(text)
@@ -676,6 +677,7 @@ def test_quantized_weights_are_converted_first() -> None:
     assert steps[-1] == f"mistral-large chat {name}-int4 --device-map cuda"
 
 
+@pytest.mark.slow
 def test_errors_of_the_command_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -807,7 +807,9 @@ def test_an_altered_file_next_to_an_exact_tokenizer_json_is_refused(saved_folder
     MistralLargeTokenizer.from_pretrained(saved_folder)
 
 
-@pytest.mark.parametrize("name", VENDOR_FILES)
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("tekken") else pytest.param(name, marks=pytest.mark.slow) for name in VENDOR_FILES]
+)
 def test_other_tokenizers_of_the_vendor_are_refused(tokenizer_model_file: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / ("tekken.json" if "tekken" in name else "tokenizer.model.v3")
     shutil.copyfile(tokenizer_model_file.with_name(name), path)
@@ -1338,6 +1340,7 @@ def test_empty_conversations_are_refused(tokenizer: MistralLargeTokenizer) -> No
             tokenizer.apply_chat_template(conversation)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::modeling_mistral_large.chat_tokenization.CustomTemplateWarning")
 def test_other_chat_templates_are_left_to_transformers(
     tokenizer: MistralLargeTokenizer, own: MistralLargeTokenizer

@@ -212,6 +212,7 @@ def test_after_an_error_inside_of_a_forward_pass(
         assert session.generate(prompt, **CHUNKED) == fresh(session, prompt, reference, **CHUNKED)
 
 
+@pytest.mark.slow
 def test_keys_without_their_values_are_dropped(
     model: Any, tokenizer: MistralLargeTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

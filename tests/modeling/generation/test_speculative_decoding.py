@@ -226,6 +226,7 @@ class Listener(BaseStreamer):
         self.heard.append([])
 
 
+@pytest.mark.slow
 def test_scores_logits_and_streams_are_those_of_plain_generate(tiny_config: MistralLargeConfig) -> None:
     model = ours_only(tiny_config)
     ids = random_ids(tiny_config, 1, 17)

@@ -178,6 +178,7 @@ def test_a_short_prefix_costs_no_long_conversation(tiny_config: MistralLargeConf
     assert [response.cached_tokens for response in responses] == [0, 10, 60]
 
 
+@pytest.mark.slow
 def test_the_least_recently_used_prefix_makes_room(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     first, second, third = prompts_of(tiny_config, [30, 30, 30])
@@ -284,6 +285,7 @@ def test_a_cancelled_response_is_gone_after_the_forward(
         assert at_once(engine, [greedy(other, 2)])[0].cached_tokens == 7
 
 
+@pytest.mark.slow
 def test_a_cancelled_request_in_the_queue_is_never_read(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     first, second, third = prompts_of(tiny_config, [10, 11, 12])
@@ -317,6 +319,7 @@ class Broken:
         return scores
 
 
+@pytest.mark.slow
 def test_an_error_of_one_request_is_its_own(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, [10, 20, 30])
@@ -384,6 +387,7 @@ def test_lack_of_memory_ends_the_largest_response(tiny_config: MistralLargeConfi
     assert str(responses[1].error).startswith("the response, after 53 tokens: no memory for more;")
 
 
+@pytest.mark.slow
 def test_lack_of_memory_drops_idle_prefixes_first(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     prompts = prompts_of(tiny_config, [10, 50])

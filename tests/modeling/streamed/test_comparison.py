@@ -193,6 +193,7 @@ def test_models_of_other_depth_and_width_are_compared(tiny_config: MistralLargeC
     assert_same(compare_streams(saved(stock, tmp_path / "a"), saved(small, tmp_path / "b"), sequences), wanted)
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_are_an_error(tiny_config: MistralLargeConfig, tmp_path: Path) -> None:
     stock, _ = stock_and_ours(tiny_config, "sdpa")
     broken = disturbed(stock)
