@@ -233,4 +233,7 @@ def _seed() -> None:
     if find_spec("torch") is not None:
         import torch
 
-        torch.manual_seed(20240724)
+        # As torch.manual_seed does, which takes longer than many a test to look for devices that nobody has.
+        torch.default_generator.manual_seed(20240724)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(20240724)
