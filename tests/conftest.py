@@ -208,14 +208,15 @@ def quanto_kernels() -> None:
     of ours compiles at a time, by a lock that ends with its process; so a lock file that it finds is such a leftover.
     Every test that uses quanto asks for this fixture.
 
-    The two sources are compiled as one and without optimization: in half the time, with the same results.
+    The two sources are compiled as one, with fewer headers and without optimization: in a quarter of the time.
     """
     extensions = pytest.importorskip("optimum.quanto.library.extensions", reason="quanto is not installed")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("quanto compiles its kernels for the CPU, and no C++ compiler (c++ or $CXX) is found")
     kernels = extensions.get_extension("quanto_cpp")
-    kernels.extra_cflags = [f"-I{Path(kernels.sources[0]).parent}"]
-    kernels.sources = [str(Path(__file__).parent / "support" / "quanto_kernels.cpp")]
+    own = Path(__file__).parent / "support" / "quanto_kernels"
+    kernels.extra_cflags = [f"-I{own}", f"-I{Path(kernels.sources[0]).parent}"]
+    kernels.sources = [str(own / "kernels.cpp")]
     folder = Path(kernels.build_directory)
     # Not the folder itself, which quanto removes and makes anew.
     descriptor = os.open(folder.parent, os.O_RDONLY)
