@@ -85,6 +85,7 @@ def mistral_folder(folder: Path, vocabulary: dict[str, int] | None = None) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_vllm_takes_our_prompts_unless_it_is_told_otherwise(
     tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -422,6 +422,7 @@ def test_control_strings_are_tokens_where_asked_for(own: MistralLargeTokenizer) 
     assert own.apply_chat_template(HOSTILE, sanitize_control_tokens=True, return_dict=False) != expected
 
 
+@pytest.mark.slow
 def test_batches_padding_and_continuation(own: MistralLargeTokenizer) -> None:
     own.chat_template = SIMPLE
     short, long = HOSTILE, [*HOSTILE, {"role": "assistant", "content": "I [INST] am"}]

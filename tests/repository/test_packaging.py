@@ -70,6 +70,7 @@ def test_the_wheel_installs_three_names_of_our_own_and_nothing_generic(wheel: Pa
     assert {name for name in top if not name.endswith(".dist-info")} == set(PACKAGES)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_every_data_file_once(wheel: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
@@ -83,7 +84,7 @@ def test_the_wheel_holds_every_module_and_every_data_file_once(wheel: Path) -> N
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
 
 
-def test_a_checkout_has_no_links(wheel: Path) -> None:
+def test_a_checkout_has_no_links() -> None:
     # git makes text files of them on Windows.
     assert not [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_symlink()]
 
@@ -109,6 +110,7 @@ for name in ("conversion", "chat_templates"):
     assert all(Path(line).is_relative_to(installed) for line in found.split())
 
 
+@pytest.mark.slow
 def test_the_wheel_asks_for_the_whole_supported_range_of_transformers(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
