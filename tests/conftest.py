@@ -3,6 +3,7 @@
 # torch, transformers and mistral-common are imported by the fixtures: the process that hands tests to the workers of
 # pytest-xdist reads this file and needs none of them.
 import fcntl
+import gc
 import os
 import shutil
 import signal
@@ -30,6 +31,16 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 # A shell starts what runs in the background with ctrl-C ignored, and so would be what tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Nothing that the imports make is garbage, and there is much of it to go through.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, of what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 # What the ground floor does without, see the marker `ground_floor`.

@@ -573,6 +573,7 @@ def test_input_is_text_and_output_readable_whatever_the_encoding(
     assert rb"n\xe9" in result.stdout
 
 
+@pytest.mark.slow
 def test_input_that_cannot_be_read_is_one_error(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: str) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

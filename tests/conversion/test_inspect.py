@@ -75,6 +75,7 @@ def test_a_converted_folder_and_what_loads_it(folder: Path, source: Path) -> Non
     exec(compile(inspection.loads_with[0], "printed", "exec"), {})
 
 
+@pytest.mark.slow
 def test_the_123b_is_inspected_from_its_headers(tmp_path: Path) -> None:
     write_headers(tmp_path, MistralLargeConfig(), shards=51)
     (tmp_path / "tokenizer.model.v3").write_bytes(tokenizer_model_file().read_bytes())

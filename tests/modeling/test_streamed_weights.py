@@ -534,6 +534,7 @@ def test_a_gpu_gets_what_was_read_while_it_computes(tmp_path: Path) -> None:
 # The switch
 
 
+@pytest.mark.slow
 def test_it_is_switched_off_by_the_environment(
     folders: dict[str, Path], streamed: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

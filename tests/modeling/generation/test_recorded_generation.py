@@ -222,6 +222,7 @@ class Kept(BaseStreamer):
         self.is_ended = True
 
 
+@pytest.mark.slow
 def test_streaming_and_stopping(
     model: Any, demo_tokenizer: MistralLargeTokenizer, steps: list[int], plain_of: Callable[[str], Tensor]
 ) -> None:

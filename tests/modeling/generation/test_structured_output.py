@@ -406,6 +406,7 @@ def test_incomplete_characters_are_completed(tokenizer: MistralLargeTokenizer) -
     assert steps(processors, begun) == [771 + byte for byte in range(0x80, 0xC0)]
 
 
+@pytest.mark.slow
 def test_calls_are_what_the_reference_writes(tokenizer: MistralLargeTokenizer) -> None:
     calls = [
         {"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}, "id": "abcDEF123"},

@@ -308,6 +308,7 @@ def padded_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[37, 12, 1], [8, 3, 8, 2, 5, 8, 1, 7]])
 def test_padding_stays_hidden(tiny_config: MistralLargeConfig, lengths: list[int]) -> None:
     model = bf16_model(tiny_config)

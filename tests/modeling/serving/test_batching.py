@@ -118,6 +118,7 @@ def test_an_8_bit_cache_is_that_of_generate(tiny_config: MistralLargeConfig) -> 
     assert [response.cached_tokens for response in again] == [length - 1 for length in LENGTHS]
 
 
+@pytest.mark.slow
 def test_only_what_the_caches_do_not_hold_is_read(tiny_config: MistralLargeConfig) -> None:
     model = endless(tiny_config)
     (prompt,) = prompts_of(tiny_config, [50])
