@@ -128,7 +128,7 @@ def _files_of(tokenizer: FolderTokenizer, *, vocab_size: int) -> dict[str, bytes
 def _proven(
     where: Path, model: bytes, backend: Tokenizer, settings: dict[str, Any], vocabulary: str
 ) -> dict[str, bytes]:
-    """The tokenizer files of a vocabulary, whose ids are compared as they are read again.
+    """The tokenizer files of a vocabulary, compared with SentencePiece: as read again, unless the file is a known one.
 
     Raises:
         CheckpointError: the ids of some text are not SentencePiece's.
